@@ -1,0 +1,97 @@
+"""Names and places inside a run root. Pure: the one file that knows how paths are spelled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from .errors import CorruptCheckpointError
+
+MANIFEST = "manifest.json"
+INDEX = "index.json"
+ATTACHMENTS = "files"
+SHARED_TENSORS = "state.safetensors"
+
+PRIVATE = ".checkpointer"
+LOCK = f"{PRIVATE}/lock"
+OWNER = f"{PRIVATE}/owner.json"
+NOTES = f"{PRIVATE}/notes"
+TMP = f"{PRIVATE}/tmp"
+TRASH = f"{PRIVATE}/trash"
+QUARANTINE = f"{PRIVATE}/quarantine"
+
+MANIFEST_LIMIT = 64 * 1024
+"""Bytes. A manifest is read before anything about the checkpoint is known, so it is bounded."""
+
+INDEX_LIMIT = 512 * 1024 * 1024
+"""Bytes. About two million tensors."""
+
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,18})(?:-([0-9a-f]{8}))?")
+_ID = re.compile(r"[0-9a-f]{32}")
+_INDEX = re.compile(r"index(-[0-9]{1,6})?\.json")
+_PATH_LIMIT = 1024
+
+
+def checkpoint_name(step: int, id: str | None = None) -> str:
+    """Directory of the checkpoint of ``step``; with ``id`` the second name, for when the first one is taken."""
+    return f"checkpoint-{step}-{id[:8]}" if id else f"checkpoint-{step}"
+
+
+def parse_checkpoint_name(name: str) -> int | None:
+    """Step of a checkpoint directory's name, or ``None`` if it is not one."""
+    match = _CHECKPOINT.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def is_second_name(name: str) -> bool:
+    """Whether ``name`` is ``checkpoint-<step>-<id8>``."""
+    match = _CHECKPOINT.fullmatch(name)
+    return bool(match and match[2])
+
+
+def is_id(text: object) -> bool:
+    """Whether ``text`` is 32 lower-case hexadecimal digits."""
+    return isinstance(text, str) and _ID.fullmatch(text) is not None
+
+
+def is_index(path: str) -> bool:
+    """Whether a file of a checkpoint is an index (``index.json``, or one of several ranks' ``index-<rank>.json``)."""
+    return _INDEX.fullmatch(path) is not None
+
+
+def check_relative(path: object) -> str:
+    """Return ``path`` if it stays inside the directory that it is relative to, on every operating system.
+
+    Raises:
+        CorruptCheckpointError: it is absolute, climbs, is empty, too long, or holds bytes that some system rejects.
+    """
+    if not isinstance(path, str) or not path or len(path) > _PATH_LIMIT:
+        raise CorruptCheckpointError(f"not a file name inside a checkpoint: {str(path)[:100]!r}")
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        raise CorruptCheckpointError(f"not a file name inside a checkpoint: {path[:100]!r} leaves its directory")
+    if "\\" in path or ":" in path or any(ord(char) < 32 or 0xD800 <= ord(char) < 0xE000 for char in path):
+        raise CorruptCheckpointError(f"not a file name inside a checkpoint: {path[:100]!r} holds a forbidden character")
+    return path
+
+
+def component_file(component: str) -> str:
+    """Stem of a component's own safetensors files; ``state`` would collide with the shared file."""
+    return "state_" if component == "state" else component
+
+
+def tensor_file(component: str, shard: int = 1, shards: int = 1) -> str:
+    """File of one shard (counted from 1), named as the Hugging Face ecosystem names them."""
+    stem = component_file(component)
+    return f"{stem}.safetensors" if shards == 1 else f"{stem}-{shard:05d}-of-{shards:05d}.safetensors"
+
+
+def shard_index(component: str) -> str:
+    """The Hugging Face index file of a component that is stored in several shards."""
+    return f"{component_file(component)}.safetensors.index.json"
+
+
+def parents(path: str) -> Iterator[str]:
+    """Directories between ``path`` and its root, the innermost first."""
+    while "/" in path:
+        path = path.rsplit("/", 1)[0]
+        yield path

@@ -1,0 +1,207 @@
+"""The manifest: what a checkpoint is, which files it has, and the proof that it was committed.
+
+Pure: bytes in, :class:`Manifest` out, and back. Reading trusts nothing (see FORMAT.md, "manifest.json").
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+import xxhash
+
+from . import layout, strictjson
+from .errors import CorruptCheckpointError, FormatVersionError, SaveError
+from .index import Json
+from .info import CheckpointInfo
+
+FORMAT = "checkpointer"
+VERSION = 1
+
+_TAIL = re.compile(rb',\n  "checksum": "([0-9a-f]{32})"\n}\n')
+_TAIL_LENGTH = len(b',\n  "checksum": ""\n}\n') + 32
+_SPECIAL_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and xxh3-128 (32 hexadecimal digits) of a whole file."""
+
+    size: int
+    xxh3: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that ``manifest.json`` says. Times are aware UTC, sizes bytes."""
+
+    id: str
+    parent: str | None
+    sequence: int
+    step: int
+    epoch: int | None
+    created: datetime
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    finite: bool | None = None
+    world_size: int = 1
+    data: str | None = None
+    """Directory inside the checkpoint that holds the files, where the file system cannot rename; else ``None``."""
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    environment: Mapping[str, Json] = field(default_factory=dict)
+    statistics: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(record.size for record in self.files.values())
+
+    def place(self, path: str) -> str:
+        """Where file ``path`` lies, relative to the checkpoint's directory."""
+        return f"{self.data}/{path}" if self.data else path
+
+    def info(self, path: str) -> CheckpointInfo:
+        """The public description, for a checkpoint that lies at ``path``."""
+        return CheckpointInfo(
+            step=self.step,
+            epoch=self.epoch,
+            sequence=self.sequence,
+            id=self.id,
+            parent=self.parent,
+            created=self.created,
+            metrics=dict(self.metrics),
+            tags=self.tags,
+            size=self.size,
+            finite=self.finite,
+            path=path,
+        )
+
+    def to_bytes(self) -> bytes:
+        """The file's content: indented UTF-8 JSON whose last member is a checksum over all bytes before it.
+
+        Raises:
+            SaveError: larger than 64 KiB.
+        """
+        fields: dict[str, object] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "id": self.id,
+            "parent": self.parent,
+            "sequence": self.sequence,
+            "step": self.step,
+            "epoch": self.epoch,
+            "created": self.created.astimezone(timezone.utc).isoformat(timespec="microseconds"),
+            "metrics": {name: _metric_to_json(value) for name, value in self.metrics.items()},
+            "tags": list(self.tags),
+            "finite": self.finite,
+            "world_size": self.world_size,
+            "data": self.data,
+            "files": {path: [record.size, record.xxh3] for path, record in self.files.items()},
+            "environment": dict(self.environment),
+            "statistics": dict(self.statistics),
+        }
+        lines = [f"  {strictjson.dumps(name)}: {strictjson.dumps(value)}" for name, value in fields.items()]
+        head = ("{\n" + ",\n".join(lines)).encode("ascii")
+        data = head + b',\n  "checksum": "' + xxhash.xxh3_128_hexdigest(head).encode("ascii") + b'"\n}\n'
+        if len(data) > layout.MANIFEST_LIMIT:
+            raise SaveError(
+                f"the manifest would take {len(data)} bytes, at most {layout.MANIFEST_LIMIT} are allowed: "
+                f"pass fewer or shorter metrics, tags or attached files ({len(self.files)} files)"
+            )
+        return data
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Read a manifest; ``where`` names it in errors.
+
+    Raises:
+        CorruptCheckpointError: the bytes are not what a writer of this format wrote.
+        FormatVersionError: they are, but of a newer version.
+    """
+    raw = _checked(data, where)
+    if raw.get("format") != FORMAT:
+        raise CorruptCheckpointError(f"{where}: not a checkpointer manifest (format {str(raw.get('format'))[:40]!r})")
+    version = strictjson.integer(raw.get("version"), f"{where}: version", low=1)
+    if version != VERSION:
+        raise FormatVersionError(
+            f"{where} is written in format version {version}, this library reads version {VERSION}: "
+            "upgrade with 'pip install -U torch-checkpointer'"
+        )
+    try:
+        return _from_json(raw)
+    except (CorruptCheckpointError, KeyError, ValueError, OverflowError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CorruptCheckpointError(f"{where}: {reason}") from error
+
+
+def _checked(data: bytes, where: str) -> dict[str, object]:
+    """The JSON object in ``data``, its checksum verified. This envelope is the same in every format version."""
+    if len(data) > layout.MANIFEST_LIMIT:
+        raise CorruptCheckpointError(f"{where} is larger than {layout.MANIFEST_LIMIT} bytes")
+    tail = _TAIL.fullmatch(data[-_TAIL_LENGTH:])
+    if not tail:
+        raise CorruptCheckpointError(f"{where} is truncated or damaged ({len(data)} bytes, no checksum at its end)")
+    if xxhash.xxh3_128_hexdigest(data[:-_TAIL_LENGTH]).encode("ascii") != tail[1]:
+        raise CorruptCheckpointError(f"{where} is damaged: its bytes do not match its checksum")
+    return strictjson.mapping(strictjson.loads(data, where), where)
+
+
+def _from_json(raw: Mapping[str, object]) -> Manifest:
+    identity, parent, epoch, data = raw["id"], raw["parent"], raw["epoch"], raw["data"]
+    if not layout.is_id(identity) or not (parent is None or layout.is_id(parent)):
+        raise CorruptCheckpointError("id and parent must be 32 hexadecimal digits")
+    if not (data is None or layout.is_id(data)):
+        raise CorruptCheckpointError("data must be null or an attempt's id")
+    finite = raw["finite"]
+    if not (finite is None or isinstance(finite, bool)):
+        raise CorruptCheckpointError("finite must be true, false or null")
+    metrics = strictjson.mapping(raw["metrics"], "metrics")
+    return Manifest(
+        id=str(identity),
+        parent=None if parent is None else str(parent),
+        sequence=strictjson.integer(raw["sequence"], "sequence"),
+        step=strictjson.integer(raw["step"], "step"),
+        epoch=None if epoch is None else strictjson.integer(epoch, "epoch"),
+        created=_parse_time(strictjson.string(raw["created"], "created")),
+        metrics={name: _metric_from_json(value, name) for name, value in metrics.items()},
+        tags=tuple(strictjson.string(tag, "tag") for tag in strictjson.array(raw["tags"], "tags")),
+        finite=finite,
+        world_size=strictjson.integer(raw["world_size"], "world_size", low=1, high=2**31),
+        data=None if data is None else str(data),
+        files=_parse_files(strictjson.mapping(raw["files"], "files")),
+        environment=strictjson.mapping(raw["environment"], "environment"),
+        statistics=strictjson.mapping(raw["statistics"], "statistics"),
+    )
+
+
+def _parse_time(text: str) -> datetime:
+    created = datetime.fromisoformat(text)
+    if created.tzinfo is None:
+        raise CorruptCheckpointError(f"created {text!r} has no time zone")
+    return created.astimezone(timezone.utc)
+
+
+def _parse_files(raw: Mapping[str, object]) -> dict[str, FileRecord]:
+    return {layout.check_relative(path): _parse_record(value, path) for path, value in raw.items()}
+
+
+def _parse_record(value: object, path: str) -> FileRecord:
+    items = strictjson.array(value, f"file {path!r}")
+    if len(items) != 2:
+        raise CorruptCheckpointError(f"file {path!r} must be [size, xxh3]")
+    return FileRecord(strictjson.integer(items[0], f"size of {path!r}"), strictjson.digest(items[1], path))
+
+
+def _metric_to_json(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _metric_from_json(value: object, name: str) -> float:
+    if isinstance(value, str) and value in _SPECIAL_FLOATS:
+        return _SPECIAL_FLOATS[value]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise CorruptCheckpointError(f"metric {name!r} must be a number")
+    return float(value)

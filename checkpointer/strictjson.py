@@ -1,0 +1,78 @@
+"""JSON for files that may be hostile: no duplicate keys, no NaN literals, and no error but one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .errors import CorruptCheckpointError
+
+
+def dumps(value: object, *, indent: int | None = None) -> str:
+    """Compact (or indented) ASCII JSON; NaN and infinity are refused, for JSON has no word for them."""
+    separators = (",", ":") if indent is None else (",", ": ")
+    return json.dumps(value, allow_nan=False, separators=separators, indent=indent)
+
+
+def loads(data: bytes, what: str) -> Any:
+    """Parse ``data``.
+
+    Raises:
+        CorruptCheckpointError: naming ``what``; not JSON, nested too deeply, or a key given twice.
+    """
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(f"{what} is not valid JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return result
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def integer(value: object, what: str, *, low: int = 0, high: int = 2**63 - 1) -> int:
+    """``value`` if it is an integer between ``low`` and ``high`` (a bool is not)."""
+    if type(value) is not int or not low <= value <= high:
+        raise CorruptCheckpointError(f"{what} must be an integer from {low} to {high}, found {str(value)[:40]!r}")
+    return value
+
+
+def integers(value: object, what: str) -> tuple[int, ...]:
+    """``value`` as a tuple of non-negative integers."""
+    return tuple([integer(item, what) for item in array(value, what)])
+
+
+def array(value: object, what: str) -> list[Any]:
+    """``value`` if it is a JSON array."""
+    if type(value) is not list:
+        raise CorruptCheckpointError(f"{what} must be an array, found {type(value).__name__}")
+    return value
+
+
+def mapping(value: object, what: str) -> dict[str, Any]:
+    """``value`` if it is a JSON object."""
+    if type(value) is not dict:
+        raise CorruptCheckpointError(f"{what} must be an object, found {type(value).__name__}")
+    return value
+
+
+def string(value: object, what: str) -> str:
+    """``value`` if it is a string."""
+    if type(value) is not str:
+        raise CorruptCheckpointError(f"{what} must be a string, found {type(value).__name__}")
+    return value
+
+
+def digest(value: object, what: str) -> str:
+    """``value`` if it is an xxh3-128 hash: 32 lower-case hexadecimal digits."""
+    text = string(value, f"hash of {what!r}")
+    if len(text) != 32 or text.strip("0123456789abcdef"):
+        raise CorruptCheckpointError(f"hash of {what!r} must be 32 hexadecimal digits")
+    return text

@@ -1,0 +1,184 @@
+"""Which tensor goes into which safetensors file, and where in it. Pure: sizes in, headers and offsets out.
+
+The files are stock safetensors: 8 bytes header length, a JSON header, the tensors' bytes without gaps.
+See https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from . import layout, strictjson
+from .index import ITEM_SIZES, TensorSpec
+
+SHARD_LIMIT = 50 * 10**9
+"""Bytes of tensors in one file at most (a larger tensor gets a file of its own); the limit of the Hugging Face hub."""
+
+SMALL_COMPONENT = 1 << 20
+"""Bytes. Smaller components other than modules and optimizers share ``state.safetensors``."""
+
+HEADER_ALIGNMENT = 64
+"""Bytes. Headers are padded with spaces so that the data of every file starts on a cache line."""
+
+_ALWAYS_OWN_FILE = frozenset({"module", "optimizer"})
+
+_DTYPES: Mapping[str, str] = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "float16": "F16", "bfloat16": "BF16",
+    "uint32": "U32", "int32": "I32", "float32": "F32", "uint64": "U64", "int64": "I64", "float64": "F64",
+    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ComponentTensors:
+    """The tensors of one component, as far as the layout of files depends on them."""
+
+    kind: str
+    specs: Mapping[str, TensorSpec]
+    frozen: frozenset[str] = frozenset()
+    """Keys whose bytes are expected never to change: they get shards of their own, which later saves can share."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of stored keys (tied weights); written to the file's metadata as safetensors does."""
+
+
+class Slot(NamedTuple):
+    """One tensor's place: ``begin`` to ``end`` are byte offsets from the start of the file."""
+
+    component: str
+    key: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file before its tensors' bytes are known."""
+
+    path: str
+    header: bytes
+    slots: tuple[Slot, ...]
+
+    @property
+    def size(self) -> int:
+        return self.slots[-1].end if self.slots else len(self.header)
+
+
+def plan_files(components: Mapping[str, ComponentTensors], shard_limit: int = SHARD_LIMIT) -> list[TensorFile]:
+    """Distribute all tensors over files. The result depends on nothing but its arguments."""
+    files: list[TensorFile] = []
+    small: list[tuple[str, str]] = []
+    for name, component in components.items():
+        if not component.specs:
+            continue
+        if _shares_file(component):
+            small += [(name, key) for key in component.specs]
+            continue
+        shards = _shards(component, shard_limit)
+        for number, keys in enumerate(shards, start=1):
+            path = layout.tensor_file(name, number, len(shards))
+            files.append(_build(path, [(name, key, key) for key in keys], components))
+    if small:
+        named = [(name, key, f"{name}/{key}") for name, key in small]
+        files.append(_build(layout.SHARED_TENSORS, named, components))
+    return files
+
+
+def shard_indexes(files: Iterable[TensorFile], components: Mapping[str, ComponentTensors]) -> dict[str, bytes]:
+    """The Hugging Face index file (path to content) of each component that is stored in several shards."""
+    maps: dict[str, dict[str, str]] = {}
+    for file in files:
+        for slot in file.slots:
+            if file.path not in (layout.tensor_file(slot.component), layout.SHARED_TENSORS):
+                maps.setdefault(slot.component, {})[slot.key] = file.path
+    return {
+        layout.shard_index(name): strictjson.dumps(
+            {
+                "metadata": {"total_size": sum(spec.nbytes for spec in components[name].specs.values())},
+                "weight_map": weight_map,
+            },
+            indent=2,
+        ).encode("ascii")
+        for name, weight_map in maps.items()
+    }
+
+
+def _shares_file(component: ComponentTensors) -> bool:
+    if component.kind in _ALWAYS_OWN_FILE:
+        return False
+    return sum(spec.nbytes for spec in component.specs.values()) < SMALL_COMPONENT
+
+
+def _shards(component: ComponentTensors, limit: int) -> list[list[str]]:
+    """Keys of each shard: what trains first, what is frozen after, neither above ``limit`` bytes."""
+    trained = [key for key in component.specs if key not in component.frozen]
+    frozen = [key for key in component.specs if key in component.frozen]
+    return [shard for group in (trained, frozen) for shard in _cut(group, component.specs, limit)]
+
+
+def _cut(keys: Sequence[str], specs: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = []
+    room = 0
+    for key in keys:
+        size = specs[key].nbytes
+        if not shards or size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(key)
+        room -= size
+    return shards
+
+
+def _build(
+    path: str, tensors: Sequence[tuple[str, str, str]], components: Mapping[str, ComponentTensors]
+) -> TensorFile:
+    """A file of ``(component, key, name in the file)``; wide elements first, so that each one lies aligned."""
+    ordered = sorted(tensors, key=lambda item: -ITEM_SIZES[components[item[0]].specs[item[1]].dtype])
+    entries: dict[str, object] = {"__metadata__": _metadata(ordered, components)}
+    offset = 0
+    spans: list[tuple[str, str, int, int]] = []
+    for component, key, name in ordered:
+        spec = components[component].specs[key]
+        entries[_free_name(name, entries)] = _entry(spec, offset)
+        spans.append((component, key, offset, offset + spec.nbytes))
+        offset += spec.nbytes
+    header = _pad(strictjson.dumps(entries).encode("ascii"))
+    slots = tuple(Slot(component, key, len(header) + begin, len(header) + end) for component, key, begin, end in spans)
+    return TensorFile(path, header, slots)
+
+
+def _free_name(name: str, taken: Mapping[str, object]) -> str:
+    """``name``, or the next free variant of it (``__metadata__`` is the header's own)."""
+    candidate, number = name, 2
+    while candidate in taken:
+        candidate, number = f"{name}#{number}", number + 1
+    return candidate
+
+
+def _entry(spec: TensorSpec, offset: int) -> dict[str, object]:
+    named = _DTYPES.get(spec.dtype)
+    return {
+        "dtype": named or "U8",
+        "shape": list(spec.shape) if named else [spec.nbytes],
+        "data_offsets": [offset, offset + spec.nbytes],
+    }
+
+
+def _metadata(
+    tensors: Sequence[tuple[str, str, str]], components: Mapping[str, ComponentTensors]
+) -> dict[str, str]:
+    stored = {(component, key): name for component, key, name in tensors}
+    metadata = {"format": "pt"}
+    for component in dict.fromkeys(component for component, _, _ in tensors):
+        for alias, key in components[component].aliases.items():
+            if (component, key) in stored:
+                metadata[alias] = stored[component, key]
+    return metadata
+
+
+def _pad(header: bytes) -> bytes:
+    length = len(header) + -(8 + len(header)) % HEADER_ALIGNMENT
+    return struct.pack("<Q", length) + header.ljust(length, b" ")
