@@ -1,0 +1,194 @@
+"""The environment that ``scripts/test`` and ``scripts/demo`` run in: made once, then found again.
+
+It lies in ``.venv`` of the repository, or where ``CHECKPOINTER_VENV`` says. A stamp in it names what it was made
+for. While that stays the same nothing is installed; an environment without a stamp is half-made and is made
+anew. A lock beside it keeps the runs that use it apart from the one that changes it.
+
+Standard library only, and readable for Python 3.7: a Python that is too old still has to say so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST = (3, 10)
+STAMP = "checkpointer-stamp"
+MARK = "made-by-checkpointer-scripts"
+"""A folder without this file is somebody else's, and stays as it is."""
+
+TORCH = "torch>=2.6"  # as in pyproject.toml
+TORCH_WHEEL = "torch==2.13.0"  # pinned: a folder of wheels may hold a newer one that is built for CUDA
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+class SetupError(Exception):
+    """The environment cannot be made. The message says what to do."""
+
+
+def exit_with(program: Callable[[Sequence[str]], int]) -> None:
+    """Run ``program`` on the command line's arguments and leave with the status that it returns."""
+    try:
+        sys.exit(program(sys.argv[1:]))
+    except SetupError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def environment() -> Iterator[str]:
+    """The Python of a complete environment, which nobody changes inside the ``with`` block."""
+    venv = Path(os.environ.get("CHECKPOINTER_VENV") or ROOT / ".venv").absolute()
+    base = _find_interpreter()
+    wanted = _stamp_for(base)
+    venv.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{venv}.lock", "w", encoding="utf-8") as lock:
+        _lock(lock.fileno(), exclusive=False)
+        while _read_stamp(venv) != wanted:
+            _lock(lock.fileno(), exclusive=True)  # gives up the shared lock first: two runs can't wait for each other
+            if _read_stamp(venv) != wanted:
+                _set_up(venv, base, wanted)
+            _lock(lock.fileno(), exclusive=False)
+        yield _python_of(venv)
+
+
+def _find_interpreter() -> str:
+    """A Python that is new enough: the running one, else the first on the PATH."""
+    if sys.version_info >= OLDEST:
+        return getattr(sys, "_base_executable", None) or sys.executable  # not the one of a venv that may be removed
+    for name in (*(f"python3.{minor}" for minor in (13, 12, 11, 10, 14)), "python3", "python"):
+        found = shutil.which(name)
+        if found and _version(found) >= OLDEST:
+            return found
+    running = ".".join(map(str, sys.version_info[:3]))
+    raise SetupError(f"this is Python {running} and no Python 3.10 or newer is on the PATH; install one")
+
+
+def _version(python: str) -> tuple[int, ...]:
+    """Version of an interpreter; empty if it does not start (the shims of version managers often don't)."""
+    ask = "import sys; print(*sys.version_info[:3])"
+    answer = subprocess.run([python, "-c", ask], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    return tuple(map(int, answer.stdout.split()))
+
+
+def _stamp_for(base: str) -> str:
+    """First line: what asks for a new environment when it changes. Second line: what asks for another install."""
+    version = sys.version_info[:3] if sys.version_info >= OLDEST else _version(base)
+    made_by = f"Python {'.'.join(map(str, version))}, _env.py {_digest(__file__)}"
+    made_for = f"pyproject.toml {_digest(ROOT / 'pyproject.toml')}"
+    return f"{made_by}\n{made_for}"
+
+
+def _digest(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _read_stamp(venv: Path) -> str | None:
+    """What the environment was made for; ``None`` if it is missing, half-made, or its base Python is gone."""
+    try:
+        return (venv / STAMP).read_text(encoding="utf-8") if Path(_python_of(venv)).exists() else None
+    except FileNotFoundError:
+        return None
+
+
+def _python_of(venv: Path) -> str:
+    return str(venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+
+
+def _lock(descriptor: int, *, exclusive: bool) -> None:
+    """Wait for the lock. Windows has no flock: there, two first runs at the same moment are not kept apart."""
+    if sys.platform == "win32":
+        return
+    kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("waiting for another run that uses the same environment", flush=True)
+        fcntl.flock(descriptor, kind)
+
+
+def _set_up(venv: Path, base: str, wanted: str) -> None:
+    """Make or update the environment; the stamp goes first and comes back last."""
+    print(f"setting up {venv} (once; minutes on a slow network)", flush=True)
+    current = _read_stamp(venv)
+    with contextlib.suppress(FileNotFoundError):
+        (venv / STAMP).unlink()
+    if current is None or current.splitlines()[0] != wanted.splitlines()[0]:
+        _make_anew(venv, base)
+    _install(_python_of(venv))
+    half_written = venv / f"{STAMP}.new"
+    half_written.write_text(wanted, encoding="utf-8")
+    half_written.replace(venv / STAMP)
+
+
+def _make_anew(venv: Path, base: str) -> None:
+    if venv.exists() and any(venv.iterdir()) and not (venv / MARK).exists():
+        raise SetupError(f"{venv} was not made by these scripts; move it away, or name another in CHECKPOINTER_VENV")
+    venv.mkdir(exist_ok=True)
+    (venv / MARK).touch()
+    for entry in venv.iterdir():
+        if entry.name != MARK:  # stays to the end, so that an interrupted removal can be resumed
+            _remove(entry)
+    try:
+        _step("virtual environment", [base, "-m", "venv", str(venv)])
+    except SetupError as error:
+        raise SetupError(f"{error}\n(on Debian and Ubuntu: apt install python3-venv)") from None
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
+
+
+def _install(python: str) -> None:
+    """Everything but torch from PyPI, and torch as a CPU build where there is one: CUDA's libraries are gigabytes."""
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
+    uv = [python, "-m", "uv", "pip", "install", "--python", python]
+    try:
+        _step("uv", [*pip, "uv"])
+        fast = uv
+    except SetupError:
+        print("   no uv to be had: going on with pip, which is slower", flush=True)
+        fast = pip
+    if not _is_installed("torch", python):
+        _step(
+            "torch",
+            [*pip, "--no-index", "--no-deps", TORCH_WHEEL],  # a configured folder of wheels; else fails at once
+            [*fast, "--no-deps", "--index-url", TORCH_CPU_INDEX, TORCH],
+            [*fast, TORCH],
+        )
+    _step("checkpointer and its tools", [*fast, "-e", f"{ROOT}[dev]"])  # keeps the torch that is there
+
+
+def _is_installed(distribution: str, python: str) -> bool:
+    ask = f"import importlib.metadata as m; m.version({distribution!r})"
+    return subprocess.call([python, "-c", ask], stderr=subprocess.DEVNULL) == 0
+
+
+def _step(what: str, *alternatives: Sequence[str]) -> None:
+    """Run the first of the commands that succeeds; their output is shown only if none does."""
+    print(f"   {what} …", end=" ", flush=True)
+    begin = time.monotonic()
+    outputs = []
+    for command in alternatives:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, cwd=ROOT)
+        if done.returncode == 0:
+            print(f"{time.monotonic() - begin:.0f} s", flush=True)
+            return
+        outputs.append(f"$ {' '.join(command)}\n{done.stdout.decode(errors='replace')}")
+    print("failed", flush=True)
+    raise SetupError(f"cannot install {what}:\n" + "\n".join(outputs))
