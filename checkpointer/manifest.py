@@ -6,12 +6,9 @@ Pure: bytes in, :class:`Manifest` out, and back. Reading trusts nothing (see FOR
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-
-import xxhash
 
 from . import layout, strictjson
 from .errors import CorruptCheckpointError, FormatVersionError, SaveError
@@ -21,8 +18,6 @@ from .info import CheckpointInfo
 FORMAT = "checkpointer"
 VERSION = 1
 
-_TAIL = re.compile(rb',\n  "checksum": "([0-9a-f]{32})"\n}\n')
-_TAIL_LENGTH = len(b',\n  "checksum": ""\n}\n') + 32
 _SPECIAL_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -80,7 +75,7 @@ class Manifest:
         )
 
     def to_bytes(self) -> bytes:
-        """The file's content: indented UTF-8 JSON whose last member is a checksum over all bytes before it.
+        """The file's content: sealed JSON.
 
         Raises:
             SaveError: larger than 64 KiB.
@@ -94,7 +89,7 @@ class Manifest:
             "step": self.step,
             "epoch": self.epoch,
             "created": self.created.astimezone(timezone.utc).isoformat(timespec="microseconds"),
-            "metrics": {name: _metric_to_json(value) for name, value in self.metrics.items()},
+            "metrics": {name: metric_to_json(value) for name, value in self.metrics.items()},
             "tags": list(self.tags),
             "finite": self.finite,
             "world_size": self.world_size,
@@ -103,9 +98,7 @@ class Manifest:
             "environment": dict(self.environment),
             "statistics": dict(self.statistics),
         }
-        lines = [f"  {strictjson.dumps(name)}: {strictjson.dumps(value)}" for name, value in fields.items()]
-        head = ("{\n" + ",\n".join(lines)).encode("ascii")
-        data = head + b',\n  "checksum": "' + xxhash.xxh3_128_hexdigest(head).encode("ascii") + b'"\n}\n'
+        data = strictjson.seal(fields)
         if len(data) > layout.MANIFEST_LIMIT:
             raise SaveError(
                 f"the manifest would take {len(data)} bytes, at most {layout.MANIFEST_LIMIT} are allowed: "
@@ -121,7 +114,9 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         CorruptCheckpointError: the bytes are not what a writer of this format wrote.
         FormatVersionError: they are, but of a newer version.
     """
-    raw = _checked(data, where)
+    if len(data) > layout.MANIFEST_LIMIT:
+        raise CorruptCheckpointError(f"{where} is larger than {layout.MANIFEST_LIMIT} bytes")
+    raw = strictjson.unseal(data, where)  # seal, format and version are the same in every version of the format
     if raw.get("format") != FORMAT:
         raise CorruptCheckpointError(f"{where}: not a checkpointer manifest (format {str(raw.get('format'))[:40]!r})")
     version = strictjson.integer(raw.get("version"), f"{where}: version", low=1)
@@ -135,18 +130,6 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     except (CorruptCheckpointError, KeyError, ValueError, OverflowError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise CorruptCheckpointError(f"{where}: {reason}") from error
-
-
-def _checked(data: bytes, where: str) -> dict[str, object]:
-    """The JSON object in ``data``, its checksum verified. This envelope is the same in every format version."""
-    if len(data) > layout.MANIFEST_LIMIT:
-        raise CorruptCheckpointError(f"{where} is larger than {layout.MANIFEST_LIMIT} bytes")
-    tail = _TAIL.fullmatch(data[-_TAIL_LENGTH:])
-    if not tail:
-        raise CorruptCheckpointError(f"{where} is truncated or damaged ({len(data)} bytes, no checksum at its end)")
-    if xxhash.xxh3_128_hexdigest(data[:-_TAIL_LENGTH]).encode("ascii") != tail[1]:
-        raise CorruptCheckpointError(f"{where} is damaged: its bytes do not match its checksum")
-    return strictjson.mapping(strictjson.loads(data, where), where)
 
 
 def _from_json(raw: Mapping[str, object]) -> Manifest:
@@ -166,7 +149,7 @@ def _from_json(raw: Mapping[str, object]) -> Manifest:
         step=strictjson.integer(raw["step"], "step"),
         epoch=None if epoch is None else strictjson.integer(epoch, "epoch"),
         created=_parse_time(strictjson.string(raw["created"], "created")),
-        metrics={name: _metric_from_json(value, name) for name, value in metrics.items()},
+        metrics={name: metric_from_json(value, name) for name, value in metrics.items()},
         tags=tuple(strictjson.string(tag, "tag") for tag in strictjson.array(raw["tags"], "tags")),
         finite=finite,
         world_size=strictjson.integer(raw["world_size"], "world_size", low=1, high=2**31),
@@ -195,11 +178,11 @@ def _parse_record(value: object, path: str) -> FileRecord:
     return FileRecord(strictjson.integer(items[0], f"size of {path!r}"), strictjson.digest(items[1], path))
 
 
-def _metric_to_json(value: float) -> float | str:
+def metric_to_json(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _metric_from_json(value: object, name: str) -> float:
+def metric_from_json(value: object, name: str) -> float:
     if isinstance(value, str) and value in _SPECIAL_FLOATS:
         return _SPECIAL_FLOATS[value]
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -1,11 +1,44 @@
-"""JSON for files that may be hostile: no duplicate keys, no NaN literals, and no error but one."""
+"""JSON for files that may be hostile: no duplicate keys, no NaN literals, and no error but one.
+
+A *sealed* file is an indented JSON object whose last member is ``checksum``: the xxh3-128 of all bytes before the
+comma that precedes it. Any changed byte shows, with no other file needed.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
+import xxhash
+
 from .errors import CorruptCheckpointError
+
+
+_TAIL = re.compile(rb',\n  "checksum": "([0-9a-f]{32})"\n}\n')
+_TAIL_LENGTH = len(b',\n  "checksum": ""\n}\n') + 32
+
+
+def seal(fields: Mapping[str, object]) -> bytes:
+    """A sealed file with ``fields``, one line each."""
+    lines = [f"  {dumps(name)}: {dumps(value)}" for name, value in fields.items()]
+    head = ("{\n" + ",\n".join(lines)).encode("ascii")
+    return head + b',\n  "checksum": "' + xxhash.xxh3_128_hexdigest(head).encode("ascii") + b'"\n}\n'
+
+
+def unseal(data: bytes, where: str) -> dict[str, Any]:
+    """The fields of a sealed file; ``where`` names it in errors.
+
+    Raises:
+        CorruptCheckpointError: truncated, changed, or never sealed.
+    """
+    tail = _TAIL.fullmatch(data[-_TAIL_LENGTH:])
+    if not tail:
+        raise CorruptCheckpointError(f"{where} is truncated or damaged ({len(data)} bytes, no checksum at its end)")
+    if xxhash.xxh3_128_hexdigest(data[:-_TAIL_LENGTH]).encode("ascii") != tail[1]:
+        raise CorruptCheckpointError(f"{where} is damaged: its bytes do not match its checksum")
+    return mapping(loads(data, where), where)
 
 
 def dumps(value: object, *, indent: int | None = None) -> str:

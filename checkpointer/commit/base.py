@@ -1,0 +1,136 @@
+"""What both commit protocols share."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import xxhash
+
+from .. import layout
+from ..errors import CheckpointerError, CorruptCheckpointError, FormatVersionError
+from ..manifest import FileRecord, Manifest, parse_manifest
+from ..notes import annotated, read_notes
+from ..storage import Buffer, Storage
+
+STALE_AFTER = 24 * 3600.0
+"""Seconds without a sign of life after which another writer's attempt counts as abandoned where no lock proves it."""
+
+
+def new_id() -> str:
+    """A new checkpoint's (and its attempt's) id: 32 random hexadecimal digits."""
+    return secrets.token_hex(16)
+
+
+@dataclass
+class Attempt:
+    """A checkpoint while it is being written: invisible to every reader."""
+
+    storage: Storage
+    step: int
+    id: str
+    directory: str
+    """Where its files go."""
+    data: str | None
+    """The manifest's ``data``."""
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+    def write(self, path: str, pieces: Iterable[Buffer], size: int) -> FileRecord:
+        """Write one durable file of ``size`` bytes and record its hash."""
+        hasher = xxhash.xxh3_128()
+        self.storage.write(f"{self.directory}/{path}", _hashed(pieces, hasher), size)
+        record = self.files[path] = FileRecord(size, hasher.hexdigest())
+        return record
+
+
+def _hashed(pieces: Iterable[Buffer], hasher: xxhash.xxh3_128) -> Iterator[Buffer]:
+    for piece in pieces:
+        hasher.update(piece)
+        yield piece
+
+
+class CommitProtocol(Protocol):
+    """One way to commit and remove. ``recover`` finishes or undoes whatever a dead writer left half done."""
+
+    def begin(self, step: int) -> Attempt: ...
+
+    def commit(self, attempt: Attempt, manifest: Manifest) -> str:
+        """Make the attempt visible; returns its name. Durable, or an error and nothing changed."""
+
+    def abandon(self, attempt: Attempt) -> None:
+        """Remove what an attempt that failed has written."""
+
+    def remove(self, name: str, manifest: Manifest) -> bool:
+        """Remove a committed checkpoint; ``False`` if it turned out to be pinned and stays."""
+
+    def recover(self) -> None: ...
+
+
+def read_manifest(storage: Storage, directory: str) -> Manifest | None:
+    """The manifest in a directory; ``None`` if there is none, so that it is no checkpoint.
+
+    Raises:
+        CorruptCheckpointError, FormatVersionError: there is one, but it cannot be used.
+    """
+    path = f"{directory}/{layout.MANIFEST}"
+    try:
+        data = storage.read(path, layout.MANIFEST_LIMIT)
+    except FileNotFoundError:
+        return None
+    return parse_manifest(data, storage.place(path))
+
+
+@dataclass(frozen=True)
+class Occupant:
+    """What lies where a checkpoint wants to go."""
+
+    manifest: Manifest | None
+    damaged: bool = False
+    keep: bool = False
+    """Pinned, or of a newer format: it must not be replaced."""
+
+
+def occupant(storage: Storage, name: str) -> Occupant | None:
+    """Who holds ``name``; ``None`` if it is free."""
+    try:
+        manifest = read_manifest(storage, name)
+    except CorruptCheckpointError:
+        return Occupant(None, damaged=True)
+    except FormatVersionError:
+        return Occupant(None, keep=True)
+    if manifest is None:
+        return Occupant(None) if storage.exists(name) else None
+    info = annotated(manifest.info(name), read_notes(storage, manifest.id))
+    return Occupant(manifest, damaged=info.damaged is not None, keep=info.pinned)
+
+
+def is_pinned(storage: Storage, manifest: Manifest) -> bool:
+    """Whether the notes pin this checkpoint right now."""
+    return annotated(manifest.info(""), read_notes(storage, manifest.id)).pinned
+
+
+def own_manifest(storage: Storage, directory: str) -> Manifest | None:
+    """The manifest in a directory that is being removed; an unusable one counts as none."""
+    try:
+        return read_manifest(storage, directory)
+    except CheckpointerError:
+        return None
+
+
+def walk(storage: Storage, directory: str) -> Iterator[str]:
+    """Every non-directory below ``directory``, relative to it."""
+    for entry in storage.list_directory(directory):
+        if entry.is_dir:
+            yield from (f"{entry.name}/{inner}" for inner in walk(storage, f"{directory}/{entry.name}"))
+        else:
+            yield entry.name
+
+
+def remove_empty_directories(storage: Storage, directory: str) -> bool:
+    """Remove ``directory`` and all below it that holds no file; whether it is gone."""
+    for entry in storage.list_directory(directory):
+        if entry.is_dir:
+            remove_empty_directories(storage, f"{directory}/{entry.name}")
+    return storage.remove_directory(directory)

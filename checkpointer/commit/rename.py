@@ -1,0 +1,181 @@
+"""Commit by rename: file systems with an atomic directory rename and a lock that proves its owner alive.
+
+Everything is written under ``.checkpointer/tmp/<id>``, made durable, and renamed. Removal is a rename to
+``.checkpointer/trash/<id>`` followed by the deletion there. So a name in the root is always a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from .. import layout
+from ..errors import CheckpointerWarning, SaveError
+from ..lock import WriterLock
+from ..manifest import Manifest
+from ..notes import remove_notes
+from ..storage import Storage
+from .base import (
+    STALE_AFTER,
+    Attempt,
+    is_pinned,
+    new_id,
+    occupant,
+    own_manifest,
+    remove_empty_directories,
+    walk,
+)
+
+ROOT = ""
+
+
+class RenameCommit:
+    """The protocol for :class:`~checkpointer.storage.LocalStorage`."""
+
+    def __init__(self, storage: Storage, lock: WriterLock) -> None:
+        self._storage = storage
+        self._lock = lock
+
+    def begin(self, step: int) -> Attempt:
+        id = new_id()
+        directory = f"{layout.TMP}/{id}"
+        self._storage.make_directory(directory)
+        return Attempt(self._storage, step, id, directory, data=None)
+
+    def commit(self, attempt: Attempt, manifest: Manifest) -> str:
+        data = manifest.to_bytes()
+        self._storage.write(f"{attempt.directory}/{layout.MANIFEST}", [data], len(data))
+        self._storage.sync(*_directories_bottom_up(attempt))
+        self._lock.check()
+        name = layout.checkpoint_name(attempt.step)
+        there = occupant(self._storage, name)
+        if there is None:
+            self._move(attempt.directory, name)
+        elif there.keep:
+            name = layout.checkpoint_name(attempt.step, attempt.id)
+            self._move(attempt.directory, name)
+        elif there.damaged:
+            self._quarantine(name)
+            self._move(attempt.directory, name)
+        elif there.manifest is None:
+            raise SaveError(
+                f"{self._storage.place(name)} exists but is not a checkpoint (it has no {layout.MANIFEST}); "
+                "nothing in it was touched: move it away, then save again"
+            )
+        else:
+            self._replace(attempt, name, there.manifest)
+        return name
+
+    def abandon(self, attempt: Attempt) -> None:
+        there = own_manifest(self._storage, attempt.directory)
+        if there is None or there.id == attempt.id:  # else the commit failed after an exchange: it is the old one
+            self._delete_everything(attempt.directory)
+
+    def remove(self, name: str, manifest: Manifest) -> bool:
+        self._to_trash(name, manifest)
+        return self._dispose(f"{layout.TRASH}/{manifest.id}")
+
+    def recover(self) -> None:
+        for entry in self._storage.list_directory(layout.TMP):
+            if entry.is_dir and self._is_abandoned(f"{layout.TMP}/{entry.name}"):
+                self._dispose(f"{layout.TMP}/{entry.name}")
+            elif entry.is_file:
+                self._storage.remove(f"{layout.TMP}/{entry.name}")
+        for entry in self._storage.list_directory(layout.TRASH):
+            if entry.is_dir:
+                self._dispose(f"{layout.TRASH}/{entry.name}")
+        for entry in self._storage.list_directory(ROOT):
+            if entry.is_dir and layout.is_second_name(entry.name):
+                self._settle_second_name(entry.name)
+
+    def _is_abandoned(self, directory: str) -> bool:
+        """Holding the OS lock proves every other attempt's owner dead; without it only time tells."""
+        if self._lock.proven:
+            return True
+        age = self._storage.age(directory)
+        return age is not None and age > STALE_AFTER
+
+    def _move(self, old: str, new: str) -> None:
+        self._storage.rename(old, new)
+        self._storage.sync(new.rpartition("/")[0], old.rpartition("/")[0])
+
+    def _replace(self, attempt: Attempt, name: str, old: Manifest) -> None:
+        """Put the attempt in the place of a committed checkpoint: at every instant one of the two is there."""
+        if self._storage.exchange(attempt.directory, name):
+            self._storage.sync(ROOT, layout.TMP)
+            self._to_trash(attempt.directory, old)
+            return
+        second = layout.checkpoint_name(attempt.step, attempt.id)
+        self._move(attempt.directory, second)
+        self._to_trash(name, old)
+        self._move(second, name)
+
+    def _to_trash(self, directory: str, manifest: Manifest) -> None:
+        self._storage.make_directory(layout.TRASH)
+        self._move(directory, f"{layout.TRASH}/{manifest.id}")
+
+    def _quarantine(self, directory: str) -> str:
+        """Move something that is in the way, or not ours, to where nothing is ever deleted."""
+        self._storage.make_directory(layout.QUARANTINE)
+        place = f"{layout.QUARANTINE}/{directory.rpartition('/')[2]}-{new_id()[:8]}"
+        self._move(directory, place)
+        warnings.warn(
+            f"moved {self._storage.place(directory)} to {self._storage.place(place)}: it is damaged, or holds files "
+            "that this library did not write. Nothing there is ever deleted: look at it, then remove it by hand",
+            CheckpointerWarning,
+            stacklevel=2,
+        )
+        return place
+
+    def _dispose(self, directory: str) -> bool:
+        """Delete a directory in tmp or trash, but not what is pinned, and no file that a checkpoint does not list."""
+        manifest = own_manifest(self._storage, directory)
+        never_committed = directory.startswith(layout.TMP) and (
+            manifest is None or directory == f"{layout.TMP}/{manifest.id}"
+        )
+        if never_committed:
+            self._delete_everything(directory)
+            return True
+        if manifest is not None:
+            if is_pinned(self._storage, manifest):
+                self._bring_back(directory, manifest)
+                return False
+            for path in (*manifest.files, layout.MANIFEST):  # the manifest last: it is the list of what to delete
+                self._storage.remove(f"{directory}/{path}")
+        if not remove_empty_directories(self._storage, directory):
+            self._quarantine(directory)
+        if manifest is not None:
+            remove_notes(self._storage, manifest.id)
+        return True
+
+    def _bring_back(self, directory: str, manifest: Manifest) -> None:
+        name = layout.checkpoint_name(manifest.step)
+        if self._storage.exists(name):
+            name = layout.checkpoint_name(manifest.step, manifest.id)
+        self._move(directory, name)
+
+    def _delete_everything(self, directory: str) -> None:
+        for path in list(walk(self._storage, directory)):
+            self._storage.remove(f"{directory}/{path}")
+        remove_empty_directories(self._storage, directory)
+
+    def _settle_second_name(self, second: str) -> None:
+        """Finish a replacement without exchange that died half-way: the newer of the two takes the plain name."""
+        newer = own_manifest(self._storage, second)
+        if newer is None:
+            return
+        name = layout.checkpoint_name(newer.step)
+        there = occupant(self._storage, name)
+        if there is not None:
+            replaceable = there.manifest is not None and not there.keep and not there.damaged
+            if not replaceable or there.manifest is None or there.manifest.sequence > newer.sequence:
+                return
+            self._to_trash(name, there.manifest)
+            self._dispose(f"{layout.TRASH}/{there.manifest.id}")
+        self._move(second, name)
+
+
+def _directories_bottom_up(attempt: Attempt) -> list[str]:
+    """Every directory that the attempt's files made, inner ones first, the attempt's own last."""
+    inner = {parent for path in attempt.files for parent in layout.parents(path)}
+    ordered = sorted(inner, key=lambda path: (-path.count("/"), path))
+    return [*(f"{attempt.directory}/{path}" for path in ordered), attempt.directory]

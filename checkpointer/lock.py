@@ -1,0 +1,157 @@
+"""The single-writer lock of a run root: an OS lock, which dies with its owner, and a file that says who holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import getpass
+import hashlib
+import json
+import os
+import socket
+import tempfile
+import warnings
+from datetime import datetime, timezone
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .errors import CheckpointerWarning, RunLockedError, SaveError
+
+_NO_OS_LOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+class WriterLock:
+    """Held from ``acquire`` to ``release`` by one manager of one process on one host.
+
+    ``path`` is the lock file inside the run root, or ``None`` where the file system has no OS locks (object stores):
+    then a local lock, keyed by the URL, keeps the processes of this host and user apart, and a warning says so.
+    """
+
+    def __init__(self, url: str, path: str | None) -> None:
+        self._url = url
+        self._inside_root = path is not None
+        self._path = Path(path) if path is not None else _substitute_path(url)
+        self._owner_path = self._path.with_name("owner.json") if path else self._path.with_suffix(".owner.json")
+        self._lock: FileLock | None = None
+        self._pid = os.getpid()
+        self._identity: tuple[int, int] | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this very process holds it: a forked child inherits nothing."""
+        return self._lock is not None and self._pid == os.getpid()
+
+    @property
+    def proven(self) -> bool:
+        """Whether holding it proves that no other writer of this root is alive."""
+        return self.held and (self._inside_root or self._url.startswith("memory://"))
+
+    def acquire(self) -> None:
+        """Take the lock, or fail at once.
+
+        Raises:
+            RunLockedError: another manager holds it; names host, process and time.
+            SaveError: the lock file cannot be written.
+        """
+        if self.held:
+            return
+        lock = FileLock(self._path, timeout=0, thread_local=False, fallback_to_soft=False)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise RunLockedError(self._refusal()) from None
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", None) not in _NO_OS_LOCK and not isinstance(error, NotImplementedError):
+                raise SaveError(
+                    f"cannot lock {self._url} for writing: {error}; "
+                    "to read only, pass read_only=True, else make the run root writable"
+                ) from error
+            return self._fall_back()
+        self._lock, self._pid = lock, os.getpid()
+        status = os.stat(self._path)
+        self._identity = (status.st_dev, status.st_ino)
+        self._write_owner()
+        if not self._inside_root and not self._url.startswith("memory://"):
+            self._warn_unprotected("its storage has no lock that a dead owner frees")
+        return None
+
+    def check(self) -> None:
+        """Raise RunLockedError unless the lock file is still the one that was locked."""
+        try:
+            status = os.stat(self._path)
+            ours = (status.st_dev, status.st_ino) == self._identity
+        except FileNotFoundError:
+            ours = False
+        if not self.held or not ours:
+            raise RunLockedError(
+                f"the writer's lock of {self._url} is no longer ours: {self._path} was removed or replaced. "
+                "Another job may be writing to this run; nothing was committed"
+            )
+
+    def release(self) -> None:
+        """Free the lock; does nothing where this process does not hold it."""
+        if self.held and self._lock is not None:
+            self._owner_path.unlink(missing_ok=True)
+            self._lock.release()
+        self._lock = None
+
+    def _fall_back(self) -> None:
+        self._warn_unprotected("its file system has no working OS locks")
+        self._path = _substitute_path(self._url)
+        self._owner_path = self._path.with_suffix(".owner.json")
+        self._inside_root = False
+        self.acquire()
+
+    def _warn_unprotected(self, reason: str) -> None:
+        warnings.warn(
+            f"{self._url}: {reason}, so only jobs of this user on this host are kept from writing to the same run; "
+            "make sure that no other host does",
+            CheckpointerWarning,
+            stacklevel=2,
+        )
+
+    def _write_owner(self) -> None:
+        owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "user": _user(),
+        }
+        self._owner_path.write_text(json.dumps(owner) + "\n", encoding="utf-8")
+
+    def _refusal(self) -> str:
+        who = read_owner(self._owner_path)
+        same = who is not None and who.get("pid") == os.getpid() and who.get("host") == socket.gethostname()
+        holder = (
+            f"pid {who.get('pid')} on host {who.get('host')} (user {who.get('user')}), since {who.get('since')}"
+            if who
+            else "a process that has not said who it is"
+        )
+        if same:
+            advice = "That is this process: close its other manager first (mgr.close(), or use it as a context manager)"
+        else:
+            advice = "Wait for it to end or stop it; to read only (evaluation, a notebook), pass read_only=True"
+        return f"{self._url} is being written by {holder}. {advice}"
+
+
+def read_owner(path: Path) -> dict[str, object] | None:
+    """Who holds, or last held, the lock; ``None`` if nobody said."""
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return owner if isinstance(owner, dict) else None
+
+
+def _substitute_path(url: str) -> Path:
+    key = f"{url}#{os.getpid()}" if url.startswith("memory://") else url
+    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return Path(tempfile.gettempdir()) / f"checkpointer-{_user()}" / f"{digest}.lock"
+
+
+def _user() -> str:
+    with contextlib.suppress(KeyError, OSError, ImportError):  # containers may run as a number without a name
+        return getpass.getuser()
+    return str(os.getuid()) if hasattr(os, "getuid") else "unknown"

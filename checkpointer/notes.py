@@ -1,0 +1,116 @@
+"""Pins and annotations: small sealed files beside the checkpoints, appended and never changed.
+
+Any process may write one without the writer's lock. Each is ``.checkpointer/notes/<checkpoint-id>/<number>-<random>``
+with the next free number, so that reading them in the order of their names replays what happened; no clock is asked.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from . import layout, strictjson
+from .errors import CorruptCheckpointError
+from .info import CheckpointInfo
+from .manifest import metric_from_json, metric_to_json
+from .storage import Storage
+
+NOTE_LIMIT = 64 * 1024
+"""Bytes."""
+
+_NAME = re.compile(r"([0-9]{8})-[0-9a-f]{16}\.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """One entry. ``None`` leaves a thing as it is."""
+
+    pinned: bool | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    text: str | None = None
+    damaged: str | None = None
+    """Why the checkpoint failed a check; ``""`` takes it back (a later check passed)."""
+
+    def to_bytes(self) -> bytes:
+        fields = {
+            "pinned": self.pinned,
+            "metrics": {name: metric_to_json(value) for name, value in self.metrics.items()},
+            "tags": list(self.tags),
+            "text": self.text,
+            "damaged": self.damaged,
+        }
+        data = strictjson.seal(fields)
+        if len(data) > NOTE_LIMIT:
+            raise ValueError(f"a note takes {len(data)} bytes, at most {NOTE_LIMIT} are allowed")
+        return data
+
+
+def add_note(storage: Storage, checkpoint_id: str, note: Note) -> None:
+    """Append ``note``; durable when this returns."""
+    directory = f"{layout.NOTES}/{checkpoint_id}"
+    number = 1 + max((int(match[1]) for match in _names(storage, directory)), default=0)
+    storage.create(f"{directory}/{number:08d}-{secrets.token_hex(8)}.json", note.to_bytes())
+
+
+def read_notes(storage: Storage, checkpoint_id: str) -> list[Note]:
+    """All notes on a checkpoint, oldest first. One that cannot be read counts as a pin: that loses nothing."""
+    directory = f"{layout.NOTES}/{checkpoint_id}"
+    paths = [f"{directory}/{match[0]}" for match in sorted(_names(storage, directory), key=lambda match: match[0])]
+    return [_parse(data, path) for path, data in zip(paths, storage.read_many(paths, NOTE_LIMIT), strict=True)]
+
+
+def noted_ids(storage: Storage) -> set[str]:
+    """Ids of the checkpoints that have notes."""
+    return {entry.name for entry in storage.list_directory(layout.NOTES) if layout.is_id(entry.name)}
+
+
+def remove_notes(storage: Storage, checkpoint_id: str) -> None:
+    """Forget the notes on a checkpoint that is gone."""
+    directory = f"{layout.NOTES}/{checkpoint_id}"
+    for match in _names(storage, directory):
+        storage.remove(f"{directory}/{match[0]}")
+    storage.remove_directory(directory)
+
+
+def annotated(info: CheckpointInfo, notes: Iterable[Note]) -> CheckpointInfo:
+    """``info`` with ``notes`` replayed over it."""
+    for note in notes:
+        info = replace(
+            info,
+            pinned=info.pinned if note.pinned is None else note.pinned,
+            metrics={**info.metrics, **note.metrics},
+            tags=tuple(dict.fromkeys((*info.tags, *note.tags))),
+            note=info.note if note.text is None else note.text,
+            damaged=info.damaged if note.damaged is None else note.damaged or None,
+        )
+    return info
+
+
+def _names(storage: Storage, directory: str) -> list[re.Match[str]]:
+    matches = (_NAME.fullmatch(entry.name) for entry in storage.list_directory(directory))
+    return [match for match in matches if match]
+
+
+def _parse(data: bytes | Exception, path: str) -> Note:
+    if isinstance(data, FileNotFoundError):
+        return Note()  # its checkpoint was pruned meanwhile
+    if isinstance(data, CorruptCheckpointError):
+        return Note(pinned=True)
+    if isinstance(data, Exception):
+        raise data
+    try:
+        raw = strictjson.unseal(data, path)
+        pinned, text, damaged = raw.get("pinned"), raw.get("text"), raw.get("damaged")
+        metrics = strictjson.mapping(raw.get("metrics"), "metrics")
+        return Note(
+            pinned=pinned if isinstance(pinned, bool) else None,
+            metrics={name: metric_from_json(value, name) for name, value in metrics.items()},
+            tags=tuple(strictjson.string(tag, "tag") for tag in strictjson.array(raw.get("tags"), "tags")),
+            text=None if text is None else strictjson.string(text, "text"),
+            damaged=None if damaged is None else strictjson.string(damaged, "damaged"),
+        )
+    except CorruptCheckpointError:
+        return Note(pinned=True)

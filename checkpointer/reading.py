@@ -1,0 +1,176 @@
+"""Reading one checkpoint back, trusting nothing: sizes first, then bytes against their hashes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import NamedTuple, TypeVar
+
+import xxhash
+
+from . import layout
+from .errors import CorruptCheckpointError
+from .index import Chunk, Index, parse_index
+from .manifest import Manifest
+from .storage import ReadFile, Storage
+
+READ_BLOCK = 512 * 1024
+"""Bytes read and hashed at a time: small enough that the hash finds them in the processor's cache."""
+
+READ_THREADS = min(8, max(2, os.cpu_count() or 1))
+
+T = TypeVar("T")
+
+
+class ChunkRead(NamedTuple):
+    """A chunk and the memory that it is read into (contiguous unsigned bytes of just its size)."""
+
+    name: str
+    """Component and key, for errors."""
+    chunk: Chunk
+    target: memoryview
+
+
+class CheckpointReader:
+    """An open checkpoint. Use as a context manager.
+
+    Opening reads the index and compares the size of every file with the manifest, so that whoever allocates memory
+    for tensors afterwards can trust their shapes.
+
+    Raises:
+        CorruptCheckpointError: a file is missing, has another size, or fails its check.
+        FileNotFoundError: the whole checkpoint has vanished (a writer pruned it).
+    """
+
+    def __init__(self, storage: Storage, directory: str, manifest: Manifest) -> None:
+        self._storage = storage
+        self._directory = directory
+        self.manifest = manifest
+        self._stack = ExitStack()
+        try:
+            self._files = {path: self._open(path) for path in manifest.files}
+            self.index = self._read_index()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every file."""
+        self._stack.close()
+
+    def check_metadata(self, verify: bool) -> None:
+        """Check what is not tensor data: whole small files, and the headers of safetensors files."""
+        if not verify:
+            return
+        for path, record in self.manifest.files.items():
+            header = self.index.headers.get(path)
+            length, expected = header if header else (record.size, record.xxh3)
+            if self._hash(path, 0, length) != expected:
+                what = "the header of " if header else ""
+                raise CorruptCheckpointError(f"{what}{self._place(path)} is damaged: its bytes do not match its hash")
+
+    def read(self, reads: Sequence[ChunkRead], verify: bool) -> None:
+        """Fill every target, from several threads; the largest first."""
+        ordered = sorted(reads, key=lambda read: -len(read.target))
+        _in_parallel(lambda read: self._read_chunk(read, verify), ordered)
+
+    def check_chunks(self, chunks: Iterable[tuple[str, Chunk]]) -> None:
+        """Check the hash of each ``(name, chunk)`` without keeping its bytes."""
+        _in_parallel(lambda item: self._check_chunk(*item), list(chunks))
+
+    def _open(self, path: str) -> ReadFile:
+        record = self.manifest.files[path]
+        place = f"{self._directory}/{self.manifest.place(path)}"
+        try:
+            file = self._storage.open(place)
+        except FileNotFoundError as error:
+            if not self._storage.exists(f"{self._directory}/{layout.MANIFEST}"):
+                raise  # the whole checkpoint is gone, not one file of it
+            raise CorruptCheckpointError(f"{self._place(path)} is missing") from error
+        self._stack.callback(file.close)
+        if file.size != record.size:
+            raise CorruptCheckpointError(f"{self._place(path)} has {file.size} bytes, {record.size} were written")
+        return file
+
+    def _read_index(self) -> Index:
+        path = layout.INDEX
+        if path not in self._files:
+            raise CorruptCheckpointError(f"{self._storage.place(self._directory)} lists no {path}")
+        if self._files[path].size > layout.INDEX_LIMIT:
+            raise CorruptCheckpointError(f"{self._place(path)} is larger than {layout.INDEX_LIMIT} bytes")
+        data = bytearray(self._files[path].size)
+        self._read_into(path, 0, memoryview(data))
+        if xxhash.xxh3_128_hexdigest(data) != self.manifest.files[path].xxh3:
+            raise CorruptCheckpointError(f"{self._place(path)} is damaged: its bytes do not match its hash")
+        sizes = {file: record.size for file, record in self.manifest.files.items()}
+        return parse_index(bytes(data), sizes, self._place(path))
+
+    def _read_chunk(self, read: ChunkRead, verify: bool) -> None:
+        hasher = xxhash.xxh3_128()
+        for start in range(0, len(read.target), READ_BLOCK):
+            block = read.target[start : start + READ_BLOCK]
+            self._read_into(read.chunk.file, read.chunk.begin + start, block)
+            if verify:
+                hasher.update(block)
+        if verify and hasher.hexdigest() != read.chunk.xxh3:
+            raise self._damaged(read.name, read.chunk)
+
+    def _check_chunk(self, name: str, chunk: Chunk) -> None:
+        if self._hash(chunk.file, chunk.begin, chunk.end) != chunk.xxh3:
+            raise self._damaged(name, chunk)
+
+    def _damaged(self, name: str, chunk: Chunk) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"{self._place(chunk.file)} is damaged: bytes {chunk.begin} to {chunk.end}, which hold {name}, "
+            "do not match their hash"
+        )
+
+    def _hash(self, path: str, begin: int, end: int) -> str:
+        hasher = xxhash.xxh3_128()
+        for block in self.blocks(path, begin, end):
+            hasher.update(block)
+        return hasher.hexdigest()
+
+    def blocks(self, path: str, begin: int, end: int) -> Iterator[memoryview]:
+        """The bytes of a file from ``begin`` to ``end``, in one buffer that is used again for each block."""
+        buffer = memoryview(bytearray(min(READ_BLOCK, end - begin)))
+        for start in range(begin, end, READ_BLOCK):
+            block = buffer[: min(READ_BLOCK, end - start)]
+            self._read_into(path, start, block)
+            yield block
+
+    def _read_into(self, path: str, offset: int, view: memoryview) -> None:
+        try:
+            self._files[path].read_into(offset, view)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise CorruptCheckpointError(f"{self._place(path)} cannot be read: {error}") from error
+
+    def _place(self, path: str) -> str:
+        return self._storage.place(f"{self._directory}/{self.manifest.place(path)}")
+
+
+def _in_parallel(function: Callable[[T], None], items: Sequence[T]) -> None:
+    """Call ``function`` for each item on a few threads; the first error is raised and the rest is not begun."""
+    if len(items) < 2:
+        for item in items:
+            function(item)
+        return
+    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="checkpointer-read") as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -1,0 +1,221 @@
+"""One run root: list, write, commit, read, verify, remove. Disk is the truth; nothing here remembers it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import layout
+from .commit import Attempt, protocol_for, read_manifest
+from .errors import (
+    CheckpointerError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    FormatVersionError,
+    SaveError,
+)
+from .info import CheckpointInfo
+from .lock import WriterLock
+from .manifest import Manifest, parse_manifest
+from .notes import Note, add_note, annotated, noted_ids, read_notes, remove_notes
+from .reading import CheckpointReader
+from .storage import Storage
+from .verification import CheckpointReport, VerifyReport, verify_checkpoint
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A directory with a manifest that cannot be used."""
+
+    name: str
+    path: str
+    step: int
+    error: CheckpointerError
+    """CorruptCheckpointError, or FormatVersionError for one that a newer library wrote."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a run root holds."""
+
+    checkpoints: tuple[CheckpointInfo, ...]
+    """Committed checkpoints with a readable manifest, in commit order."""
+    unreadable: tuple[Unreadable, ...]
+
+    @property
+    def empty(self) -> bool:
+        return not self.checkpoints and not self.unreadable
+
+    @property
+    def next_sequence(self) -> int:
+        return 1 + max((info.sequence for info in self.checkpoints), default=0)
+
+
+class Repository:
+    """The checkpoints below one storage's root. Only ``begin`` to ``recover`` need the writer's lock."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.lock = WriterLock(storage.url, storage.lock_path)
+        self._protocol = protocol_for(storage, self.lock)
+
+    @property
+    def url(self) -> str:
+        """The run root for humans: a path, or a URL without credentials."""
+        return self.storage.url
+
+    def list_checkpoints(self) -> Listing:
+        """Everything that is committed. Reads one small file a checkpoint, and the notes."""
+        names = [
+            entry.name
+            for entry in self.storage.list_directory("")
+            if entry.is_dir and layout.parse_checkpoint_name(entry.name) is not None
+        ]
+        paths = [f"{name}/{layout.MANIFEST}" for name in names]
+        noted = noted_ids(self.storage) if names else set()
+        found: list[CheckpointInfo] = []
+        unreadable: list[Unreadable] = []
+        for name, data in zip(names, self.storage.read_many(paths, layout.MANIFEST_LIMIT), strict=True):
+            try:
+                info = self._describe(name, data, noted)
+            except (CorruptCheckpointError, FormatVersionError) as error:
+                unreadable.append(Unreadable(name, self.storage.place(name), _step_of(name), error))
+            else:
+                found += [info] if info else []
+        found.sort(key=lambda info: (info.sequence, info.created, info.id))
+        return Listing(tuple(found), tuple(sorted(unreadable, key=lambda item: item.step)))
+
+    def find(self, step: int) -> CheckpointInfo:
+        """The checkpoint of ``step``: the latest committed, if there are several.
+
+        Raises:
+            CheckpointNotFoundError: there is none; names those that there are.
+            CorruptCheckpointError, FormatVersionError: there is one, but its manifest cannot be used.
+        """
+        listing = self.list_checkpoints()
+        for info in reversed(listing.checkpoints):
+            if info.step == step:
+                return info
+        for item in listing.unreadable:
+            if item.step == step:
+                raise item.error
+        raise CheckpointNotFoundError(
+            f"no checkpoint of step {step} in {self.url}; there are "
+            f"{_some([info.step for info in listing.checkpoints]) or 'none at all'}"
+        )
+
+    def current(self, info: CheckpointInfo) -> CheckpointInfo:
+        """``info`` with its notes as they are now."""
+        return annotated(info, read_notes(self.storage, info.id))
+
+    def manifest(self, info: CheckpointInfo) -> Manifest:
+        """The manifest of a listed checkpoint.
+
+        Raises:
+            CheckpointNotFoundError: it has been removed since, or replaced.
+        """
+        name = _name_of(info)
+        manifest = read_manifest(self.storage, name)
+        if manifest is None or manifest.id != info.id:
+            raise CheckpointNotFoundError(f"{info.path} has been removed, or replaced, since it was listed")
+        return manifest
+
+    def open(self, info: CheckpointInfo) -> CheckpointReader:
+        """Open a listed checkpoint for reading.
+
+        Raises:
+            CheckpointNotFoundError: it has been removed since: list again.
+            CorruptCheckpointError: it is damaged.
+        """
+        manifest = self.manifest(info)
+        try:
+            return CheckpointReader(self.storage, _name_of(info), manifest)
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(f"{info.path} was removed while it was opened") from error
+
+    def verify(self, info: CheckpointInfo) -> CheckpointReport:
+        """Check every byte of a listed checkpoint."""
+        try:
+            manifest = self.manifest(info)
+        except CorruptCheckpointError as error:
+            return CheckpointReport(info.path, info.step, info, (str(error),), (), 0)
+        return verify_checkpoint(self.storage, _name_of(info), manifest, info)
+
+    def verify_all(self) -> VerifyReport:
+        """Check every byte of every checkpoint."""
+        listing = self.list_checkpoints()
+        reports = [self.verify(info) for info in listing.checkpoints]
+        reports += [
+            CheckpointReport(item.path, item.step, None, (str(item.error),), (), 0) for item in listing.unreadable
+        ]
+        return VerifyReport(tuple(reports))
+
+    def note(self, info: CheckpointInfo, note: Note) -> None:
+        """Append a note; no lock is needed."""
+        add_note(self.storage, info.id, note)
+
+    def begin(self, step: int, size: int) -> Attempt:
+        """Start writing a checkpoint of about ``size`` bytes.
+
+        Raises:
+            SaveError: there is not enough free space for it.
+        """
+        free = self.storage.free_bytes()
+        if free is not None and free < size:
+            raise SaveError(
+                f"{self.url} has {free} bytes free, the checkpoint of step {step} takes {size}; nothing was written. "
+                "Free some space, or keep fewer checkpoints (keep: in the configuration)"
+            )
+        return self._protocol.begin(step)
+
+    def commit(self, attempt: Attempt, manifest: Manifest) -> CheckpointInfo:
+        """Make an attempt visible and durable: the one commit point."""
+        name = self._protocol.commit(attempt, manifest)
+        return self.current(manifest.info(self.storage.place(name)))
+
+    def abandon(self, attempt: Attempt) -> None:
+        """Remove what a failed attempt has written."""
+        self._protocol.abandon(attempt)
+
+    def remove(self, info: CheckpointInfo) -> bool:
+        """Remove a checkpoint; ``False`` if it was pinned meanwhile, and stays."""
+        try:
+            manifest = self.manifest(info)
+        except CheckpointNotFoundError:
+            return True
+        return self._protocol.remove(_name_of(info), manifest)
+
+    def recover(self) -> None:
+        """Remove what dead writers left half done, and finish what they left half removed."""
+        self._protocol.recover()
+        listing = self.list_checkpoints()
+        if not listing.unreadable:  # an unreadable manifest may belong to any note
+            for id in noted_ids(self.storage) - {info.id for info in listing.checkpoints}:
+                remove_notes(self.storage, id)
+
+    def _describe(self, name: str, data: bytes | Exception, noted: set[str]) -> CheckpointInfo | None:
+        """The checkpoint in directory ``name``; ``None`` if it has no manifest, and so is none."""
+        where = self.storage.place(f"{name}/{layout.MANIFEST}")
+        if isinstance(data, FileNotFoundError):
+            return None
+        if isinstance(data, Exception):
+            raise data
+        manifest = parse_manifest(data, where)
+        if manifest.step != _step_of(name):
+            raise CorruptCheckpointError(f"{where} is the manifest of step {manifest.step}: files were swapped")
+        info = manifest.info(self.storage.place(name))
+        return self.current(info) if manifest.id in noted else info
+
+
+def _step_of(name: str) -> int:
+    step = layout.parse_checkpoint_name(name)
+    assert step is not None, name
+    return step
+
+
+def _name_of(info: CheckpointInfo) -> str:
+    return info.path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
+def _some(steps: list[int], most: int = 10) -> str:
+    shown = ", ".join(map(str, steps[-most:]))
+    return f"{len(steps) - most} more, {shown}" if len(steps) > most else shown

@@ -1,0 +1,43 @@
+"""File systems, behind one seam: :class:`LocalStorage`, and :class:`FsspecStorage` for everything else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from ..errors import ConfigError
+from .base import Buffer, Entry, ReadFile, Storage
+from .local import LocalStorage
+
+
+def open_storage(
+    root: str | os.PathLike[str], options: Mapping[str, object] | None = None, *, durable: bool = True
+) -> Storage:
+    """The storage of a run root: a path, or any fsspec URL; ``options`` are handed to fsspec.
+
+    Raises:
+        ConfigError: an empty root, an unknown protocol, or a file system whose package is not installed.
+    """
+    text = os.fspath(root)
+    if not text.strip() or "\0" in text:
+        raise ConfigError(f"the run root must be a path or a URL, got {text!r}")
+    if text.startswith(("file://", "local://")):
+        return LocalStorage(text.partition("://")[2], durable=durable)
+    if "://" not in text and "::" not in text:
+        return LocalStorage(text, durable=durable)
+    return _open_remote(text, dict(options or {}))
+
+
+def _open_remote(url: str, options: dict[str, object]) -> Storage:
+    from fsspec.core import url_to_fs  # imported late: a local run root needs none of it
+
+    from .remote import FsspecStorage, without_credentials
+
+    try:
+        fs, path = url_to_fs(url, **options)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"cannot open {without_credentials(url)}: {error}") from error
+    return FsspecStorage(fs, path, url, options)
+
+
+__all__ = ["Buffer", "Entry", "LocalStorage", "ReadFile", "Storage", "open_storage"]

@@ -1,0 +1,111 @@
+"""What a run root needs of a file system. Everything that touches disk or network is behind this seam."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+
+
+class Entry(NamedTuple):
+    """One name in a directory. Symbolic links and other special files are neither file nor directory."""
+
+    name: str
+    is_dir: bool
+    is_file: bool
+
+
+class ReadFile(Protocol):
+    """An open file of known size."""
+
+    size: int
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` (contiguous, unsigned bytes) from byte ``offset`` on.
+
+        MUST be safe to call from several threads. Raises CorruptCheckpointError where the file ends too early.
+        """
+
+    def close(self) -> None: ...
+
+
+class Storage(Protocol):
+    """One run root. Every path is relative to it, with ``/`` between its parts; ``""`` is the root itself.
+
+    Contract:
+
+    - ``list_directory`` of what does not exist is empty, and is never answered from a cache.
+    - Reads never follow a symbolic link below the root, and never block on a special file.
+    - When ``write``, ``put`` or ``sync`` returns, the bytes (for ``sync``: the names) survive a power cut.
+    - Missing files raise FileNotFoundError; every other failure is another OSError.
+    """
+
+    @property
+    def url(self) -> str:
+        """The root for humans and manifests: credentials removed."""
+
+    @property
+    def can_rename(self) -> bool:
+        """Whether a directory can be renamed atomically. If so a commit is a rename, else one small ``put``."""
+
+    @property
+    def lock_path(self) -> str | None:
+        """Local path of the file that an OS lock protects this root with; ``None`` where there can be none."""
+
+    def place(self, path: str) -> str:
+        """``path`` for humans: a local path or a URL without credentials."""
+
+    def redact(self, text: str) -> str:
+        """``text`` without the secrets that this storage was opened with."""
+
+    def list_directory(self, path: str) -> list[Entry]: ...
+
+    def exists(self, path: str) -> bool: ...
+
+    def read(self, path: str, limit: int) -> bytes:
+        """A whole file. Raises CorruptCheckpointError if it is larger than ``limit`` bytes or not a regular file."""
+
+    def read_many(self, paths: Sequence[str], limit: int) -> list[bytes | Exception]:
+        """``read`` for each path, concurrently where that helps; an error takes the place of its result."""
+
+    def open(self, path: str) -> ReadFile: ...
+
+    def write(self, path: str, pieces: Iterable[Buffer], size: int) -> None:
+        """Create a file of ``size`` bytes from ``pieces``; missing directories are made. It MUST NOT exist."""
+
+    def put(self, path: str, data: bytes) -> None:
+        """Create or replace a small file atomically; missing directories are made."""
+
+    def create(self, path: str, data: bytes) -> None:
+        """Create a small file atomically. FileExistsError if it exists, exact under races where ``exclusive``."""
+
+    def replace(self, path: str, data: bytes, expected: bytes) -> None:
+        """Replace a small file that holds ``expected``; FileExistsError if it holds something else by now."""
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether ``create`` is proven to have one winner in a race (probed at the first call)."""
+
+    def remove(self, path: str) -> None:
+        """Remove a file; no error if it is gone."""
+
+    def remove_directory(self, path: str) -> bool:
+        """Remove a directory if it is empty; whether it is gone now."""
+
+    def make_directory(self, path: str) -> None: ...
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename atomically; the parent of ``new`` exists, ``new`` does not (else FileExistsError)."""
+
+    def exchange(self, a: str, b: str) -> bool:
+        """Swap two directories atomically; ``False`` (and nothing done) where the system cannot."""
+
+    def sync(self, *directories: str) -> None:
+        """Make the names in these directories durable."""
+
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be written, where that can be known."""
+
+    def age(self, path: str) -> float | None:
+        """Seconds since ``path`` was last written, by the file system's clock; ``None`` if unknown."""

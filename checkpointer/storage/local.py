@@ -1,0 +1,296 @@
+"""Local (and mounted) file systems: real fsync, atomic rename, exchange where the system has it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import os
+import secrets
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import layout
+from ..errors import CorruptCheckpointError
+from .base import Buffer, Entry
+
+WRITE_BLOCK = 8 << 20
+"""Bytes handed to one write call at most."""
+
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NON_BLOCK = getattr(os, "O_NONBLOCK", 0)
+_DIRECTORY = getattr(os, "O_DIRECTORY", 0)
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
+_NOREPLACE, _EXCHANGE = 1, 2  # renameat2(2)
+_SWAP, _EXCLUSIVE = 2, 4  # renamex_np(2) on macOS
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+class LocalStorage:
+    """A run root in a directory. ``durable=False`` leaves out every fsync: for throw-away runs only."""
+
+    can_rename = True
+    exclusive = True
+
+    def __init__(self, root: str | os.PathLike[str], *, durable: bool = True) -> None:
+        self.root = os.path.abspath(os.path.expanduser(os.fspath(root)))
+        self.durable = durable
+
+    @property
+    def url(self) -> str:
+        return self.root
+
+    @property
+    def lock_path(self) -> str | None:
+        return self.place(layout.LOCK)
+
+    def place(self, path: str) -> str:
+        return os.path.join(self.root, *path.split("/")) if path else self.root
+
+    def redact(self, text: str) -> str:
+        return text
+
+    def list_directory(self, path: str) -> list[Entry]:
+        try:
+            with os.scandir(self.place(path)) as entries:
+                return [
+                    Entry(entry.name, entry.is_dir(follow_symlinks=False), entry.is_file(follow_symlinks=False))
+                    for entry in entries
+                ]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def exists(self, path: str) -> bool:
+        return os.path.lexists(self.place(path))
+
+    def read(self, path: str, limit: int) -> bytes:
+        file = self.open(path)
+        try:
+            if file.size > limit:
+                raise CorruptCheckpointError(f"{self.place(path)} has {file.size} bytes, at most {limit} are read")
+            data = bytearray(file.size)
+            file.read_into(0, memoryview(data))
+            return bytes(data)
+        finally:
+            file.close()
+
+    def read_many(self, paths: Sequence[str], limit: int) -> list[bytes | Exception]:
+        results: list[bytes | Exception] = []
+        for path in paths:
+            try:
+                results.append(self.read(path, limit))
+            except OSError as error:
+                results.append(error)
+        return results
+
+    def open(self, path: str) -> LocalFile:
+        fd = _open_below(self.root, path)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise CorruptCheckpointError(f"{self.place(path)} is not a regular file")
+        return LocalFile(fd, status.st_size, self.place(path))
+
+    def write(self, path: str, pieces: Iterable[Buffer], size: int) -> None:
+        self.make_directory(path.rpartition("/")[0])
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CLOEXEC | _NO_FOLLOW | _BINARY
+        fd = os.open(self.place(path), flags, 0o666)
+        try:
+            written = sum(_write_all(fd, memoryview(piece).cast("B")) for piece in pieces)
+            if written != size:
+                raise AssertionError(f"{path}: {written} bytes given, {size} announced")
+            self._sync_fd(fd)
+        finally:
+            os.close(fd)
+
+    def put(self, path: str, data: bytes) -> None:
+        with self._beside(path, data) as temporary:
+            os.replace(temporary, self.place(path))
+        self.sync(path.rpartition("/")[0])
+
+    def create(self, path: str, data: bytes) -> None:
+        with self._beside(path, data) as temporary:
+            rename_exclusively(temporary, self.place(path))
+        self.sync(path.rpartition("/")[0])
+
+    def replace(self, path: str, data: bytes, expected: bytes) -> None:
+        if self.read(path, len(expected)) != expected:
+            raise FileExistsError(errno.EEXIST, "changed by somebody else", self.place(path))
+        self.put(path, data)
+
+    def remove(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.place(path))
+
+    def remove_directory(self, path: str) -> bool:
+        try:
+            os.rmdir(self.place(path))
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                return False
+            raise
+        return True
+
+    def make_directory(self, path: str) -> None:
+        missing = []
+        directory = self.place(path)
+        while not os.path.isdir(directory):
+            missing.append(directory)
+            directory = os.path.dirname(directory)
+        for directory in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(directory)
+            self._sync_path(os.path.dirname(directory))
+
+    def rename(self, old: str, new: str) -> None:
+        rename_exclusively(self.place(old), self.place(new))
+
+    def exchange(self, a: str, b: str) -> bool:
+        return _exchange(self.place(a), self.place(b))
+
+    def sync(self, *directories: str) -> None:
+        for directory in directories:
+            self._sync_path(self.place(directory))
+
+    def free_bytes(self) -> int | None:
+        directory = Path(self.root)
+        while not directory.exists():
+            directory = directory.parent
+        return shutil.disk_usage(directory).free
+
+    def age(self, path: str) -> float | None:
+        try:
+            return time.time() - os.lstat(self.place(path)).st_mtime
+        except FileNotFoundError:
+            return None
+
+    @contextlib.contextmanager
+    def _beside(self, path: str, data: bytes) -> Iterator[str]:
+        """A durable file with ``data`` next to ``path``, for renaming; removed if that fails."""
+        parent, _, name = path.rpartition("/")
+        temporary = f"{parent}/.{name}.{secrets.token_hex(8)}" if parent else f".{name}.{secrets.token_hex(8)}"
+        try:
+            self.write(temporary, [data], len(data))
+            yield self.place(temporary)
+        except BaseException:
+            self.remove(temporary)
+            raise
+
+    def _sync_path(self, directory: str) -> None:
+        if not self.durable or sys.platform == "win32":  # Windows cannot open a directory; NTFS journals names
+            return
+        fd = os.open(directory, os.O_RDONLY | _DIRECTORY | _CLOEXEC)
+        try:
+            self._sync_fd(fd)
+        finally:
+            os.close(fd)
+
+    def _sync_fd(self, fd: int) -> None:
+        """Once: after a failed fsync the kernel has dropped the pages, and a second one would lie."""
+        if not self.durable:
+            return
+        if sys.platform == "darwin":
+            import fcntl  # macOS: fsync alone leaves the data in the drive's cache
+
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(fd)
+
+
+class LocalFile:
+    """A file opened for reading; ``read_into`` uses positions of its own, so threads may share it."""
+
+    def __init__(self, fd: int, size: int, place: str) -> None:
+        self._fd = fd
+        self.size = size
+        self._place = place
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        position = 0
+        while position < len(view):
+            count = os.preadv(self._fd, [view[position:]], offset + position)
+            if count == 0:
+                raise CorruptCheckpointError(f"{self._place} ends at byte {offset + position}, more was expected")
+            position += count
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _open_below(root: str, path: str) -> int:
+    """Open ``path`` for reading without following a symbolic link in any part of it below ``root``."""
+    last_flags = os.O_RDONLY | _NO_FOLLOW | _NON_BLOCK | _CLOEXEC | _BINARY
+    if os.open not in os.supports_dir_fd:
+        return os.open(os.path.join(root, *path.split("/")), last_flags)
+    *parents, name = path.split("/")
+    directory = os.open(root, os.O_RDONLY | _DIRECTORY | _CLOEXEC)
+    try:
+        for part in parents:
+            inner = os.open(part, os.O_RDONLY | _DIRECTORY | _NO_FOLLOW | _CLOEXEC, dir_fd=directory)
+            os.close(directory)
+            directory = inner
+        return os.open(name, last_flags, dir_fd=directory)
+    except OSError as error:
+        place = os.path.join(root, *path.split("/"))
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EMLINK):
+            raise CorruptCheckpointError(f"{place} is, or lies behind, something other than a plain file") from error
+        error.filename = place
+        raise
+    finally:
+        os.close(directory)
+
+
+def _write_all(fd: int, view: memoryview) -> int:
+    position = 0
+    while position < len(view):
+        position += os.write(fd, view[position : position + WRITE_BLOCK])
+    return position
+
+
+def rename_exclusively(old: str, new: str) -> None:
+    """Rename ``old`` to ``new``, which must not exist: plain rename(2) would replace a file or an empty directory."""
+    if _flagged_rename(old, new, _NOREPLACE, _EXCLUSIVE):
+        return
+    if os.path.lexists(new):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+    os.rename(old, new)
+
+
+def _exchange(a: str, b: str) -> bool:
+    return _flagged_rename(a, b, _EXCHANGE, _SWAP)
+
+
+def _flagged_rename(old: str, new: str, linux_flag: int, macos_flag: int) -> bool:
+    """Whether the system carried the special rename out; ``False`` where it does not know it."""
+    call = _special_rename()
+    if call is None:
+        return False
+    if call(os.fsencode(old), os.fsencode(new), macos_flag if sys.platform == "darwin" else linux_flag) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _UNSUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code), old, None, new)
+
+
+@functools.cache
+def _special_rename() -> Callable[[bytes, bytes, int], int] | None:
+    """The C library's rename with flags, or ``None``."""
+    if sys.platform == "win32":
+        return None
+    library: Any = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "darwin":
+        function = getattr(library, "renamex_np", None)
+        return None if function is None else lambda old, new, flag: int(function(old, new, flag))
+    function = getattr(library, "renameat2", None)
+    at_cwd = -100
+    return None if function is None else lambda old, new, flag: int(function(at_cwd, old, at_cwd, new, flag))

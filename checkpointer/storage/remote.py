@@ -1,0 +1,335 @@
+"""Any fsspec file system: no rename, no lock; a commit is one small put of the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, ParamSpec, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
+
+from .. import layout
+from ..errors import CheckpointerError, CorruptCheckpointError
+from .base import Buffer, Entry
+
+READ_BLOCK = 16 << 20
+"""Bytes asked for in one request at most."""
+
+_SECRET_OPTION = re.compile(r"key|secret|token|pass|credential|sas|connection_string|auth|account", re.IGNORECASE)
+_MODIFIED_FIELDS = ("LastModified", "last_modified", "mtime", "updated", "created")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _as_os_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """File systems raise their libraries' own exceptions; callers of a storage handle OSError alone."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except (OSError, CheckpointerError):
+            raise
+        except Exception as error:
+            storage: Any = args[0]
+            raise OSError(storage.redact(f"{type(error).__name__} from {storage.url}: {error}")) from error
+
+    return wrapped
+
+
+class FsspecStorage:
+    """A run root on ``fs`` below ``path``; ``url`` and ``options`` are what the user gave to open it."""
+
+    can_rename = False
+    lock_path = None
+
+    def __init__(self, fs: AbstractFileSystem, path: str, url: str, options: Mapping[str, object]) -> None:
+        self.fs = fs
+        self._path = path.rstrip("/")
+        self._secrets = sorted({*_option_secrets(options), *_url_secrets(url)}, key=len, reverse=True)
+        self._url = without_credentials(url).rstrip("/")
+        self._exclusive: bool | None = None
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def place(self, path: str) -> str:
+        return f"{self._url}/{path}" if path else self._url
+
+    def redact(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    @_as_os_errors
+    def list_directory(self, path: str) -> list[Entry]:
+        full = self._full(path)
+        self.fs.invalidate_cache(full)
+        try:
+            found = self.fs.ls(full, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        entries = []
+        for item in found:
+            inner = item["name"].rstrip("/").rpartition(full.strip("/") + "/")[2]
+            if inner and "/" not in inner:
+                entries.append(Entry(inner, item["type"] == "directory", item["type"] == "file"))
+        return entries
+
+    @_as_os_errors
+    def exists(self, path: str) -> bool:
+        self.fs.invalidate_cache(self._full(path))
+        return bool(self.fs.exists(self._full(path)))
+
+    @_as_os_errors
+    def read(self, path: str, limit: int) -> bytes:
+        self.fs.invalidate_cache(self._full(path))
+        return self._within(path, self.fs.cat_file(self._full(path), start=0, end=limit + 1), limit)
+
+    @_as_os_errors
+    def read_many(self, paths: Sequence[str], limit: int) -> list[bytes | Exception]:
+        full = [self._full(path) for path in paths]
+        self.fs.invalidate_cache()
+        found = self.fs.cat_ranges(full, [0] * len(full), [limit + 1] * len(full), on_error="return")
+        results: list[bytes | Exception] = []
+        for path, data in zip(paths, found, strict=True):
+            try:
+                results.append(data if isinstance(data, Exception) else self._within(path, data, limit))
+            except CorruptCheckpointError as error:
+                results.append(error)
+        return results
+
+    @_as_os_errors
+    def open(self, path: str) -> RemoteFile:
+        self.fs.invalidate_cache(self._full(path))
+        details = self.fs.info(self._full(path))
+        if details["type"] != "file":
+            raise CorruptCheckpointError(f"{self.place(path)} is not a regular file")
+        return RemoteFile(self, self._full(path), int(details["size"]), self.place(path))
+
+    @_as_os_errors
+    def write(self, path: str, pieces: Iterable[Buffer], size: int) -> None:
+        file = self._open_for_writing(path)
+        try:
+            written = 0
+            for piece in pieces:
+                for block in _blocks(memoryview(piece).cast("B")):
+                    written += len(block)
+                    file.write(block)
+            if written != size:
+                raise AssertionError(f"{path}: {written} bytes given, {size} announced")
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error counts; what was uploaded is referenced by nothing
+                file.discard()
+            file.closed = True  # or its finalizer would complete the upload
+            raise
+        file.close()
+
+    @_as_os_errors
+    def put(self, path: str, data: bytes) -> None:
+        self._pipe(path, data)
+
+    @_as_os_errors
+    def create(self, path: str, data: bytes) -> None:
+        if not self.exclusive:
+            if self.exists(path):
+                raise FileExistsError(self.place(path))
+            return self._pipe(path, data)
+        with _lost_races_as_file_exists(self.place(path)):
+            self._pipe(path, data, mode="create")
+        return None
+
+    @_as_os_errors
+    def replace(self, path: str, data: bytes, expected: bytes) -> None:
+        self.fs.invalidate_cache(self._full(path))
+        etag = self.fs.info(self._full(path)).get("ETag")
+        if self.read(path, len(expected)) != expected:
+            raise FileExistsError(f"{self.place(path)} was changed by somebody else")
+        if etag and "s3" in _protocols(self.fs):
+            with _lost_races_as_file_exists(self.place(path)):
+                return self._pipe(path, data, IfMatch=etag)
+        return self._pipe(path, data)
+
+    @property
+    def exclusive(self) -> bool:
+        if self._exclusive is None:
+            self._exclusive = self._probe_exclusive()
+        return self._exclusive
+
+    @_as_os_errors
+    def remove(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self._full(path))
+        self.fs.invalidate_cache(self._full(path))
+
+    @_as_os_errors
+    def remove_directory(self, path: str) -> bool:
+        if self.list_directory(path):
+            return False
+        with contextlib.suppress(OSError, NotImplementedError, ValueError):  # where directories do not really exist
+            self.fs.rmdir(self._full(path))
+        return True
+
+    def make_directory(self, path: str) -> None:
+        """Directories come into being with their files."""
+
+    def rename(self, old: str, new: str) -> None:
+        raise AssertionError("no atomic rename here: can_rename is False")
+
+    def exchange(self, a: str, b: str) -> bool:
+        raise AssertionError("no atomic exchange here: can_rename is False")
+
+    def sync(self, *directories: str) -> None:
+        """A finished put is durable."""
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    @_as_os_errors
+    def age(self, path: str) -> float | None:
+        self.fs.invalidate_cache(self._full(path))
+        try:
+            details = self.fs.info(self._full(path))
+        except FileNotFoundError:
+            return None
+        for name in _MODIFIED_FIELDS:
+            modified = details.get(name)
+            if isinstance(modified, datetime):
+                return time.time() - modified.timestamp()
+            if isinstance(modified, (int, float)):
+                return time.time() - modified
+        return None
+
+    def _full(self, path: str) -> str:
+        return f"{self._path}/{path}" if path else self._path
+
+    def _within(self, path: str, data: bytes, limit: int) -> bytes:
+        if len(data) > limit:
+            raise CorruptCheckpointError(f"{self.place(path)} is larger than {limit} bytes")
+        return data
+
+    def _pipe(self, path: str, data: bytes, **options: Any) -> None:
+        try:
+            self.fs.pipe_file(self._full(path), data, **options)
+        except FileNotFoundError:  # file systems with real directories
+            self.fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
+            self.fs.pipe_file(self._full(path), data, **options)
+        self.fs.invalidate_cache(self._full(path))
+
+    def _open_for_writing(self, path: str) -> Any:
+        try:
+            return self.fs.open(self._full(path), "wb")
+        except FileNotFoundError:
+            self.fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
+            return self.fs.open(self._full(path), "wb")
+
+    def _probe_exclusive(self) -> bool:
+        """Create the same key twice. Some servers ignore the condition; some clients only look before they write."""
+        if not _creates_natively(self.fs):
+            return False
+        path = f"{layout.TMP}/probe-{secrets.token_hex(8)}"
+        try:
+            self._pipe(path, b"1", mode="create")
+            try:
+                with _lost_races_as_file_exists(path):
+                    self._pipe(path, b"2", mode="create")
+            except FileExistsError:
+                return True
+            return False
+        except (TypeError, NotImplementedError, ValueError):  # the mode is not known
+            return False
+        finally:
+            self.remove(path)
+
+
+class RemoteFile:
+    """A file of known size that is read in ranges."""
+
+    def __init__(self, storage: FsspecStorage, path: str, size: int, place: str) -> None:
+        self._storage = storage
+        self._path = path
+        self._place = place
+        self.size = size
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        for start in range(0, len(view), READ_BLOCK):
+            part = view[start : start + READ_BLOCK]
+            data = self._fetch(offset + start, offset + start + len(part))
+            if len(data) != len(part):
+                raise CorruptCheckpointError(f"{self._place} ends before byte {offset + start + len(part)}")
+            part[:] = data
+
+    def close(self) -> None:
+        """Nothing is held open between reads."""
+
+    def _fetch(self, begin: int, end: int) -> bytes:
+        read: Callable[[FsspecStorage], bytes] = _as_os_errors(
+            lambda storage: storage.fs.cat_file(self._path, start=begin, end=end)
+        )
+        return read(self._storage)
+
+
+def without_credentials(url: str) -> str:
+    """``url`` without user, password and query, in every part of a chained URL."""
+    return "::".join(_plain(part) for part in url.split("::"))
+
+
+def _plain(url: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
+
+
+def _url_secrets(url: str) -> Iterator[str]:
+    for part in url.split("::"):
+        parts = urlsplit(part)
+        credentials = parts.netloc.rpartition("@")[0]
+        yield from (text for text in (credentials, *credentials.split(":"), parts.query) if len(text) > 2)
+
+
+def _option_secrets(options: Mapping[str, object], inherited: bool = False) -> Iterator[str]:
+    """Text values of options that are named like secrets, at any depth."""
+    for name, value in options.items():
+        secret = inherited or bool(_SECRET_OPTION.search(str(name)))
+        if isinstance(value, Mapping):
+            yield from _option_secrets(value, secret)
+        elif secret and isinstance(value, str) and len(value) > 2:
+            yield value
+
+
+def _blocks(view: memoryview) -> Iterator[memoryview]:
+    return (view[start : start + READ_BLOCK] for start in range(0, len(view), READ_BLOCK))
+
+
+def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _creates_natively(fs: AbstractFileSystem) -> bool:
+    """Whether the client implements exclusive creation itself: fsspec's own default looks first and then writes."""
+    if isinstance(fs, AsyncFileSystem):
+        return type(fs)._pipe_file is not AsyncFileSystem._pipe_file
+    return type(fs).pipe_file is not AbstractFileSystem.pipe_file
+
+
+@contextlib.contextmanager
+def _lost_races_as_file_exists(place: str) -> Iterator[None]:
+    """Servers word it differently: radosgw's answer reaches us as a bare OSError(22)."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        response = getattr(error.__cause__, "response", None) or {}
+        code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+        if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
+            raise FileExistsError(f"{place} exists: another writer was first") from error
+        raise
