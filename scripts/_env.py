@@ -157,7 +157,7 @@ def _remove(entry: Path) -> None:
 def _install(python: str) -> None:
     """Everything but torch from PyPI, and torch as a CPU build where there is one: CUDA's libraries are gigabytes."""
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
-    uv = [python, "-m", "uv", "pip", "install", "--python", python]
+    uv = [python, "-m", "uv", "pip", "install", "--compile-bytecode", "--python", python]
     try:
         _step("uv", [*pip, "uv"])
         fast = uv
