@@ -1,0 +1,58 @@
+"""Which adapter a live object gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from checkpointer.errors import UnsupportedStateError
+from checkpointer.state.containers import COMPONENT_TYPES, ContainerAdapter
+from checkpointer.state.module import ModuleAdapter
+from checkpointer.state.optimizer import OptimizerAdapter
+from checkpointer.state.plan import Adapter
+from checkpointer.state.rng import GENERATORS, GeneratorAdapter, RngState
+from checkpointer.state.stateful import Stateful, StatefulAdapter
+
+_IMMUTABLE = (bool, int, float, complex, str, bytes, tuple, frozenset, range)
+
+
+def adapter_for(name: str, obj: object, modules: Mapping[str, nn.Module]) -> Adapter:
+    """The adapter of one component. ``modules`` names the parameters of optimizers.
+
+    Raises :class:`UnsupportedStateError`, with a hint, for objects whose state cannot be captured or restored.
+    """
+    if isinstance(obj, RngState):
+        return obj
+    if isinstance(obj, nn.Module):
+        return ModuleAdapter(name, obj)
+    if isinstance(obj, torch.optim.Optimizer):
+        return OptimizerAdapter(name, obj, modules)
+    if isinstance(obj, GENERATORS):
+        return GeneratorAdapter(name, obj)
+    if not isinstance(obj, type) and isinstance(obj, Stateful):
+        return StatefulAdapter(name, obj)
+    if type(obj) in COMPONENT_TYPES:
+        return ContainerAdapter(name, obj)
+    raise UnsupportedStateError(f"component {name!r}: {_hint(obj)}")
+
+
+def _hint(obj: object) -> str:
+    kind = type(obj).__qualname__
+    if obj is None:
+        return "None has no state; leave the component out"
+    if isinstance(obj, type):
+        return f"the class {obj.__qualname__} was given; give an instance"
+    if isinstance(obj, DataLoader):
+        return (
+            "a torch DataLoader does not know its position; wrap it in checkpointer.data.ResumableLoader, or use one "
+            "that has state_dict() and load_state_dict()"
+        )
+    if isinstance(obj, _IMMUTABLE):
+        return f"a {kind} cannot be changed in place by a restore; put it into a dict, for example progress={{'epoch': 0}}"
+    if isinstance(obj, (dict, list, set, bytearray, torch.Tensor)):
+        return f"only exact containers are restored in place, not the subclass {kind}; give it state_dict() and load_state_dict()"
+    missing = [name for name in ("state_dict", "load_state_dict") if not callable(getattr(obj, name, None))]
+    return f"{kind} has no {' and no '.join(missing)}(); add them, or register an object that has them"

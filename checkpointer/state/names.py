@@ -1,0 +1,139 @@
+"""Names of parameters and modules without the prefixes that wrappers add.
+
+DistributedDataParallel, DataParallel and ``torch.compile`` wrappers are recognized by type, never by the text of a
+prefix: ``AveragedModel`` has a ``module.`` of its own, which stays.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+
+def wrapped_attribute(module: nn.Module) -> str | None:
+    """The attribute that holds the wrapped module, for wrappers; else ``None``."""
+    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return "module"
+    # torch._dynamo takes seconds to import; while it is not, nothing can be compiled.
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+        return "_orig_mod"
+    return None
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The innermost module of a stack of wrappers."""
+    while (attribute := wrapped_attribute(module)) is not None:
+        module = getattr(module, attribute)
+    return module
+
+
+class Names:
+    """Clean names of what is inside one module (which is itself no wrapper)."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._cuts = _cuts(root)
+
+    def clean(self, raw: str) -> str:
+        """The name without the parts that wrappers inside the module add."""
+        for prefix, length in self._cuts:
+            if raw.startswith(prefix):
+                raw = prefix[:-length] + raw[len(prefix) :]
+        return raw
+
+    def clean_module(self, raw: str) -> str:
+        """The clean name of a submodule (``""``: the root). A wrapper and what it wraps share one name."""
+        return self.clean(f"{raw}.")[:-1] if raw else ""
+
+
+def _cuts(root: nn.Module) -> list[tuple[str, int]]:
+    """``(raw prefix that ends in the wrapper's attribute, length to cut off its end)``, longest first."""
+    found = []
+    for path, module in root.named_modules(remove_duplicate=False):
+        attribute = wrapped_attribute(module)
+        if attribute is not None:
+            found.append((f"{path}.{attribute}." if path else f"{attribute}.", len(attribute) + 1))
+    return sorted(found, key=lambda cut: -len(cut[0]))
+
+
+def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """``id(parameter) -> "component.name"`` for every parameter of the registered modules; the first name wins."""
+    found: dict[int, str] = {}
+    for component, module in modules.items():
+        root = unwrap(module)
+        names = Names(root)
+        for raw, parameter in root.named_parameters(remove_duplicate=False):
+            found.setdefault(id(parameter), f"{component}.{names.clean(raw)}")
+    return found
+
+
+def registered_tensors(root: nn.Module) -> set[int]:
+    """Identities of all parameters and buffers of a module tree."""
+    found: set[int] = set()
+    for module in root.modules():
+        found.update(id(tensor) for tensor in module._parameters.values() if tensor is not None)
+        found.update(id(tensor) for tensor in module._buffers.values() if tensor is not None)
+    return found
+
+
+_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_METHODS = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
+
+
+def loads_plainly(root: nn.Module) -> bool:
+    """Whether ``load_state_dict`` would do nothing but copy into parameters and buffers.
+
+    False where a hook or an override outside ``torch.nn`` takes part in saving or loading.
+    """
+    return all(_plain_module(module) for module in root.modules())
+
+
+def _plain_module(module: nn.Module) -> bool:
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        return False
+    return all(name not in vars(module) and _torch_owned(type(module), name) for name in _METHODS)
+
+
+def _torch_owned(cls: type, method: str) -> bool:
+    owner = str(getattr(getattr(cls, method), "__module__", ""))
+    return owner.startswith(("torch.nn.modules.", "torch.nn.parallel.", "torch._dynamo."))
+
+
+def module_versions(root: nn.Module, names: Names) -> dict[str, int]:
+    """``_version`` of each submodule where it is neither ``None`` nor 1, by clean name."""
+    found: dict[str, int] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        version = getattr(module, "_version", 1)
+        if version not in (None, 1) and wrapped_attribute(module) is None:
+            found[names.clean_module(path)] = int(version)
+    return found
+
+
+def eval_modules(root: nn.Module, names: Names) -> list[str]:
+    """Clean names of the submodules with ``training`` False."""
+    modules = root.named_modules(remove_duplicate=False)
+    return list(dict.fromkeys(names.clean_module(path) for path, module in modules if not module.training))
+
+
+def assign(root: nn.Module, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Put ``new`` in the place of ``old`` in every module that holds it, keeping parameters as they are elsewhere.
+
+    ``swap_tensors`` keeps the identity of a parameter, so an optimizer that was built over it goes on working.
+    """
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    try:
+        torch.utils.swap_tensors(old, new)
+    except RuntimeError:
+        _exchange(root.modules(), old, new)
+
+
+def _exchange(modules: Iterable[nn.Module], old: torch.Tensor, new: torch.Tensor) -> None:
+    for module in modules:
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is old:
+                    table[name] = new  # type: ignore[assignment]

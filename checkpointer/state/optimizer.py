@@ -1,0 +1,87 @@
+"""``torch.optim.Optimizer`` as a component.
+
+State belongs to parameters, and parameters have names (through the registered modules), so a reordered parameter list
+still gets the right moments. State is restored with the dtypes it was saved with, in place where that is possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpointer.errors import CorruptCheckpointError
+from checkpointer.index import Json
+from checkpointer.state.codec import encode
+from checkpointer.state.names import parameter_names
+from checkpointer.state.optimizer_restore import OptimizerRestore
+from checkpointer.state.places import check_kind
+from checkpointer.state.plan import Captured, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.stateful import StatefulAdapter
+
+
+class OptimizerAdapter:
+    """Captures and restores one optimizer; ``modules`` (by component name) name its parameters."""
+
+    kind = "optimizer"
+
+    def __init__(self, name: str, live: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> None:
+        self.name = name
+        self.live = live
+        self.modules = modules
+
+    def capture(self) -> Captured:
+        """Refer to the live tensors of ``state_dict()``.
+
+        Meta, each a list of groups with an entry for each parameter: ``params`` (``"component.name"``, or null where
+        no registered module holds it), ``shapes`` and ``devices``. Raises :class:`UnsupportedStateError`.
+        """
+        state = self.live.state_dict()
+        tree, tensors = encode(state, self.name)
+        if not has_usual_form(state):
+            return Captured(self.kind, tree, tensors)
+        groups = [group["params"] for group in self.live.param_groups]
+        meta: dict[str, Json] = {
+            "params": [list(names) for names in live_names(self.live, self.modules)],
+            "shapes": [[list(parameter.shape) for parameter in group] for group in groups],
+            "devices": [[str(parameter.device) for parameter in group] for group in groups],
+        }
+        return Captured(self.kind, tree, tensors, meta)
+
+    def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:
+        """Map saved to live parameters. Raises :class:`IncompatibleStateError` with all mismatches."""
+        check_kind(saved, self.kind, self.live)
+        if "params" not in saved.component.meta:
+            return _AsStateful(self.name, self.live).prepare(saved, options)
+        try:
+            names = live_names(self.live, self.modules)
+            return OptimizerRestore(self.name, self.live, names, saved, options).plan()
+        except (TypeError, KeyError, AttributeError) as error:
+            raise CorruptCheckpointError(f"{self.name}: the state of this optimizer is not well formed") from error
+
+
+class _AsStateful(StatefulAdapter):
+    """An optimizer whose ``state_dict`` has a form of its own, known only to its ``load_state_dict``."""
+
+    kind = "optimizer"
+
+
+def has_usual_form(state: Any) -> bool:
+    """Whether a ``state_dict`` is ``{"state": {index: …}, "param_groups": [{"params": [index, …], …}, …]}``."""
+    if type(state) is not dict or set(state) != {"state", "param_groups"} or not isinstance(state["state"], dict):
+        return False
+    groups = state["param_groups"]
+    return isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups)
+
+
+def live_names(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> list[list[str | None]]:
+    """For each group, the qualified name of each parameter, or ``None``."""
+    known = parameter_names(modules)
+    found: list[list[str | None]] = []
+    for group in optimizer.param_groups:
+        given = group.get("param_names") or [None] * len(group["params"])
+        pairs = zip(group["params"], given, strict=False)
+        found.append([known.get(id(parameter), name) for parameter, name in pairs])
+    return found

@@ -1,0 +1,210 @@
+"""Which saved parameter of an optimizer is which live one, and which saved group belongs to which live group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from checkpointer.errors import CorruptCheckpointError
+from checkpointer.state.places import nearest
+from checkpointer.state.plan import ComponentReport, RestoreOptions
+
+
+@dataclass(frozen=True)
+class SavedParameter:
+    """A parameter as the checkpoint knows it."""
+
+    index: int
+    """Its key in the saved ``state``."""
+    group: int
+    name: str | None
+    shape: tuple[int, ...]
+    device: torch.device
+
+
+@dataclass
+class Matched:
+    """Saved parameters with their live ones."""
+
+    pairs: list[tuple[SavedParameter, torch.Tensor, str]] = field(default_factory=list)
+    """(saved, live parameter, label for messages)."""
+    groups: dict[int, int] = field(default_factory=dict)
+    """Live group -> saved group."""
+    kept: list[torch.Tensor] = field(default_factory=list)
+    """Live parameters that keep the state they have: ignored, or (not strict) not in the checkpoint."""
+    problems: list[str] = field(default_factory=list)
+    by_name: bool = False
+
+
+def saved_parameters(name: str, groups: Any, meta: Any) -> list[list[SavedParameter]]:
+    """The saved parameters by group. Raises :class:`CorruptCheckpointError` where groups and meta disagree."""
+    found: list[list[SavedParameter]] = []
+    try:
+        for number, group in enumerate(groups):
+            rows = zip(
+                group["params"], meta["params"][number], meta["shapes"][number], meta["devices"][number], strict=True
+            )
+            found.append([_parameter(number, *row) for row in rows])
+        if not len(meta["params"]) == len(meta["shapes"]) == len(meta["devices"]) == len(found):
+            raise ValueError("groups differ in number")
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        raise CorruptCheckpointError(f"{name}: the parameter groups are not well formed: {error}") from error
+    return found
+
+
+def _parameter(group: int, index: Any, name: Any, shape: Any, device: Any) -> SavedParameter:
+    if type(index) is not int or not (name is None or type(name) is str) or type(shape) is not list:
+        raise TypeError("not a parameter")
+    if not all(type(size) is int for size in shape):
+        raise TypeError("not a shape")
+    return SavedParameter(index, group, name, tuple(shape), torch.device(device))
+
+
+def match_parameters(
+    name: str,
+    saved: list[list[SavedParameter]],
+    optimizer: torch.optim.Optimizer,
+    names: list[list[str | None]],
+    options: RestoreOptions,
+    report: ComponentReport,
+) -> Matched:
+    """Match by name where every name is known and unique on both sides, else by position."""
+    matched = Matched()
+    saved_names = _renamed(saved, options)
+    flat_saved = [parameter for group in saved for parameter in group]
+    flat_names = [item for group in names for item in group]
+    keys = _comparable(list(saved_names), flat_names) if _usable(saved_names, flat_saved) else None
+    if keys is not None:
+        matched.by_name = True
+        _by_name(name, matched, dict(zip(keys[0], saved_names.values(), strict=True)), keys[1], optimizer, options, report)
+    else:
+        _by_position(matched, saved, optimizer, names, report)
+    _check_shapes(matched, options, report)
+    _match_groups(matched, saved, optimizer, report)
+    return matched
+
+
+def _usable(names: dict[str, SavedParameter], flat: list[SavedParameter]) -> bool:
+    return len(names) == len(flat)
+
+
+def _renamed(saved: list[list[SavedParameter]], options: RestoreOptions) -> dict[str, SavedParameter]:
+    """Saved parameters by the live name that they ought to have; unnamed and doubly named ones are left out."""
+    found: dict[str, SavedParameter] = {}
+    for group in saved:
+        for parameter in group:
+            if parameter.name is not None:
+                found[_rename(parameter.name, options)] = parameter
+    return found
+
+
+def _rename(name: str, options: RestoreOptions) -> str:
+    """The renamed parameter; rules are written for keys of the module, so the component's name is left out too."""
+    whole = options.renamed(name)
+    component, dot, key = name.partition(".")
+    return whole if whole != name or not dot else f"{component}.{options.renamed(key)}"
+
+
+def _comparable(saved: list[str], live: list[str | None]) -> tuple[list[str], list[str]] | None:
+    """Both lists of names in a form that can be compared; ``None`` where names do not decide.
+
+    Names differ in their first part if the module was registered under another component name: then that is left out.
+    """
+    known = [item for item in live if item is not None]
+    if len(set(known)) != len(live):
+        return None
+    if saved and known and not set(saved) & set(known):
+        bare_saved, bare = ([item.partition(".")[2] for item in items] for items in (saved, known))
+        if len(set(bare_saved)) == len(saved) and len(set(bare)) == len(known) and set(bare_saved) & set(bare):
+            return bare_saved, bare
+    return saved, known
+
+
+def _by_name(
+    component: str,
+    matched: Matched,
+    saved: dict[str, SavedParameter],
+    live_names: list[str],
+    optimizer: torch.optim.Optimizer,
+    options: RestoreOptions,
+    report: ComponentReport,
+) -> None:
+    flat = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    live = dict(zip(live_names, flat, strict=True))
+    missing = [key for key in live if key not in saved and not _ignored(component, key, options)]
+    unexpected = [key for key in saved if key not in live and not _ignored(component, key, options)]
+    for key, parameter in live.items():
+        if key in saved and not _ignored(component, key, options):
+            matched.pairs.append((saved[key], parameter, key))
+            if saved[key].name is not None and key not in (saved[key].name, str(saved[key].name).partition(".")[2]):
+                report.renamed.append((str(saved[key].name), key))
+        else:
+            matched.kept.append(parameter)
+    report.missing += missing
+    report.unexpected += unexpected
+    matched.problems += [f"no state saved for parameter {key!r}{nearest(key, unexpected)}" for key in missing]
+    matched.problems += [f"saved parameter {key!r} is not optimized here{nearest(key, missing)}" for key in unexpected]
+
+
+def _ignored(component: str, key: str, options: RestoreOptions) -> bool:
+    return options.ignored(component, key) or options.ignored(component, key.partition(".")[2])
+
+
+def _by_position(
+    matched: Matched,
+    saved: list[list[SavedParameter]],
+    optimizer: torch.optim.Optimizer,
+    names: list[list[str | None]],
+    report: ComponentReport,
+) -> None:
+    live = [group["params"] for group in optimizer.param_groups]
+    sizes = ([len(group) for group in saved], [len(group) for group in live])
+    if sizes[0] != sizes[1]:
+        matched.problems.append(
+            f"saved with parameter groups of {sizes[0]} parameters, live has {sizes[1]}; they have to be matched by "
+            f"position, because not every parameter belongs to a registered module: register the module"
+        )
+    for number, (saved_group, live_group) in enumerate(zip(saved, live, strict=False)):
+        rows = zip(saved_group, live_group, names[number], strict=False)
+        for position, (parameter, tensor, name) in enumerate(rows):
+            if None not in (parameter.name, name) and parameter.name != name:
+                matched.problems.append(f"group {number}, position {position}: saved {parameter.name!r}, live {name!r}")
+            matched.pairs.append((parameter, tensor, name or f"group {number} position {position}"))
+    known = {id(tensor) for _, tensor, _ in matched.pairs}
+    matched.kept += [tensor for group in live for tensor in group if id(tensor) not in known]
+    if any(name is None for group in names for name in group):
+        report.changed.append("parameters were matched by position: not all belong to a registered module")
+
+
+def _check_shapes(matched: Matched, options: RestoreOptions, report: ComponentReport) -> None:
+    for row in list(matched.pairs):
+        saved, live, label = row
+        if saved.shape == tuple(live.shape):
+            continue
+        if options.adapt is not None:
+            report.adapted.append((label, f"{list(saved.shape)} -> {list(live.shape)}"))
+            continue
+        problem = f"parameter {label!r}: saved with shape {list(saved.shape)}, live has {list(live.shape)}"
+        matched.problems.append(problem)
+        report.changed.append(f"state not restored: {problem}")
+        matched.pairs.remove(row)
+        matched.kept.append(live)
+
+
+def _match_groups(
+    matched: Matched, saved: list[list[SavedParameter]], optimizer: torch.optim.Optimizer, report: ComponentReport
+) -> None:
+    """Hyper-parameters come from the saved group that a live group's parameters were in."""
+    origin = {id(live): parameter.group for parameter, live, _ in matched.pairs}
+    for number, group in enumerate(optimizer.param_groups):
+        sources = list(dict.fromkeys(origin[id(item)] for item in group["params"] if id(item) in origin))
+        if len(sources) > 1:
+            matched.problems.append(f"the parameters of group {number} were in the groups {sources} when saved")
+        if sources:
+            matched.groups[number] = sources[0]
+        elif number < len(saved) and number not in origin.values():
+            matched.groups[number] = number
+    moved = [(new, old) for new, old in matched.groups.items() if new != old]
+    report.changed += [f"group {new} was group {old} when saved" for new, old in moved]

@@ -1,0 +1,243 @@
+"""One restore of one optimizer: destinations for its state, and putting it in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from checkpointer.errors import CheckpointerError, CorruptCheckpointError, IncompatibleStateError
+from checkpointer.index import TensorSpec
+from checkpointer.state.containers import merge, place_leaves
+from checkpointer.state.decoding import Leaf, decode, outline
+from checkpointer.state.module_match import refusal
+from checkpointer.state.optimizer_match import Matched, SavedParameter, match_parameters, saved_parameters
+from checkpointer.state.places import Places
+from checkpointer.state.plan import ComponentReport, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.tensors import device_for
+
+_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+_METHODS = ("state_dict", "load_state_dict", "__setstate__")
+_GROUP_IDENTITY = ("params", "param_names")
+
+
+class OptimizerRestore:
+    """Restores a saved optimizer into ``live``, whose parameters have ``names``."""
+
+    def __init__(
+        self,
+        name: str,
+        live: torch.optim.Optimizer,
+        names: list[list[str | None]],
+        saved: SavedState,
+        options: RestoreOptions,
+    ) -> None:
+        self.name = name
+        self.live = live
+        self.options = options
+        self.component = saved.component
+        self.report = ComponentReport(name)
+        outlined, self.keys = outline(self.component.tree, self.component.tensors, place=name)
+        self.value = _check_form(name, outlined)
+        self.saved = saved_parameters(name, self.value["param_groups"], self.component.meta)
+        self.match: Matched = match_parameters(name, self.saved, live, names, options, self.report)
+        self.places = Places(name, self.component.tensors)
+        self.direct = loads_plainly(live)
+
+    def plan(self) -> RestorePlan:
+        """Choose destinations; nothing live is changed."""
+        if self.options.strict and self.match.problems:
+            raise IncompatibleStateError(refusal(self.name, self.match.problems))
+        seen: set[int] = set()
+        for parameter, tensor, label in self.match.pairs:
+            slots = self.value["state"].get(parameter.index)
+            if slots is not None:
+                self._place_slots(parameter, tensor, slots, seen)
+                self.report.restored.append(label)
+        if self.direct:
+            for number, source in self.match.groups.items():
+                self._place_group(self.value["param_groups"][source], self.live.param_groups[number], seen)
+        for key in sorted(self.keys):
+            self.places.allocate(key, self.options.map_location)
+        return RestorePlan(self.places.reads, self._apply, self.report)
+
+    def _place_slots(self, parameter: SavedParameter, tensor: torch.Tensor, slots: Any, seen: set[int]) -> None:
+        """State of one parameter: into live state where it fits, else new, next to the live parameter."""
+        reshaped = parameter.shape != tuple(tensor.shape)
+        if self.direct and not reshaped and tensor in self.live.state:
+            place_leaves(self.places, slots, self.live.state[tensor], seen)
+        group = self.value["param_groups"][parameter.group]
+        for slot, leaf in _leaves(slots):
+            if leaf.kind == "tensor" and leaf.spec is not None:
+                self.places.allocate(leaf.key, _slot_device(slot, leaf.spec, parameter, tensor, group))
+
+    def _place_group(self, saved: dict[str, Any], live: dict[str, Any], seen: set[int]) -> None:
+        for key, value in saved.items():
+            if key not in _GROUP_IDENTITY:
+                place_leaves(self.places, value, live.get(key), seen)
+
+    # Applying
+
+    def _apply(self) -> None:
+        state = decode(self.component.tree, self.places.reads, place=self.name)
+        with torch.no_grad():
+            slots = self._slots(state["state"])
+            if self.direct:
+                self._put_state(slots, state["state"])
+                self._put_groups(state["param_groups"])
+            else:
+                self._load(slots, state)
+
+    def _slots(self, state: dict[Any, Any]) -> list[tuple[torch.Tensor, Any]]:
+        """(live parameter, its saved state) in the order of the checkpoint, adapted where it was reshaped."""
+        order = {index: place for place, index in enumerate(state)}
+        found = [
+            (order[parameter.index], tensor, self._adapted(parameter, tensor, label, state[parameter.index]))
+            for parameter, tensor, label in self.match.pairs
+            if parameter.index in state
+        ]
+        return [(tensor, slots) for _, tensor, slots in sorted(found, key=lambda row: row[0])]
+
+    def _adapted(self, parameter: SavedParameter, tensor: torch.Tensor, label: str, slots: Any) -> Any:
+        shape = tuple(tensor.shape)
+        if parameter.shape == shape or self.options.adapt is None or not isinstance(slots, dict):
+            return slots
+        made = dict(slots)
+        for slot, value in slots.items():
+            if not isinstance(value, torch.Tensor) or tuple(value.shape) != parameter.shape:
+                continue
+            target = torch.zeros(shape, dtype=value.dtype, device=value.device)
+            made[slot] = self.options.adapt(f"{label}.{slot}", value, target)
+            if not isinstance(made[slot], torch.Tensor) or tuple(made[slot].shape) != shape:
+                raise IncompatibleStateError(f"{self.name}: adapt for '{label}.{slot}' must give shape {list(shape)}")
+        return made
+
+    def _put_state(self, slots: list[tuple[torch.Tensor, Any]], saved: dict[Any, Any]) -> None:
+        live, seen = self.live.state, set[int]()
+        kept = {tensor: live[tensor] for tensor in self.match.kept if tensor in live}
+        other = {key: value for key, value in saved.items() if key not in self._indices()}
+        if not self.options.strict:
+            kept.update({key: value for key, value in live.items() if not isinstance(key, torch.Tensor)})
+        found = {tensor: merge(value, live.get(tensor), seen) for tensor, value in slots}
+        rest = {key: merge(value, live.get(key), seen) for key, value in other.items()}
+        live.clear()
+        live.update({**kept, **found, **rest})
+
+    def _indices(self) -> set[int]:
+        return {parameter.index for group in self.saved for parameter in group}
+
+    def _put_groups(self, saved: list[dict[str, Any]]) -> None:
+        seen: set[int] = set()
+        for number, source in self.match.groups.items():
+            group = self.live.param_groups[number]
+            for key, value in saved[source].items():
+                if key not in _GROUP_IDENTITY:
+                    group[key] = merge(value, group.get(key), seen)
+
+    def _load(self, slots: list[tuple[torch.Tensor, Any]], saved: dict[str, Any]) -> None:
+        """Through ``load_state_dict``, with hooks and overrides; then with the dtypes that were saved."""
+        groups, numbers = self._live_groups(saved["param_groups"])
+        state = {numbers[id(tensor)]: value for tensor, value in slots}
+        current = self.live.state_dict()["state"]
+        kept = {numbers[id(tensor)] for tensor in self.match.kept}
+        state.update({index: value for index, value in current.items() if index in kept})
+        state.update({key: value for key, value in saved["state"].items() if key not in self._indices()})
+        before = [_tensors_of(group) for group in self.live.param_groups]
+        try:
+            self.live.load_state_dict({"state": state, "param_groups": groups})
+        except CheckpointerError:
+            raise
+        except Exception as error:
+            kind = type(self.live).__qualname__
+            raise IncompatibleStateError(f"{self.name}: {kind}.load_state_dict refused the state: {error!r}") from error
+        for tensor, value in slots:
+            if tensor in self.live.state:
+                self.live.state[tensor] = _exactly(self.live.state[tensor], value)
+        for group, tensors in zip(self.live.param_groups, before, strict=True):
+            _refill(group, tensors)
+
+    def _live_groups(self, saved: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, int]]:
+        """Groups in the live order with saved hyper-parameters, and the index of each live parameter."""
+        numbers: dict[int, int] = {}
+        groups: list[dict[str, Any]] = []
+        for number, live in enumerate(self.live.param_groups):
+            indices = [numbers.setdefault(id(tensor), len(numbers)) for tensor in live["params"]]
+            source = saved[self.match.groups[number]] if number in self.match.groups else {}
+            values = {key: value for key, value in source.items() if key not in _GROUP_IDENTITY}
+            groups.append({**live, **values, "params": indices})
+        return groups, numbers
+
+
+def loads_plainly(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``load_state_dict`` is torch's own, without hooks."""
+    if any(getattr(optimizer, hooks, None) for hooks in _HOOKS):
+        return False
+    owners = (getattr(getattr(type(optimizer), method, None), "__module__", "torch.optim.") for method in _METHODS)
+    return all(str(owner).startswith("torch.optim.") for owner in owners) and not set(_METHODS) & set(vars(optimizer))
+
+
+def _check_form(name: str, value: Any) -> dict[str, Any]:
+    form = isinstance(value, dict) and set(value) == {"state", "param_groups"}
+    if not form or not isinstance(value["state"], dict) or type(value["param_groups"]) is not list:
+        raise CorruptCheckpointError(f"{name}: the state of this optimizer is not well formed")
+    if not all(isinstance(group, dict) and type(group.get("params")) is list for group in value["param_groups"]):
+        raise CorruptCheckpointError(f"{name}: the parameter groups of this optimizer are not well formed")
+    return dict(value)
+
+
+def _leaves(value: Any, slot: Any = None) -> list[tuple[Any, Leaf]]:
+    """(slot, leaf) for every leaf in the state of one parameter."""
+    if isinstance(value, Leaf):
+        return [(slot, value)]
+    if isinstance(value, dict):
+        return [pair for key, item in value.items() for pair in _leaves(item, key)]
+    if isinstance(value, (list, tuple)):
+        return [pair for item in value for pair in _leaves(item, slot)]
+    return []
+
+
+def _slot_device(
+    slot: Any, spec: TensorSpec, saved: SavedParameter, live: torch.Tensor, group: dict[str, Any]
+) -> torch.device | None:
+    """Next to the live parameter, if it was next to the saved one; else where it was.
+
+    ``step`` of a CPU parameter is not evidence: it stays on the CPU unless torch wants it on the parameter's device.
+    """
+    if live.device.type == "meta":
+        return None
+    where = torch.device(spec.device)
+    if slot == "step" and where.type == "cpu":
+        return live.device if group.get("capturable") or group.get("fused") else where
+    return live.device if where.type == saved.device.type else device_for(spec, None)
+
+
+def _exactly(loaded: Any, saved: Any) -> Any:
+    """What was loaded, with the saved tensors where a dtype was cast."""
+    if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor):
+        return saved if loaded.shape == saved.shape and loaded.dtype != saved.dtype else loaded
+    if isinstance(loaded, dict) and isinstance(saved, dict):
+        for key in loaded.keys() & saved.keys():
+            loaded[key] = _exactly(loaded[key], saved[key])
+    elif isinstance(loaded, list) and isinstance(saved, list) and len(loaded) == len(saved):
+        loaded[:] = [_exactly(a, b) for a, b in zip(loaded, saved, strict=True)]
+    return loaded
+
+
+def _tensors_of(group: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in group.items() if isinstance(value, torch.Tensor)}
+
+
+def _refill(group: dict[str, Any], before: dict[str, torch.Tensor]) -> None:
+    """Put tensor hyper-parameters back into the tensors they were in: others may hold them."""
+    for key, tensor in before.items():
+        value = group.get(key)
+        if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
+            continue
+        if value is not tensor:
+            tensor.copy_(value)
+            group[key] = tensor
