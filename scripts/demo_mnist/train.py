@@ -42,7 +42,7 @@ def main() -> None:
         images, labels = batches.next_batch()
         optimizer.zero_grad()
         loss = F.cross_entropy(model(augment(images)), labels)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's gap
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
         optimizer.step()
         scheduler.step()

@@ -45,7 +45,8 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         attended: Tensor = tokens + self.dropout(self._attend(self.attention_norm(tokens)))
-        return attended + self.dropout(self.mlp(attended))
+        perceived: Tensor = self.dropout(self.mlp(attended))
+        return attended + perceived
 
     def _attend(self, tokens: Tensor) -> Tensor:
         batch, length, width = tokens.shape
