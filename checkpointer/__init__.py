@@ -1,0 +1,60 @@
+"""checkpointer: exact, crash-proof training-resume checkpoints for PyTorch.
+
+Names are imported when they are first used, so that ``import checkpointer`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from checkpointer.version import __version__
+
+if TYPE_CHECKING:
+    from checkpointer import errors, retention
+    from checkpointer.config import Config
+    from checkpointer.info import CheckpointInfo
+    from checkpointer.manager import CheckpointManager
+    from checkpointer.restoring import Restored
+    from checkpointer.saving import PendingSave
+    from checkpointer.state import Stateful, register_codec
+
+_HOMES = {
+    "CheckpointInfo": "checkpointer.info",
+    "CheckpointManager": "checkpointer.manager",
+    "Config": "checkpointer.config",
+    "PendingSave": "checkpointer.saving",
+    "Restored": "checkpointer.restoring",
+    "Stateful": "checkpointer.state",
+    "register_codec": "checkpointer.state",
+}
+_MODULES = ("errors", "retention")
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        value: object = getattr(import_module(_HOMES[name]), name)
+    elif name in _MODULES:
+        value = import_module(f"checkpointer.{name}")
+    else:
+        raise AttributeError(f"module 'checkpointer' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+__all__ = [
+    "CheckpointInfo",
+    "CheckpointManager",
+    "Config",
+    "PendingSave",
+    "Restored",
+    "Stateful",
+    "__version__",
+    "errors",
+    "register_codec",
+    "retention",
+]

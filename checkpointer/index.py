@@ -14,8 +14,8 @@ from itertools import product
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
-from . import layout, strictjson
-from .errors import CorruptCheckpointError, FormatVersionError
+from checkpointer import layout, strictjson
+from checkpointer.errors import CorruptCheckpointError, FormatVersionError
 
 FORMAT = "checkpointer-index"
 VERSION = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from .errors import CorruptCheckpointError
+from checkpointer.errors import CorruptCheckpointError
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"

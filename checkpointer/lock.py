@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import CheckpointerWarning, RunLockedError, SaveError
+from checkpointer.errors import CheckpointerWarning, RunLockedError, SaveError
 
 _NO_OS_LOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
-from . import layout, strictjson
-from .errors import CorruptCheckpointError, FormatVersionError, SaveError
-from .index import Json
-from .info import CheckpointInfo
+from checkpointer import layout, strictjson
+from checkpointer.errors import CorruptCheckpointError, FormatVersionError, SaveError
+from checkpointer.index import Json
+from checkpointer.info import CheckpointInfo
 
 FORMAT = "checkpointer"
 VERSION = 1

@@ -11,11 +11,11 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from . import layout, strictjson
-from .errors import CorruptCheckpointError
-from .info import CheckpointInfo
-from .manifest import metric_from_json, metric_to_json
-from .storage import Storage
+from checkpointer import layout, strictjson
+from checkpointer.errors import CorruptCheckpointError
+from checkpointer.info import CheckpointInfo
+from checkpointer.manifest import metric_from_json, metric_to_json
+from checkpointer.storage import Storage
 
 NOTE_LIMIT = 64 * 1024
 """Bytes."""

@@ -7,15 +7,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import xxhash
 
-from . import layout
-from .errors import CorruptCheckpointError
-from .index import Chunk, Index, parse_index
-from .manifest import Manifest
-from .storage import ReadFile, Storage
+from checkpointer import layout
+from checkpointer.errors import CorruptCheckpointError
+from checkpointer.index import Chunk, Index, parse_index
+from checkpointer.manifest import Manifest
+from checkpointer.storage import ReadFile, Storage
 
 READ_BLOCK = 512 * 1024
 """Bytes read and hashed at a time: small enough that the hash finds them in the processor's cache."""
@@ -25,13 +25,23 @@ READ_THREADS = min(8, max(2, os.cpu_count() or 1))
 T = TypeVar("T")
 
 
+class Target(Protocol):
+    """Where the bytes of one chunk go. Both methods are called on a reader's thread, in this order."""
+
+    def open(self) -> memoryview:
+        """Contiguous unsigned bytes of just the chunk's size; allocated only now where it is not live memory."""
+
+    def finish(self) -> None:
+        """The bytes are there and verified."""
+
+
 class ChunkRead(NamedTuple):
-    """A chunk and the memory that it is read into (contiguous unsigned bytes of just its size)."""
+    """A chunk, and where it is read to."""
 
     name: str
     """Component and key, for errors."""
     chunk: Chunk
-    target: memoryview
+    target: Target
 
 
 class CheckpointReader:
@@ -80,7 +90,7 @@ class CheckpointReader:
 
     def read(self, reads: Sequence[ChunkRead], verify: bool) -> None:
         """Fill every target, from several threads; the largest first."""
-        ordered = sorted(reads, key=lambda read: -len(read.target))
+        ordered = sorted(reads, key=lambda read: read.chunk.begin - read.chunk.end)
         _in_parallel(lambda read: self._read_chunk(read, verify), ordered)
 
     def check_chunks(self, chunks: Iterable[tuple[str, Chunk]]) -> None:
@@ -116,13 +126,15 @@ class CheckpointReader:
 
     def _read_chunk(self, read: ChunkRead, verify: bool) -> None:
         hasher = xxhash.xxh3_128()
-        for start in range(0, len(read.target), READ_BLOCK):
-            block = read.target[start : start + READ_BLOCK]
+        view = read.target.open()
+        for start in range(0, len(view), READ_BLOCK):
+            block = view[start : start + READ_BLOCK]
             self._read_into(read.chunk.file, read.chunk.begin + start, block)
             if verify:
                 hasher.update(block)
         if verify and hasher.hexdigest() != read.chunk.xxh3:
             raise self._damaged(read.name, read.chunk)
+        read.target.finish()
 
     def _check_chunk(self, name: str, chunk: Chunk) -> None:
         if self._hash(chunk.file, chunk.begin, chunk.end) != chunk.xxh3:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import layout
-from .commit import Attempt, protocol_for, read_manifest
-from .errors import (
+from checkpointer import layout
+from checkpointer.commit import Attempt, protocol_for, read_manifest
+from checkpointer.errors import (
     CheckpointerError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     FormatVersionError,
     SaveError,
 )
-from .info import CheckpointInfo
-from .lock import WriterLock
-from .manifest import Manifest, parse_manifest
-from .notes import Note, add_note, annotated, noted_ids, read_notes, remove_notes
-from .reading import CheckpointReader
-from .storage import Storage
-from .verification import CheckpointReport, VerifyReport, verify_checkpoint
+from checkpointer.info import CheckpointInfo
+from checkpointer.lock import WriterLock
+from checkpointer.manifest import Manifest, parse_manifest
+from checkpointer.notes import Note, add_note, annotated, noted_ids, read_notes, remove_notes
+from checkpointer.reading import CheckpointReader
+from checkpointer.storage import Storage
+from checkpointer.verification import CheckpointReport, VerifyReport, verify_checkpoint
 
 
 @dataclass(frozen=True)

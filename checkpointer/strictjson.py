@@ -13,7 +13,7 @@ from typing import Any
 
 import xxhash
 
-from .errors import CorruptCheckpointError
+from checkpointer.errors import CorruptCheckpointError
 
 
 _TAIL = re.compile(rb',\n  "checksum": "([0-9a-f]{32})"\n}\n')

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from . import layout, strictjson
-from .index import ITEM_SIZES, TensorSpec
+from checkpointer import layout, strictjson
+from checkpointer.index import ITEM_SIZES, TensorSpec
 
 SHARD_LIMIT = 50 * 10**9
 """Bytes of tensors in one file at most (a larger tensor gets a file of its own); the limit of the Hugging Face hub."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import xxhash
 
-from . import layout
-from .commit import walk
-from .errors import CheckpointerError, CorruptCheckpointError
-from .info import CheckpointInfo
-from .manifest import Manifest
-from .reading import CheckpointReader
-from .storage import Storage
+from checkpointer import layout
+from checkpointer.commit import walk
+from checkpointer.errors import CheckpointerError, CorruptCheckpointError
+from checkpointer.info import CheckpointInfo
+from checkpointer.manifest import Manifest
+from checkpointer.reading import CheckpointReader
+from checkpointer.storage import Storage
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..lock import WriterLock
-from ..storage import Storage
-from .base import Attempt, CommitProtocol, read_manifest, walk
-from .marker import MarkerCommit
-from .rename import RenameCommit
+from checkpointer.lock import WriterLock
+from checkpointer.storage import Storage
+from checkpointer.commit.base import Attempt, CommitProtocol, read_manifest, walk
+from checkpointer.commit.marker import MarkerCommit
+from checkpointer.commit.rename import RenameCommit
 
 
 def protocol_for(storage: Storage, lock: WriterLock) -> CommitProtocol:

@@ -9,11 +9,11 @@ from typing import Protocol
 
 import xxhash
 
-from .. import layout
-from ..errors import CheckpointerError, CorruptCheckpointError, FormatVersionError
-from ..manifest import FileRecord, Manifest, parse_manifest
-from ..notes import annotated, read_notes
-from ..storage import Buffer, Storage
+from checkpointer import layout
+from checkpointer.errors import CheckpointerError, CorruptCheckpointError, FormatVersionError
+from checkpointer.manifest import FileRecord, Manifest, parse_manifest
+from checkpointer.notes import annotated, read_notes
+from checkpointer.storage import Buffer, Storage
 
 STALE_AFTER = 24 * 3600.0
 """Seconds without a sign of life after which another writer's attempt counts as abandoned where no lock proves it."""

@@ -12,13 +12,13 @@ import socket
 import warnings
 from typing import Any
 
-from .. import layout, strictjson
-from ..errors import CheckpointerWarning, CorruptCheckpointError, RunLockedError
-from ..lock import WriterLock
-from ..manifest import Manifest, parse_manifest
-from ..notes import remove_notes
-from ..storage import Storage
-from .base import STALE_AFTER, Attempt, is_pinned, new_id, occupant, own_manifest, remove_empty_directories, walk
+from checkpointer import layout, strictjson
+from checkpointer.errors import CheckpointerWarning, CorruptCheckpointError, RunLockedError
+from checkpointer.lock import WriterLock
+from checkpointer.manifest import Manifest, parse_manifest
+from checkpointer.notes import remove_notes
+from checkpointer.storage import Storage
+from checkpointer.commit.base import STALE_AFTER, Attempt, is_pinned, new_id, occupant, own_manifest, remove_empty_directories, walk
 
 RECORD_LIMIT = 2 * layout.MANIFEST_LIMIT
 """Bytes."""

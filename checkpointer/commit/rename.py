@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import warnings
 
-from .. import layout
-from ..errors import CheckpointerWarning, SaveError
-from ..lock import WriterLock
-from ..manifest import Manifest
-from ..notes import remove_notes
-from ..storage import Storage
-from .base import (
+from checkpointer import layout
+from checkpointer.errors import CheckpointerWarning, SaveError
+from checkpointer.lock import WriterLock
+from checkpointer.manifest import Manifest
+from checkpointer.notes import remove_notes
+from checkpointer.storage import Storage
+from checkpointer.commit.base import (
     STALE_AFTER,
     Attempt,
     is_pinned,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from ..errors import ConfigError
-from .base import Buffer, Entry, ReadFile, Storage
-from .local import LocalStorage
+from checkpointer.errors import ConfigError
+from checkpointer.storage.base import Buffer, Entry, ReadFile, Storage
+from checkpointer.storage.local import LocalStorage
 
 
 def open_storage(
@@ -31,7 +31,7 @@ def open_storage(
 def _open_remote(url: str, options: dict[str, object]) -> Storage:
     from fsspec.core import url_to_fs  # imported late: a local run root needs none of it
 
-    from .remote import FsspecStorage, without_credentials
+    from checkpointer.storage.remote import FsspecStorage, without_credentials
 
     try:
         fs, path = url_to_fs(url, **options)

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import layout
-from ..errors import CorruptCheckpointError
-from .base import Buffer, Entry
+from checkpointer import layout
+from checkpointer.errors import CorruptCheckpointError
+from checkpointer.storage.base import Buffer, Entry
 
 WRITE_BLOCK = 8 << 20
 """Bytes handed to one write call at most."""

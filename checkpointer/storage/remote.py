@@ -15,9 +15,9 @@ from urllib.parse import urlsplit, urlunsplit
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
-from .. import layout
-from ..errors import CheckpointerError, CorruptCheckpointError
-from .base import Buffer, Entry
+from checkpointer import layout
+from checkpointer.errors import CheckpointerError, CorruptCheckpointError
+from checkpointer.storage.base import Buffer, Entry
 
 READ_BLOCK = 16 << 20
 """Bytes asked for in one request at most."""

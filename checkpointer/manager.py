@@ -1,0 +1,502 @@
+"""The manager: the two calls of a training loop, and everything around them."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timezone
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+
+from torch import nn
+
+from checkpointer.arguments import check_component_names, check_metrics, check_step, check_tags, read_attachments
+from checkpointer.config import Config
+from checkpointer.environment import environment
+from checkpointer.errors import (
+    CheckpointerError,
+    CheckpointerWarning,
+    CheckpointNotFoundError,
+    ConfigError,
+    SaveError,
+)
+from checkpointer.info import CheckpointInfo
+from checkpointer.notes import Note
+from checkpointer.position import Position
+from checkpointer.pruning import prune
+from checkpointer.repository import Repository
+from checkpointer.restoring import RNG, Restored, Restorer, RestoreRequest
+from checkpointer.retention import BestRule, RetentionPlan, rank
+from checkpointer.saving import PendingSave, Saver, finished
+from checkpointer.schedule import due
+from checkpointer.signals import SignalFlag
+from checkpointer.state import Adapter, RestoreOptions, RngState, adapter_for
+from checkpointer.state.plan import Adapt, MapLocation, Rename
+from checkpointer.storage import open_storage
+from checkpointer.units import did_you_mean
+from checkpointer.verification import VerifyReport
+from checkpointer.writing import Snapshot
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+StepOrInfo: TypeAlias = "int | CheckpointInfo"
+Files: TypeAlias = "Mapping[str, bytes | str | os.PathLike[str]]"
+
+
+class RestoreKeywords(TypedDict, total=False):
+    """The options of every restore; see :meth:`CheckpointManager.restore`."""
+
+    strict: bool
+    components: Iterable[str] | None
+    ignore_keys: Iterable[str]
+    rename: Rename | None
+    adapt: Adapt | None
+    map_location: MapLocation
+    verify: str | None
+
+
+class CheckpointManager:
+    """Saves and restores one training run.
+
+    ```python
+    mgr = CheckpointManager("runs/gpt", model=model, optimizer=optimizer)
+    restored = mgr.restore_latest()
+    start = restored.step + 1 if restored else 0
+    with mgr:
+        for step in range(start, total_steps):
+            loss = train_step(step)
+            mgr.save(step, metrics={"loss": loss})
+    ```
+
+    A writable manager takes the single-writer lock of the run at its first restore or save, and holds it until
+    ``close``. It belongs to the process that made it and to one thread of it: forked children cannot use it.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | Mapping[str, Any] | Config | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        read_only: bool = False,
+        on_commit: Callable[[CheckpointInfo], object] | None = None,
+        **components: object,
+    ) -> None:
+        """Prepare; nothing is read or written yet.
+
+        Args:
+            root: directory or fsspec URL (``s3://bucket/run``) that holds this run's checkpoints.
+            config: path of a YAML file, a mapping, a :class:`Config`, or ``None`` for the defaults.
+            storage_options: handed to fsspec; their secrets never reach a manifest, a log line or an error message.
+            read_only: for evaluators and notebooks: never locks, never writes checkpoints.
+            on_commit: called with the :class:`CheckpointInfo` after a commit is durable (in the background thread
+                unless the mode is ``sync``); its errors are raised by the next ``save``, ``wait`` or ``close``.
+            **components: what to save, by name: modules, optimizers, schedulers, any :class:`Stateful`, dicts, lists,
+                sets, arrays, generators. The global random generators are added as ``rng``.
+
+        Raises:
+            ConfigError: the configuration, the root or a component's name makes no sense.
+            UnsupportedStateError: a component whose state cannot be captured or restored in place.
+        """
+        self._config = _load_config(config)
+        check_component_names(components, reserved={RNG})
+        modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+        adapters: dict[str, Adapter] = {name: adapter_for(name, part, modules) for name, part in components.items()}
+        adapters[RNG] = RngState()
+        self._adapters = adapters
+        self._read_only = read_only
+        self._repository = Repository(open_storage(root, storage_options, durable=self._config.write.durable))
+        self._saver = Saver(self._repository, self._config, on_commit)
+        self._restorer = Restorer(self._repository, adapters)
+        self._position = Position(self._repository, require_resume=self._config.require_resume)
+        self._closed = False
+        self._stop_ready = False
+        self._pid = os.getpid()
+        self._signal = SignalFlag()
+        if not read_only:
+            self._signal.install(self._config.save.on_signal)
+
+    # ------------------------------------------------------------------------------------------------ saving
+
+    def save(
+        self,
+        step: int,
+        *,
+        epoch: int | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        tags: Iterable[str] = (),
+        files: Files | None = None,
+        force: bool = False,
+        overwrite: bool = False,
+    ) -> PendingSave | None:
+        """Save the state as it is now, if the save policy says that a save is due; cheap if not.
+
+        Args:
+            step: training step just finished; restoring continues at ``step + 1``.
+            epoch: recorded, and used by ``every_n_epochs``.
+            metrics: numbers that retention and ``restore_best`` can go by.
+            tags: words to find the checkpoint by.
+            files: small files to attach, by name: bytes, or a path to read now.
+            force: save even if nothing is due (the usual last save after the loop).
+            overwrite: replace the checkpoint of this very step atomically.
+
+        Returns:
+            ``None`` if nothing was due, else a handle that is done at the durable commit.
+
+        Raises:
+            RunLockedError: another job writes to this run.
+            RunNotEmptyError: the run holds checkpoints that were not restored (see ``require_resume``).
+            StepOrderError: ``step`` is below the tip.
+            UnsupportedStateError: a component holds a value that cannot be stored; nothing was written.
+            SaveError: this save failed, or (after this one was performed) an earlier one in the background.
+        """
+        step = check_step(step)
+        epoch = None if epoch is None else check_step(epoch, "epoch")
+        self._open_for_saving()
+        preempted = self._signal.requested
+        last = self._last()
+        self._position.check_order(step, last.step if last else None)
+        if last is not None and step == last.step and not overwrite:
+            handle = last if force or preempted else None
+        elif force or overwrite or self.should_save(step, epoch=epoch):
+            handle = self._begin_save(step, epoch, check_metrics(metrics), check_tags(tags), read_attachments(files))
+        else:
+            handle = None
+        if preempted and handle is not None:
+            handle.result()
+            self._stop_ready = True
+        self._saver.raise_errors()
+        return handle
+
+    def should_save(self, step: int, *, epoch: int | None = None) -> bool:
+        """Whether ``save`` would find a save due at this step. Does nothing."""
+        self._check_usable()
+        if self._signal.requested:
+            return True
+        last = self._last()
+        reasons = due(
+            self._config.save,
+            step=check_step(step),
+            epoch=None if epoch is None else check_step(epoch, "epoch"),
+            last_epoch=last.epoch if last else None,
+            last_created=last.created if last and not last.done() else self._position.newest_created,
+            now=datetime.now(timezone.utc),
+        )
+        return bool(reasons)
+
+    def wait(self) -> None:
+        """Wait until every save begun is durable, and raise the error of one that failed, once."""
+        self._check_usable()
+        self._saver.settle()
+        self._saver.raise_errors()
+
+    def stop_requested(self) -> bool:
+        """Whether one of the ``on_signal`` signals has come."""
+        return self._signal.requested
+
+    def should_stop(self) -> bool:
+        """Whether a signal has come and a save begun after it is durable: leave the loop."""
+        return self._signal.requested and self._stop_ready
+
+    # ---------------------------------------------------------------------------------------------- restoring
+
+    def restore_latest(self, **options: Unpack[RestoreKeywords]) -> Restored | None:
+        """Restore the newest checkpoint that is whole; ``None`` if the run has none.
+
+        Damaged ones are skipped with a warning and listed in ``Restored.skipped``. Options as for ``restore``.
+
+        Raises:
+            CorruptCheckpointError: there are checkpoints, and all are damaged.
+            IncompatibleStateError: the newest does not fit the live objects, which stay as they are.
+            RunLockedError: another job writes to this run.
+        """
+        request = self._request(options)
+        self._open_for_restoring()
+        restored = self._restorer.latest(request)
+        self._position.restored(restored.checkpoint if restored else None)
+        return restored
+
+    def restore(self, step: int, **options: Unpack[RestoreKeywords]) -> Restored:
+        """Restore the checkpoint of ``step``.
+
+        Args:
+            step: a step that was saved.
+            **options: ``strict=True``; ``components=None`` (names; then ``rng`` only if named); ``ignore_keys=()``
+                (globs); ``rename=None`` (saved key to live key: mapping or function); ``adapt=None``
+                (``(key, saved_tensor, target_tensor) -> tensor``); ``map_location=None`` (device of new tensors);
+                ``verify=None`` (``stream``, ``before`` or ``off`` in place of the configured one).
+
+        Raises:
+            CheckpointNotFoundError: there is none of this step.
+            CorruptCheckpointError: it is damaged.
+            IncompatibleStateError: it does not fit the live objects, which stay as they are.
+        """
+        request = self._request(options)
+        self._open_for_restoring()
+        return self._restore_one(self._repository.find(check_step(step)), request)
+
+    def restore_best(self, monitor: str | None = None, **options: Unpack[RestoreKeywords]) -> Restored:
+        """Restore the best checkpoint by ``monitor``, or by the first configured metric. Options as for ``restore``.
+
+        Raises:
+            CheckpointNotFoundError: no checkpoint has reported the metric.
+        """
+        request = self._request(options)
+        self._open_for_restoring()
+        info = self.best(monitor)
+        if info is None:
+            raise CheckpointNotFoundError(f"no checkpoint in {self._repository.url} has a finite {monitor or 'metric'}")
+        return self._restore_one(info, request)
+
+    # ------------------------------------------------------------------------------------------- what there is
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """Committed checkpoints, in commit order."""
+        return list(self._repository.list_checkpoints().checkpoints)
+
+    def latest(self) -> CheckpointInfo | None:
+        """The checkpoint committed last."""
+        return next(reversed(self.checkpoints()), None)
+
+    def best(self, monitor: str | None = None) -> CheckpointInfo | None:
+        """The best checkpoint by ``monitor``, or by the first metric configured under ``keep: best``.
+
+        Its mode is the configured one, else ``min``. NaN never wins; ties go to the later commit. Warns if the metric
+        was never reported.
+        """
+        rule = self._best_rule(monitor)
+        checkpoints = self.checkpoints()
+        ranked = rank(checkpoints, rule)
+        if not ranked and checkpoints:
+            known = sorted({name for info in checkpoints for name in info.metrics})
+            warnings.warn(
+                f"no checkpoint in {self._repository.url} has a finite metric {rule.monitor!r}; "
+                f"reported were {', '.join(known) or 'none'}",
+                CheckpointerWarning,
+                stacklevel=2,
+            )
+        return ranked[0] if ranked else None
+
+    def pin(self, x: StepOrInfo) -> None:
+        """Protect a checkpoint from retention until ``unpin``. From any process, without the writer's lock."""
+        self._note(x, Note(pinned=True))
+
+    def unpin(self, x: StepOrInfo) -> None:
+        """Take a pin back."""
+        self._note(x, Note(pinned=False))
+
+    def annotate(
+        self,
+        x: StepOrInfo,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        tags: Iterable[str] | None = None,
+        note: str | None = None,
+    ) -> None:
+        """Add metrics, tags or a note to a checkpoint, for example the score of an evaluation that ended later."""
+        self._note(x, Note(metrics=check_metrics(metrics), tags=check_tags(tags), text=note))
+
+    def verify(self, step: int | None = None) -> VerifyReport:
+        """Read every byte of one checkpoint, or of all, and check every hash."""
+        if step is None:
+            return self._repository.verify_all()
+        return VerifyReport((self._repository.verify(self._repository.find(check_step(step))),))
+
+    def prune(self, *, dry_run: bool = False) -> RetentionPlan:
+        """Apply retention now; ``dry_run`` only says what it would do, and why."""
+        if not dry_run:
+            self._check_writable()
+            self._saver.wait()
+            self._lock()
+        restored_from = self._position.restored_from
+        protect = {restored_from.id} if restored_from else set()
+        return prune(self._repository, self._config.keep, protect=protect, dry_run=dry_run)
+
+    # ---------------------------------------------------------------------------------------------- life cycle
+
+    def close(self) -> None:
+        """Wait for pending saves and for pruning, free the lock, the memory and the signal handlers.
+
+        Raises the error of a background save that nobody has asked for. Closing twice does nothing.
+        """
+        if self._closed or self._pid != os.getpid():
+            return
+        self._closed = True
+        try:
+            self._saver.close()
+        finally:
+            self._signal.restore()
+            self._repository.lock.release()
+        self._saver.raise_errors()
+
+    def __enter__(self) -> CheckpointManager:
+        self._check_usable()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except CheckpointerError as failure:  # the loop's own error goes on, and carries this one
+            _chain(error, failure)
+
+    def __repr__(self) -> str:
+        return f"<CheckpointManager {self._repository.url} components={', '.join(self._adapters)}>"
+
+    # ------------------------------------------------------------------------------------------------ private
+
+    def _begin_save(
+        self, step: int, epoch: int | None, metrics: dict[str, float], tags: tuple[str, ...], files: dict[str, bytes]
+    ) -> PendingSave:
+        """Capture and stage everything, then hand it to the writer."""
+        began = time.perf_counter()
+        self._saver.settle()
+        settled = time.perf_counter()
+        created = datetime.now(timezone.utc)
+        self._last()
+        components = self._saver.stage({name: adapter.capture() for name, adapter in self._adapters.items()})
+        snapshot = Snapshot(
+            step=step,
+            epoch=epoch,
+            created=created,
+            metrics=metrics,
+            tags=tags,
+            components=components,
+            attachments=files,
+            parent=self._position.tip.id if self._position.tip else None,
+            environment=environment(),
+            statistics={
+                "wait_seconds": round(settled - began, 6),
+                "staging_seconds": round(time.perf_counter() - settled, 6),
+            },
+        )
+        handle = self._saver.submit(snapshot)
+        if self._config.write.mode == "sync":
+            handle.result()
+        return handle
+
+    def _last(self) -> PendingSave | None:
+        """The save in flight, else the tip. Moves the tip to the last save once it is committed."""
+        current = self._saver.current
+        if current is not None and not current.done():
+            return current
+        tip = self._position.tip
+        if current is not None and not current.failed and (tip is None or current.result().sequence > tip.sequence):
+            self._position.committed(current.result())
+        return finished(self._position.tip) if self._position.tip else None
+
+    def _restore_one(self, info: CheckpointInfo, request: RestoreRequest) -> Restored:
+        restored = self._restorer.one(info, request)
+        self._position.restored(restored.checkpoint)
+        return restored
+
+    def _open_for_saving(self) -> None:
+        self._check_usable()
+        self._check_writable()
+        self._lock()
+        self._position.check_first_save()
+
+    def _open_for_restoring(self) -> None:
+        self._check_usable()
+        if not self._read_only:
+            self._saver.settle()
+            self._last()
+            self._lock()
+
+    def _lock(self) -> None:
+        """Become the run's only writer, and clear away what a dead one left half done."""
+        if self._repository.lock.held:
+            return
+        self._repository.lock.acquire()
+        try:
+            self._repository.recover()
+        except OSError as error:
+            reason = self._repository.storage.redact(str(error))
+            warnings.warn(
+                f"could not clear away leftovers in {self._repository.url}: {reason}", CheckpointerWarning, stacklevel=4
+            )
+
+    def _check_usable(self) -> None:
+        if self._pid != os.getpid():
+            raise SaveError(
+                f"this CheckpointManager belongs to process {self._pid}, not to its forked child {os.getpid()}: "
+                "make one of its own here, with read_only=True if it only reads"
+            )
+        if self._closed:
+            raise SaveError(f"this CheckpointManager of {self._repository.url} is closed")
+
+    def _check_writable(self) -> None:
+        if self._read_only:
+            raise SaveError(f"this CheckpointManager of {self._repository.url} was made with read_only=True")
+
+    def _request(self, options: RestoreKeywords) -> RestoreRequest:
+        """The restore options, checked."""
+        unknown = set(options) - set(RestoreKeywords.__annotations__)
+        if unknown:
+            hint = did_you_mean(min(unknown), RestoreKeywords.__annotations__)
+            raise ConfigError(f"unknown restore option {', '.join(sorted(unknown))}{hint}")
+        verify = options.get("verify") or self._config.restore.verify
+        if verify not in ("stream", "before", "off"):
+            raise ConfigError(f"verify must be 'stream', 'before' or 'off', got {verify!r}")
+        components, ignored = options.get("components"), options.get("ignore_keys", ())
+        if isinstance(components, str) or isinstance(ignored, str):
+            raise ConfigError("components and ignore_keys are lists: write ['model'], not 'model'")
+        return RestoreRequest(
+            components=None if components is None else tuple(components),
+            options=RestoreOptions(
+                strict=options.get("strict", True),
+                ignore_keys=tuple(ignored),
+                rename=options.get("rename"),
+                adapt=options.get("adapt"),
+                map_location=options.get("map_location"),
+                partial=components is not None,
+            ),
+            verify=verify,
+            read_only=self._read_only,
+        )
+
+    def _note(self, x: StepOrInfo, note: Note) -> None:
+        """Append a note, then make sure that its checkpoint is still there."""
+        self._check_usable()
+        current = self._saver.current
+        if isinstance(x, int) and current is not None and current.step == x:
+            current.error()  # it becomes visible with its commit
+        info = x if isinstance(x, CheckpointInfo) else self._repository.find(check_step(x))
+        self._repository.manifest(info)
+        self._repository.note(info, note)
+        self._repository.manifest(info)
+
+    def _best_rule(self, monitor: str | None) -> BestRule:
+        rules = self._config.keep.best or ()
+        if monitor is None:
+            if not rules:
+                raise ConfigError("name a metric: best('val_loss'), or configure keep: best")
+            return rules[0]
+        return next((rule for rule in rules if rule.monitor == monitor), BestRule(monitor=monitor))
+
+
+def _load_config(config: object) -> Config:
+    if config is None:
+        return Config()
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, Mapping):
+        return Config.from_mapping(dict(config))
+    if isinstance(config, (str, os.PathLike)):
+        return Config.from_yaml(config)
+    raise ConfigError(f"config must be a path, a mapping, a Config or None, got {type(config).__name__}")
+
+
+def _chain(error: BaseException, failure: CheckpointerError) -> None:
+    """Append ``failure`` to the chain of errors that led to ``error``, so that the traceback shows both."""
+    last = error
+    while last.__context__ is not None and last.__context__ is not failure:
+        last = last.__context__
+    last.__context__ = failure

@@ -1,0 +1,83 @@
+"""Where a manager stands in its run: the tip, what it had seen when it restored, and what may be saved next."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from checkpointer.errors import RunNotEmptyError, StepOrderError
+from checkpointer.info import CheckpointInfo
+from checkpointer.repository import Repository
+
+
+class Position:
+    """The tip is the last commit or restore of this manager, and so the parent of its next commit."""
+
+    def __init__(self, repository: Repository, *, require_resume: bool) -> None:
+        self._repository = repository
+        self._require_resume = require_resume
+        self._seen: int | None = None
+        """Newest sequence when this manager last looked; ``None`` before its first restore or save."""
+        self._checked = False
+        self.tip: CheckpointInfo | None = None
+        self.restored_from: CheckpointInfo | None = None
+        """Protected from retention until the first own commit."""
+        self.newest_created: datetime | None = None
+        """When the newest commit of the run was captured."""
+
+    def restored(self, info: CheckpointInfo | None) -> None:
+        """A restore has ended; ``None``: the run was empty."""
+        self._look()
+        self._checked = False
+        if info is not None:
+            self.tip = self.restored_from = info
+
+    def committed(self, info: CheckpointInfo) -> None:
+        """A save of this manager is durable."""
+        self.tip, self.restored_from = info, None
+        self.newest_created = info.created
+        self._seen = info.sequence
+
+    def check_first_save(self) -> None:
+        """Refuse the first save of somebody who forgot to restore, or whose run was continued by another job.
+
+        Raises:
+            RunNotEmptyError: and nothing is saved.
+        """
+        if self._checked:
+            return
+        seen, resumed = self._seen, self._seen is not None
+        newest, empty = self._look()
+        url = self._repository.url
+        if not resumed and not empty and self._require_resume:
+            raise RunNotEmptyError(
+                f"{url} holds checkpoints (the newest is {newest or 'damaged'}), and this manager has not restored one: "
+                "call mgr.restore_latest() before the loop, choose another root for a new run, "
+                "or set require_resume: false to start a new branch here"
+            )
+        if resumed and newest is not None and newest.sequence != seen:
+            raise RunNotEmptyError(
+                f"{url} has moved on since this manager restored: its newest is now {newest}, it was sequence {seen}. "
+                "Another job has saved to this run; stop it, then restore again"
+            )
+        self._checked = True
+
+    def check_order(self, step: int, last: int | None) -> None:
+        """Refuse a step below ``last``, the step saved or restored last: such a counter would stop saving in silence.
+
+        Raises:
+            StepOrderError: and nothing is saved.
+        """
+        if last is not None and step < last:
+            raise StepOrderError(
+                f"step {step} is below step {last}, which this manager has saved to, or restored from, "
+                f"{self._repository.url}: steps must count up over the whole run, not start again in each epoch. "
+                "To go back on purpose, restore the earlier step first"
+            )
+
+    def _look(self) -> tuple[CheckpointInfo | None, bool]:
+        """The newest checkpoint, and whether the run is empty; remembers its sequence."""
+        listing = self._repository.list_checkpoints()
+        newest = listing.checkpoints[-1] if listing.checkpoints else None
+        self._seen = newest.sequence if newest else 0
+        self.newest_created = newest.created if newest else None
+        return newest, listing.empty

@@ -1,0 +1,24 @@
+"""Carrying out what retention decides."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import datetime, timezone
+
+from checkpointer.repository import Repository
+from checkpointer.retention import KeepPolicy, RetentionPlan, plan
+
+
+def prune(
+    repository: Repository, policy: KeepPolicy, *, protect: Collection[str] = (), dry_run: bool = False
+) -> RetentionPlan:
+    """Plan on what is on disk now, and unless ``dry_run`` remove what the plan says, oldest first.
+
+    Needs the writer's lock unless ``dry_run``. A checkpoint that is pinned meanwhile stays.
+    """
+    listing = repository.list_checkpoints()
+    decided = plan(listing.checkpoints, policy, now=datetime.now(timezone.utc), protect=protect)
+    if not dry_run:
+        for info, _ in decided.remove:
+            repository.remove(info)
+    return decided

@@ -1,0 +1,254 @@
+"""From a checkpoint back into live objects: choose, check, read, apply. In this order; nothing live changes before."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from checkpointer.environment import differences, environment
+from checkpointer.errors import (
+    CheckpointerWarning,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    FormatVersionError,
+    IncompatibleStateError,
+)
+from checkpointer.index import Chunk, Component
+from checkpointer.info import CheckpointInfo
+from checkpointer.notes import Note
+from checkpointer.reading import CheckpointReader, ChunkRead
+from checkpointer.repository import Repository
+from checkpointer.staging import TensorTarget
+from checkpointer.state import Adapter, ComponentReport, RestoreOptions, RestorePlan, SavedState
+
+RNG = "rng"
+MAX_RELISTS = 10
+"""How often a listing is repeated because checkpoints vanish while they are opened."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A checkpoint that ``restore_latest`` passed over because it is damaged."""
+
+    step: int
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.reason}"
+
+
+@dataclass
+class RestoreReport:
+    """What a restore did, component by component. Prints as a short table."""
+
+    components: dict[str, ComponentReport] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    """Registered components that the checkpoint lacks: left as they were."""
+    unexpected: list[str] = field(default_factory=list)
+    """Components of the checkpoint that are not registered, or were not asked for: not restored."""
+    changed: list[str] = field(default_factory=list)
+    """What is not as it was when saved: versions, devices. One sentence each."""
+
+    def __str__(self) -> str:
+        rows = [str(report) for report in self.components.values()]
+        for title in ("missing", "unexpected", "changed"):
+            rows += [f"{title:<12} {entry}" for entry in getattr(self, title)]
+        return "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A finished restore."""
+
+    step: int
+    """The step given to ``save``; training goes on at ``step + 1``."""
+    epoch: int | None
+    metrics: Mapping[str, float]
+    checkpoint: CheckpointInfo
+    skipped: tuple[Skipped, ...] = ()
+    """Newer checkpoints that are damaged."""
+    report: RestoreReport = field(default_factory=RestoreReport)
+
+
+@dataclass(frozen=True)
+class RestoreRequest:
+    """What the user asked for."""
+
+    components: tuple[str, ...] | None
+    options: RestoreOptions
+    verify: str
+    """``stream``, ``before`` or ``off``."""
+    read_only: bool
+
+
+class Restorer:
+    """Restores the registered components from a repository."""
+
+    def __init__(self, repository: Repository, adapters: Mapping[str, Adapter]) -> None:
+        self._repository = repository
+        self._adapters = adapters
+
+    def latest(self, request: RestoreRequest) -> Restored | None:
+        """The newest checkpoint that is whole; ``None`` if there is none at all.
+
+        Raises:
+            CorruptCheckpointError: there are some, and all are damaged.
+            FormatVersionError: one was written by a newer library, so what is newest cannot be known.
+        """
+        skipped: dict[str, Skipped] = {}
+        for _ in range(MAX_RELISTS):
+            listing = self._repository.list_checkpoints()
+            for item in listing.unreadable:
+                if isinstance(item.error, FormatVersionError):
+                    raise item.error
+                self._skip(skipped, item.path, item.step, str(item.error))
+            if listing.empty:
+                return None
+            candidates = [info for info in reversed(listing.checkpoints) if info.path not in skipped]
+            try:
+                restored = self._first_whole(candidates, request, skipped)
+            except CheckpointNotFoundError:
+                continue  # a writer pruned it while it was opened: list again
+            if restored is None:
+                raise self._none_valid(skipped)
+            return restored
+        raise CheckpointNotFoundError(f"checkpoints in {self._repository.url} keep vanishing while they are opened")
+
+    def one(self, info: CheckpointInfo, request: RestoreRequest) -> Restored:
+        """Restore just this checkpoint.
+
+        Raises:
+            CorruptCheckpointError: it is damaged.
+            IncompatibleStateError: it does not fit the live objects.
+            CheckpointNotFoundError: it has been removed.
+        """
+        try:
+            with self._repository.open(info) as reader:
+                report = self._restore(reader, request)
+        except FileNotFoundError as error:
+            raise CheckpointNotFoundError(f"{info.path} was removed while it was read") from error
+        except CorruptCheckpointError as error:
+            self._repository.manifest(info)  # raises CheckpointNotFoundError if it was replaced under us
+            self._remember(info, str(error))
+            raise
+        if info.damaged is not None:
+            self._remember(info, "")
+            info = replace(info, damaged=None)
+        return Restored(info.step, info.epoch, info.metrics, info, (), report)
+
+    def _first_whole(
+        self, candidates: Iterable[CheckpointInfo], request: RestoreRequest, skipped: dict[str, Skipped]
+    ) -> Restored | None:
+        for info in candidates:
+            try:
+                restored = self.one(info, request)
+            except CorruptCheckpointError as error:
+                self._skip(skipped, info.path, info.step, str(error))
+            else:
+                return replace(restored, skipped=tuple(skipped.values()))
+        return None
+
+    def _skip(self, skipped: dict[str, Skipped], path: str, step: int, reason: str) -> None:
+        if path not in skipped:
+            skipped[path] = Skipped(step, path, reason)
+            warnings.warn(f"skipping a damaged checkpoint: {reason}", CheckpointerWarning, stacklevel=2)
+
+    def _none_valid(self, skipped: Mapping[str, Skipped]) -> CorruptCheckpointError:
+        steps = ", ".join(str(item.step) for item in skipped.values())
+        url = self._repository.url
+        return CorruptCheckpointError(
+            f"no valid checkpoint in {url} ({len(skipped)} damaged: {steps}); "
+            f"run 'checkpointer verify {url}' for the reasons. Live objects may hold parts of a damaged one"
+        )
+
+    def _remember(self, info: CheckpointInfo, reason: str) -> None:
+        """Note damage beside the checkpoint, so that retention, in any process, does not count on it."""
+        try:
+            self._repository.note(info, Note(damaged=reason[:1000]))
+        except OSError as error:
+            warnings.warn(f"could not note damage of {info.path}: {error}", CheckpointerWarning, stacklevel=2)
+
+    def _restore(self, reader: CheckpointReader, request: RestoreRequest) -> RestoreReport:
+        names, report = self._choose(reader.index.components, request)
+        options = request.options
+        if report.missing or report.unexpected:
+            options = replace(options, partial=True)
+        plans = self._prepare(reader, names, options)
+        reader.check_metadata(request.verify != "off")
+        if request.verify == "before":
+            reader.check_chunks(_chunks(reader, plans))
+        reader.read(list(_reads(reader, plans)), request.verify != "off")
+        for name, plan in plans.items():
+            plan.apply()
+            report.components[name] = plan.report
+        report.changed += differences(reader.manifest.environment, environment())
+        return report
+
+    def _prepare(
+        self, reader: CheckpointReader, names: Iterable[str], options: RestoreOptions
+    ) -> dict[str, RestorePlan]:
+        """Check every component before any is changed; all mismatches are reported in one error."""
+        plans: dict[str, RestorePlan] = {}
+        mismatches: list[str] = []
+        for name in names:
+            try:
+                plans[name] = self._adapters[name].prepare(SavedState(name, reader.index.components[name]), options)
+            except IncompatibleStateError as error:
+                mismatches.append(str(error))
+        if mismatches:
+            raise IncompatibleStateError("\n".join(mismatches))
+        return plans
+
+    def _choose(
+        self, saved: Mapping[str, Component], request: RestoreRequest
+    ) -> tuple[list[str], RestoreReport]:
+        """Which components to restore, the random generators last, and which are left out."""
+        if request.components is not None:
+            self._check_names(request.components, saved)
+            chosen = [name for name in self._adapters if name in request.components]
+            return chosen, RestoreReport(unexpected=[name for name in saved if name not in chosen])
+        missing = [name for name in self._adapters if name not in saved]
+        unexpected = [name for name in saved if name not in self._adapters]
+        if request.options.strict and (missing or (unexpected and not request.read_only)):
+            raise IncompatibleStateError(_component_mismatch(missing, unexpected))
+        chosen = [name for name in self._adapters if name in saved]
+        if unexpected or missing:
+            chosen = [name for name in chosen if name != RNG]  # a part of a run does not continue it
+            unexpected += [RNG] if RNG in saved else []
+        return chosen, RestoreReport(missing=missing, unexpected=unexpected)
+
+    def _check_names(self, names: Iterable[str], saved: Mapping[str, Component]) -> None:
+        for name in names:
+            if name not in self._adapters:
+                raise ConfigError(f"component {name!r} is not registered; registered are {', '.join(self._adapters)}")
+            if name not in saved:
+                raise IncompatibleStateError(f"the checkpoint has no component {name!r}; it has {', '.join(saved)}")
+
+
+def _component_mismatch(missing: list[str], unexpected: list[str]) -> str:
+    parts = []
+    if missing:
+        parts.append(f"the checkpoint lacks the registered components {', '.join(missing)}")
+    if unexpected:
+        parts.append(f"the checkpoint holds components that are not registered: {', '.join(unexpected)}")
+    return (
+        f"{'; '.join(parts)}. Register the same components, name those to restore (components=[...]), "
+        "or pass strict=False. Nothing was changed"
+    )
+
+
+def _chunks(reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> Iterator[tuple[str, Chunk]]:
+    for name, plan in plans.items():
+        for key in plan.reads:
+            for chunk in reader.index.chunks[name, key]:
+                yield f"{name}.{key}", chunk
+
+
+def _reads(reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> Iterator[ChunkRead]:
+    for name, plan in plans.items():
+        for key, tensor in plan.reads.items():
+            for chunk in reader.index.chunks[name, key]:
+                yield ChunkRead(f"{name}.{key}", chunk, TensorTarget(tensor, chunk))

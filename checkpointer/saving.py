@@ -1,0 +1,212 @@
+"""From a ``save`` call to a durable commit: the handle, the one background writer, and what follows a commit."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
+
+from checkpointer.config import Config
+from checkpointer.errors import CheckpointerError, CheckpointerWarning, SaveError
+from checkpointer.info import CheckpointInfo
+from checkpointer.pruning import prune
+from checkpointer.repository import Repository
+from checkpointer.staging import Arena, StagedComponent, stage_copies, stage_live
+from checkpointer.state import Captured
+from checkpointer.writing import Snapshot, write_checkpoint
+
+logger = logging.getLogger("checkpointer")
+
+
+class PendingSave:
+    """A save that has begun: done at the durable commit."""
+
+    def __init__(self, step: int, epoch: int | None, created: datetime) -> None:
+        self.step = step
+        """The step that is being saved."""
+        self.epoch = epoch
+        self.created = created
+        """When the state was captured (aware, UTC)."""
+        self._future: Future[CheckpointInfo] = Future()
+        self._reported = False
+
+    def done(self) -> bool:
+        """Whether it has been committed durably, or has failed."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> CheckpointInfo:
+        """Wait for the commit, at most ``timeout`` seconds.
+
+        Raises:
+            SaveError: (or a more precise CheckpointerError) the save failed; it is not raised again elsewhere.
+            TimeoutError: it is still being written.
+        """
+        error = self.error(timeout)
+        if error is not None:
+            self._reported = True
+            raise error
+        return self._future.result()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended without a commit."""
+        return self.done() and self.error() is not None
+
+    def error(self, timeout: float | None = None) -> BaseException | None:
+        """Wait like ``result``, and return the error instead of raising it."""
+        try:
+            return self._future.exception(timeout)
+        except TimeoutError:
+            raise
+        except Exception as error:  # before Python 3.11 futures had a TimeoutError of their own
+            raise TimeoutError(f"the save of step {self.step} is still being written after {timeout} s") from error
+
+    def __repr__(self) -> str:
+        state = "writing" if not self.done() else "failed" if self.failed else "committed"
+        return f"<PendingSave step={self.step} {state}>"
+
+
+def finished(info: CheckpointInfo) -> PendingSave:
+    """The handle of a checkpoint that was committed before."""
+    handle = PendingSave(info.step, info.epoch, info.created)
+    handle._future.set_result(info)
+    return handle
+
+
+class Saver:
+    """Stages and writes, one save at a time. All methods but the background work belong to the training thread."""
+
+    def __init__(
+        self, repository: Repository, config: Config, on_commit: Callable[[CheckpointInfo], object] | None
+    ) -> None:
+        self._repository = repository
+        self._config = config
+        self._on_commit = on_commit
+        self._arena = Arena()
+        self._pool: ThreadPoolExecutor | None = None
+        self._current: PendingSave | None = None
+        self._background: Future[None] | None = None
+        self._errors: list[CheckpointerError] = []
+        self._guard = threading.Lock()
+
+    @property
+    def current(self) -> PendingSave | None:
+        """The save begun last, finished or not."""
+        return self._current
+
+    def settle(self) -> None:
+        """Wait until no write is in flight; its error, if any, is kept for ``raise_errors``."""
+        handle = self._current
+        if handle is None:
+            return
+        if not handle.done():
+            logger.info("waiting for the save of step %d, which is still being written", handle.step)
+        handle.error()
+
+    def stage(self, captured: Mapping[str, Captured]) -> dict[str, StagedComponent]:
+        """Make state ready for writing: in ``sync`` mode by reference, else by a copy."""
+        if self._config.write.mode == "sync":
+            return {name: stage_live(part) for name, part in captured.items()}
+        return stage_copies(captured, self._arena)
+
+    def submit(self, snapshot: Snapshot) -> PendingSave:
+        """Write ``snapshot``: at once in ``sync`` mode, else in the background."""
+        handle = self._current = PendingSave(snapshot.step, snapshot.epoch, snapshot.created)
+        if self._config.write.mode == "sync":
+            self._write(snapshot, handle)
+            if handle.error() is None:
+                self._background = self._executor().submit(self._follow_up, handle)
+        else:
+            self._background = self._executor().submit(self._write_and_follow_up, snapshot, handle)
+        return handle
+
+    def raise_errors(self) -> None:
+        """Raise, once, the errors of background work that nobody has asked for."""
+        self._collect()
+        with self._guard:
+            errors, self._errors = self._errors, []
+        for extra in errors[1:]:
+            logger.error("another error of the background writer", exc_info=extra)
+        if errors:
+            raise errors[0]
+
+    def wait(self) -> None:
+        """Wait for the write in flight and for the pruning after it."""
+        self.settle()
+        if self._background is not None:
+            self._background.result()
+
+    def close(self) -> None:
+        """Finish everything and free memory and threads. Errors stay for ``raise_errors``."""
+        self.wait()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        self._arena.free()
+
+    def _executor(self) -> ThreadPoolExecutor:
+        # The interpreter joins an executor's threads at exit, so a script that ends during a save still commits it.
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpointer-writer")
+        return self._pool
+
+    def _collect(self) -> None:
+        """Move the error of a finished save that nobody asked for to the errors to raise."""
+        handle = self._current
+        if handle is None or not handle.done() or handle._reported:
+            return
+        error = handle.error()
+        if isinstance(error, CheckpointerError):
+            handle._reported = True
+            with self._guard:
+                self._errors.insert(0, error)
+
+    def _write_and_follow_up(self, snapshot: Snapshot, handle: PendingSave) -> None:
+        self._write(snapshot, handle)
+        if handle.error() is None:
+            self._follow_up(handle)
+
+    def _write(self, snapshot: Snapshot, handle: PendingSave) -> None:
+        """Complete ``handle``, whatever happens: a writer that dies silently would leave the caller waiting."""
+        try:
+            info = write_checkpoint(self._repository, snapshot)
+        except BaseException as error:
+            handle._future.set_exception(self._as_save_error(snapshot.step, error))
+        else:
+            logger.info("saved %s (%d bytes)", info.path, info.size)
+            handle._future.set_result(info)
+
+    def _as_save_error(self, step: int, error: BaseException) -> BaseException:
+        if isinstance(error, CheckpointerError):
+            return error
+        reason = self._repository.storage.redact(f"{type(error).__name__}: {error}")
+        wrapped = SaveError(
+            f"the save of step {step} to {self._repository.url} failed: {reason}. "
+            "Earlier checkpoints are untouched; the next save tries again"
+        )
+        wrapped.__cause__ = error
+        return wrapped
+
+    def _follow_up(self, handle: PendingSave) -> None:
+        """After a durable commit: tell the user's callback, then prune."""
+        info = handle._future.result()
+        if self._on_commit is not None:
+            try:
+                self._on_commit(info)
+            except Exception as error:
+                failure = SaveError(f"on_commit failed for {info.path}, which is committed: {error!r}")
+                failure.__cause__ = error
+                with self._guard:
+                    self._errors.append(failure)
+        try:
+            prune(self._repository, self._config.keep)
+        except Exception as error:
+            reason = self._repository.storage.redact(f"{type(error).__name__}: {error}")
+            warnings.warn(
+                f"could not prune {self._repository.url}: {reason}. Old checkpoints take space until it works again",
+                CheckpointerWarning,
+                stacklevel=2,
+            )
