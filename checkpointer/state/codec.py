@@ -301,11 +301,21 @@ def array_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
 
 
 def _key_part(step: tuple[str, Any]) -> str:
-    return str(step[1])[:120].encode("utf-8", "replace").decode()
+    part = step[1]
+    text = part if isinstance(part, str) else show_part(part)
+    return text[:120].encode("utf-8", "replace").decode()
 
 
 def _show(kind: str, part: Any) -> str:
-    return f".{part}" if kind == "." else f"[{str(repr(part))[:80]}]"
+    return f".{part}" if kind == "." else f"[{show_part(part)[:80]}]"
+
+
+def show_part(part: Any) -> str:
+    """``repr`` of a dict key or index, for messages and tensor keys."""
+    try:
+        return repr(part)
+    except ValueError:  # an int with more digits than the interpreter converts
+        return type(part).__name__
 
 
 def _describe(value: Any) -> str:

@@ -179,7 +179,7 @@ def _merge_dict(value: dict[Any, Any], live: dict[Any, Any], seen: set[int]) -> 
     items = [(key, merge(item, _get(live, key), seen)) for key, item in value.items()]
     live.clear()
     for key, item in items:
-        dict.__setitem__(live, key, item)
+        live[key] = item
     if isinstance(live, defaultdict) and isinstance(value, defaultdict):
         live.default_factory = value.default_factory
     return live

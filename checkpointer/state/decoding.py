@@ -21,7 +21,7 @@ from torch import nn
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError, IncompatibleStateError
 from checkpointer.index import Json, TensorSpec
 from checkpointer.state import tensors as tensor_data
-from checkpointer.state.codec import FACTORIES, MAX_DEPTH, TORCH_NUMPY
+from checkpointer.state.codec import FACTORIES, MAX_DEPTH, TORCH_NUMPY, show_part
 from checkpointer.state.leaves import (
     LEAF_DECODERS,
     decode_float,
@@ -177,7 +177,7 @@ class Decoder:
             key_node, item = expect_list(pair, 2)
             key = self._hashable(key_node)
             self._path.append(key)
-            dict.__setitem__(out, key, self._decode(item, known.get(key)))
+            out[key] = self._decode(item, dict.get(known, key))
             self._path.pop()
         if len(out) != len(pairs):
             self._fail("a dict with equal keys")
@@ -374,7 +374,7 @@ class Decoder:
         )
 
     def _where(self) -> str:
-        return self._place + "".join(f"[{str(repr(part))[:80]}]" for part in self._path)
+        return self._place + "".join(f"[{show_part(part)[:80]}]" for part in self._path)
 
     def _fail(self, what: str, cause: BaseException | None = None) -> NoReturn:
         raise CorruptCheckpointError(f"the tree of {self._where()[:400]} is not well formed: {what}") from cause

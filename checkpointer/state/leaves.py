@@ -246,13 +246,16 @@ def _decode_range(payload: Json) -> range:
 
 
 def _decode_size(payload: Json) -> torch.Size:
-    return torch.Size([decode_int(part) for part in expect_list(payload)])
+    sizes = [expect(part, int) for part in expect_list(payload)]
+    if not all(-INT_LIMIT < size < INT_LIMIT for size in sizes):
+        raise ValueError("size out of range")
+    return torch.Size(sizes)
 
 
 def encode_numpy_scalar(value: np.generic) -> tuple[str, Json]:
     """``np.float32(1)`` and its like. Raises ``ValueError`` for structured and object scalars."""
     if isinstance(value, np.str_):
-        return "$npscalar", ["str", to_base64(str(value).encode("utf-8", "surrogatepass"))]
+        return "$npscalar", ["str", to_base64(str.encode(value, "utf-8", "surrogatepass"))]
     if isinstance(value, np.bytes_):
         return "$npscalar", ["bytes", to_base64(bytes(value))]
     if value.dtype.kind not in "biufcmM" or type(value) is not value.dtype.type:

@@ -274,6 +274,9 @@ def build_quantized(scheme: Mapping[str, Any], parts: Mapping[str, torch.Tensor]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             if "axis" not in scheme:
+                limits = torch.iinfo(values.dtype)
+                if not limits.min <= scheme["zero_point"] <= limits.max:
+                    raise ValueError("zero point out of range")
                 return torch._make_per_tensor_quantized_tensor(values, scheme["scale"], scheme["zero_point"])
             scales, zero_points, axis = parts["scales"], parts["zero_points"], scheme["axis"]
             _check_channels(values, scales, zero_points, axis)
