@@ -177,12 +177,15 @@ class CheckpointManager:
         if self._signal.requested:
             return True
         last = self._last()
+        last_created = None
+        if self._config.save.every is not None:
+            last_created = last.created if last and not last.done() else self._position.newest_created
         reasons = due(
             self._config.save,
             step=check_step(step),
             epoch=None if epoch is None else check_step(epoch, "epoch"),
             last_epoch=last.epoch if last else None,
-            last_created=last.created if last and not last.done() else self._position.newest_created,
+            last_created=last_created,
             now=datetime.now(timezone.utc),
         )
         return bool(reasons)
@@ -384,12 +387,12 @@ class CheckpointManager:
 
     def _last(self) -> PendingSave | None:
         """The save in flight, else the tip. Moves the tip to the last save once it is committed."""
-        current = self._saver.current
-        if current is not None and not current.done():
-            return current
-        tip = self._position.tip
-        if current is not None and not current.failed and (tip is None or current.result().sequence > tip.sequence):
-            self._position.committed(current.result())
+        writing = self._saver.in_flight
+        if writing is not None:
+            return writing
+        committed = self._saver.take_commit()
+        if committed is not None:
+            self._position.committed(committed)
         return finished(self._position.tip) if self._position.tip else None
 
     def _restore_one(self, info: CheckpointInfo, request: RestoreRequest) -> Restored:
@@ -465,9 +468,9 @@ class CheckpointManager:
     def _note(self, x: StepOrInfo, note: Note) -> None:
         """Append a note, then make sure that its checkpoint is still there."""
         self._check_usable()
-        current = self._saver.current
-        if isinstance(x, int) and current is not None and current.step == x:
-            current.error()  # it becomes visible with its commit
+        writing = self._saver.in_flight
+        if writing is not None and writing.step == x:
+            writing.error()  # it becomes visible with its commit
         info = x if isinstance(x, CheckpointInfo) else self._repository.find(check_step(x))
         self._repository.manifest(info)
         self._repository.note(info, note)

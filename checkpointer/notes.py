@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from checkpointer import layout, strictjson
-from checkpointer.errors import CorruptCheckpointError
+from checkpointer.errors import ConfigError, CorruptCheckpointError
 from checkpointer.info import CheckpointInfo
 from checkpointer.manifest import metric_from_json, metric_to_json
 from checkpointer.storage import Storage
@@ -44,7 +44,7 @@ class Note:
         }
         data = strictjson.seal(fields)
         if len(data) > NOTE_LIMIT:
-            raise ValueError(f"a note takes {len(data)} bytes, at most {NOTE_LIMIT} are allowed")
+            raise ConfigError(f"a note takes {len(data)} bytes, at most {NOTE_LIMIT} are allowed")
         return data
 
 

@@ -6,7 +6,7 @@ from datetime import datetime
 
 from checkpointer.errors import RunNotEmptyError, StepOrderError
 from checkpointer.info import CheckpointInfo
-from checkpointer.repository import Repository
+from checkpointer.repository import Listing, Repository
 
 
 class Position:
@@ -21,8 +21,15 @@ class Position:
         self.tip: CheckpointInfo | None = None
         self.restored_from: CheckpointInfo | None = None
         """Protected from retention until the first own commit."""
-        self.newest_created: datetime | None = None
-        """When the newest commit of the run was captured."""
+        self._newest_created: datetime | None = None
+
+    @property
+    def newest_created(self) -> datetime | None:
+        """When the newest commit of the run was captured; ``None`` if there is none."""
+        if self._seen is None:
+            newest = self._newest(self._repository.list_checkpoints())
+            return newest.created if newest else None
+        return self._newest_created
 
     def restored(self, info: CheckpointInfo | None) -> None:
         """A restore has ended; ``None``: the run was empty."""
@@ -34,7 +41,7 @@ class Position:
     def committed(self, info: CheckpointInfo) -> None:
         """A save of this manager is durable."""
         self.tip, self.restored_from = info, None
-        self.newest_created = info.created
+        self._newest_created = info.created
         self._seen = info.sequence
 
     def check_first_save(self) -> None:
@@ -77,7 +84,11 @@ class Position:
     def _look(self) -> tuple[CheckpointInfo | None, bool]:
         """The newest checkpoint, and whether the run is empty; remembers its sequence."""
         listing = self._repository.list_checkpoints()
-        newest = listing.checkpoints[-1] if listing.checkpoints else None
+        newest = self._newest(listing)
         self._seen = newest.sequence if newest else 0
-        self.newest_created = newest.created if newest else None
+        self._newest_created = newest.created if newest else None
         return newest, listing.empty
+
+    @staticmethod
+    def _newest(listing: Listing) -> CheckpointInfo | None:
+        return listing.checkpoints[-1] if listing.checkpoints else None

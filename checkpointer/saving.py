@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import datetime
 
 from checkpointer.config import Config
@@ -31,7 +32,8 @@ class PendingSave:
         self.created = created
         """When the state was captured (aware, UTC)."""
         self._future: Future[CheckpointInfo] = Future()
-        self._reported = False
+        self.reported = False
+        """Whether its error has been raised."""
 
     def done(self) -> bool:
         """Whether it has been committed durably, or has failed."""
@@ -46,7 +48,7 @@ class PendingSave:
         """
         error = self.error(timeout)
         if error is not None:
-            self._reported = True
+            self.reported = True
             raise error
         return self._future.result()
 
@@ -59,10 +61,8 @@ class PendingSave:
         """Wait like ``result``, and return the error instead of raising it."""
         try:
             return self._future.exception(timeout)
-        except TimeoutError:
-            raise
-        except Exception as error:  # before Python 3.11 futures had a TimeoutError of their own
-            raise TimeoutError(f"the save of step {self.step} is still being written after {timeout} s") from error
+        except FutureTimeoutError:  # before Python 3.11 not the builtin one
+            raise TimeoutError(f"the save of step {self.step} is still being written after {timeout} s") from None
 
     def __repr__(self) -> str:
         state = "writing" if not self.done() else "failed" if self.failed else "committed"
@@ -89,22 +89,27 @@ class Saver:
         self._pool: ThreadPoolExecutor | None = None
         self._current: PendingSave | None = None
         self._background: Future[None] | None = None
-        self._errors: list[CheckpointerError] = []
+        self._committed: CheckpointInfo | None = None
+        self._errors: list[BaseException] = []
         self._guard = threading.Lock()
 
     @property
-    def current(self) -> PendingSave | None:
-        """The save begun last, finished or not."""
-        return self._current
+    def in_flight(self) -> PendingSave | None:
+        """The save that is being written."""
+        return self._current if self._current is not None and not self._current.done() else None
+
+    def take_commit(self) -> CheckpointInfo | None:
+        """What was committed since this was last asked."""
+        self._collect()
+        info, self._committed = self._committed, None
+        return info
 
     def settle(self) -> None:
         """Wait until no write is in flight; its error, if any, is kept for ``raise_errors``."""
-        handle = self._current
-        if handle is None:
-            return
-        if not handle.done():
+        handle = self.in_flight
+        if handle is not None:
             logger.info("waiting for the save of step %d, which is still being written", handle.step)
-        handle.error()
+            handle.error()
 
     def stage(self, captured: Mapping[str, Captured]) -> dict[str, StagedComponent]:
         """Make state ready for writing: in ``sync`` mode by reference, else by a copy."""
@@ -114,10 +119,11 @@ class Saver:
 
     def submit(self, snapshot: Snapshot) -> PendingSave:
         """Write ``snapshot``: at once in ``sync`` mode, else in the background."""
+        self._collect()
         handle = self._current = PendingSave(snapshot.step, snapshot.epoch, snapshot.created)
         if self._config.write.mode == "sync":
             self._write(snapshot, handle)
-            if handle.error() is None:
+            if not handle.failed:
                 self._background = self._executor().submit(self._follow_up, handle)
         else:
             self._background = self._executor().submit(self._write_and_follow_up, snapshot, handle)
@@ -136,8 +142,9 @@ class Saver:
     def wait(self) -> None:
         """Wait for the write in flight and for the pruning after it."""
         self.settle()
-        if self._background is not None:
-            self._background.result()
+        background, self._background = self._background, None
+        if background is not None:
+            background.result()
 
     def close(self) -> None:
         """Finish everything and free memory and threads. Errors stay for ``raise_errors``."""
@@ -154,19 +161,21 @@ class Saver:
         return self._pool
 
     def _collect(self) -> None:
-        """Move the error of a finished save that nobody asked for to the errors to raise."""
+        """Take a finished save out of flight: its commit, or its error unless somebody has asked its handle."""
         handle = self._current
-        if handle is None or not handle.done() or handle._reported:
+        if handle is None or not handle.done():
             return
+        self._current = None
         error = handle.error()
-        if isinstance(error, CheckpointerError):
-            handle._reported = True
+        if error is None:
+            self._committed = handle.result()
+        elif not handle.reported:
             with self._guard:
                 self._errors.insert(0, error)
 
     def _write_and_follow_up(self, snapshot: Snapshot, handle: PendingSave) -> None:
         self._write(snapshot, handle)
-        if handle.error() is None:
+        if not handle.failed:
             self._follow_up(handle)
 
     def _write(self, snapshot: Snapshot, handle: PendingSave) -> None:
