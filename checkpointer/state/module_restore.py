@@ -123,7 +123,7 @@ class ModuleRestore:
             self.root.get_submodule(path).set_extra_state(value)
         elif live.device.type == "meta":
             assign(self.root, live, value.detach())
-        elif not _copy_inside(live.detach(), value.detach()):
+        elif not _copy_inside(live, value.detach()):
             assign(self.root, live, value.detach())
 
     def _load(self, values: dict[str, Any]) -> None:
@@ -206,9 +206,13 @@ class ModuleRestore:
 
 def _copy_inside(live: torch.Tensor, value: torch.Tensor) -> bool:
     """Copy a value into a live tensor of the same kind; False where the live one has to be exchanged."""
+    if live.layout is torch.strided:  # detaching a sparse tensor would give it indices and values of its own
+        live = live.detach()
+    elif type(live) is nn.Parameter:
+        value = nn.Parameter(value, requires_grad=False)
     if type(live) is not type(value) or live.layout != value.layout:
         return False
-    if type(live) is not torch.Tensor:
+    if type(live) not in (torch.Tensor, nn.Parameter):
         return _copy_subclass(live, value)
     if live.is_quantized or value.is_quantized:
         return False

@@ -120,13 +120,20 @@ class OptimizerRestore:
     def _put_state(self, slots: list[tuple[torch.Tensor, Any]], saved: dict[Any, Any]) -> None:
         live, seen = self.live.state, set[int]()
         kept = {tensor: live[tensor] for tensor in self.match.kept if tensor in live}
-        other = {key: value for key, value in saved.items() if key not in self._indices()}
         if not self.options.strict:
             kept.update({key: value for key, value in live.items() if not isinstance(key, torch.Tensor)})
-        found = {tensor: merge(value, live.get(tensor), seen) for tensor, value in slots}
-        rest = {key: merge(value, live.get(key), seen) for key, value in other.items()}
+        found = {key: merge(value, live.get(key), seen) for key, value in self._in_order(slots, saved)}
         live.clear()
-        live.update({**kept, **found, **rest})
+        live.update({**kept, **found})
+
+    def _in_order(self, slots: list[tuple[Any, Any]], saved: dict[Any, Any]) -> list[tuple[Any, Any]]:
+        """State of parameters, and that of everything else, in the order of the checkpoint."""
+        indices = self._indices()
+        rest = [(place, (key, value)) for place, (key, value) in enumerate(saved.items()) if key not in indices]
+        restored = {parameter.index for parameter, _, _ in self.match.pairs}
+        order = [place for place, key in enumerate(saved) if key in restored]
+        rows = [*zip(order, slots, strict=True), *rest]
+        return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
     def _indices(self) -> set[int]:
         return {parameter.index for group in self.saved for parameter in group}
@@ -142,11 +149,10 @@ class OptimizerRestore:
     def _load(self, slots: list[tuple[torch.Tensor, Any]], saved: dict[str, Any]) -> None:
         """Through ``load_state_dict``, with hooks and overrides; then with the dtypes that were saved."""
         groups, numbers = self._live_groups(saved["param_groups"])
-        state = {numbers[id(tensor)]: value for tensor, value in slots}
-        current = self.live.state_dict()["state"]
         kept = {numbers[id(tensor)] for tensor in self.match.kept}
-        state.update({index: value for index, value in current.items() if index in kept})
-        state.update({key: value for key, value in saved["state"].items() if key not in self._indices()})
+        state = {index: value for index, value in self.live.state_dict()["state"].items() if index in kept}
+        numbered = [(numbers[id(tensor)], value) for tensor, value in slots]
+        state.update(self._in_order(numbered, saved["state"]))
         before = [_tensors_of(group) for group in self.live.param_groups]
         try:
             self.live.load_state_dict({"state": state, "param_groups": groups})
