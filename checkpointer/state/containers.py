@@ -53,7 +53,7 @@ class ContainerAdapter:
             report.changed += [f"{key!r} removed: it was not saved" for key in self.live if key not in value]
 
         def apply() -> None:
-            self._restore(decode(component.tree, places.reads, self.live, place=self.name), options, report)
+            self._restore(decode(component.tree, places.tensors(), self.live, place=self.name), options, report)
 
         return RestorePlan(places.reads, apply, report)
 
@@ -93,6 +93,8 @@ def _leaf_mismatch(leaf: Leaf, live: Any) -> str:
         return f"saved as a tensor, live is {type(live).__name__}"
     if leaf.spec is None:
         return "saved as another kind of tensor" if is_plain(live) else ""
+    if not is_plain(live):
+        return f"saved as an ordinary tensor, live has layout {live.layout}"
     found = (str(live.dtype)[6:], tuple(live.shape))
     if found != (leaf.spec.dtype, leaf.spec.shape):
         return f"saved as {leaf.spec.dtype} {list(leaf.spec.shape)}, live is {found[0]} {list(found[1])}"
@@ -100,7 +102,9 @@ def _leaf_mismatch(leaf: Leaf, live: Any) -> str:
 
 
 def _fill_tensor(live: torch.Tensor, value: torch.Tensor) -> None:
-    if memory_key(live.detach()) != memory_key(value.detach()) if live.layout is torch.strided else True:
+    if live.layout is not torch.strided:  # detached, it would be given indices and values of its own
+        live.copy_(value.detach())
+    elif memory_key(live.detach()) != memory_key(value.detach()):
         live.detach().copy_(value.detach())
 
 

@@ -84,7 +84,7 @@ class OptimizerRestore:
     # Applying
 
     def _apply(self) -> None:
-        state = decode(self.component.tree, self.places.reads, place=self.name)
+        state = decode(self.component.tree, self.places.tensors(), place=self.name)
         with torch.no_grad():
             slots = self._slots(state["state"])
             if self.direct:
@@ -229,8 +229,11 @@ def _exactly(loaded: Any, saved: Any) -> Any:
     if isinstance(loaded, dict) and isinstance(saved, dict):
         for key in loaded.keys() & saved.keys():
             loaded[key] = _exactly(loaded[key], saved[key])
-    elif isinstance(loaded, list) and isinstance(saved, list) and len(loaded) == len(saved):
-        loaded[:] = [_exactly(a, b) for a, b in zip(loaded, saved, strict=True)]
+    elif type(loaded) is type(saved) and isinstance(loaded, (list, tuple)) and len(loaded) == len(saved):
+        items = [_exactly(a, b) for a, b in zip(loaded, saved, strict=True)]
+        if isinstance(loaded, tuple):
+            return tuple(items)
+        loaded[:] = items
     return loaded
 
 

@@ -25,12 +25,20 @@ class Places:
         self._specs = specs
         self._map_location = map_location
         self._taken: set[tuple[object, ...]] = set()
+        self._owners: dict[str, torch.Tensor] = {}
 
     def offer(self, key: str, live: object) -> bool:
         """Read ``key`` into the live tensor if dtype, shape and memory allow; whether it will be."""
         if not isinstance(live, torch.Tensor) or key in self.reads or not tensors.fillable(live, self._specs[key]):
             return False
-        return self._take(key, live.detach())
+        taken = self._take(key, live.detach())
+        if taken and type(live) is torch.Tensor and not live.requires_grad:
+            self._owners[key] = live
+        return taken
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What was read, with the live tensor objects themselves for the memory of plain ones."""
+        return {**self.reads, **self._owners}
 
     def offer_array(self, leaf: Leaf, live: object) -> bool:
         """Read an array into the live numpy array if both are laid out the same way."""

@@ -48,7 +48,8 @@ class GeneratorAdapter:
         places.allocate_all(keys)
 
         def apply() -> None:
-            set_generator_state(self.live, decode(component.tree, places.reads, place=self.name))
+            state = decode(component.tree, places.reads, place=self.name)["state"]
+            set_generator_state(self.name, self.live, state)
 
         return RestorePlan(places.reads, apply, ComponentReport(self.name, [self.name]))
 
@@ -69,42 +70,52 @@ def generator_state(name: str, live: Any) -> dict[str, Any]:
         raise UnsupportedStateError(f"{name}: {type(live).__qualname__} has no state that could be stored") from error
 
 
-def set_generator_state(live: Any, saved: dict[str, Any]) -> None:
-    """The inverse of :func:`generator_state`."""
-    state = saved["state"]
-    if isinstance(live, (torch.Generator, np.random.RandomState)):
-        (live.set_state)(state)
-    elif isinstance(live, np.random.Generator):
-        live.bit_generator.state = state
-    elif isinstance(live, np.random.BitGenerator):
-        live.state = state
-    else:
-        live.setstate(state)
+def set_generator_state(name: str, live: Any, state: Any) -> None:
+    """The inverse of :func:`generator_state`. Raises :class:`CorruptCheckpointError` for what the generator refuses."""
+    try:
+        if isinstance(live, (torch.Generator, np.random.RandomState)):
+            live.set_state(state)
+        elif isinstance(live, np.random.Generator):
+            live.bit_generator.state = state
+        elif isinstance(live, np.random.BitGenerator):
+            live.state = state
+        else:
+            live.setstate(state)
+    except (RuntimeError, ValueError, TypeError, OverflowError, KeyError) as error:
+        raise CorruptCheckpointError(f"{name}: not the state of a random generator: {error}") from error
+
+
+#: Positions in a generator's buffer: numpy does not check them, and reads memory beyond the buffer.
+_POSITIONS = {"pos": 624, "buffer_pos": 4}
 
 
 def _check_like(place: str, saved: Any, live: Any) -> None:
     """Raise unless ``saved`` is built like ``live``: the same types, keys, lengths, array shapes and labels."""
-    if isinstance(saved, Leaf) and isinstance(live, (torch.Tensor, np.ndarray)):
-        same = saved.spec is not None and saved.spec.shape == tuple(live.shape)
-        same = same and saved.spec is not None and saved.spec.dtype == str(live.dtype).removeprefix("torch.")
-    elif isinstance(live, dict):
-        same = type(saved) is dict and set(saved) == set(live)
-    elif isinstance(live, (tuple, list)):
-        same = type(saved) is type(live) and len(saved) == len(live)
-    elif isinstance(live, str):
-        same = saved == live
-    elif isinstance(live, float) or live is None:
-        same = saved is None or isinstance(saved, float)
-    else:
-        same = isinstance(live, type(saved)) and not isinstance(saved, Leaf)
-    if not same:
+    if not _is_like(saved, live):
         raise IncompatibleStateError(f"{place}: the saved state is not that of the live kind of random generator")
     if isinstance(live, dict):
         for key in live:
             _check_like(f"{place}[{key!r}]", saved[key], live[key])
+            if key in _POSITIONS and not 0 <= saved[key] <= _POSITIONS[key]:
+                raise CorruptCheckpointError(f"{place}[{key!r}]: {saved[key]} is out of range")
     elif isinstance(live, (tuple, list)):
         for index, (saved_item, live_item) in enumerate(zip(saved, live, strict=True)):
             _check_like(f"{place}[{index}]", saved_item, live_item)
+
+
+def _is_like(saved: Any, live: Any) -> bool:
+    if isinstance(live, (torch.Tensor, np.ndarray)):
+        spec = saved.spec if isinstance(saved, Leaf) else None
+        return spec is not None and (spec.shape, spec.dtype) == (tuple(live.shape), str(live.dtype).rpartition(".")[2])
+    if isinstance(live, dict):
+        return type(saved) is dict and set(saved) == set(live)
+    if isinstance(live, (tuple, list)):
+        return type(saved) is type(live) and len(saved) == len(live)
+    if isinstance(live, str):
+        return bool(saved == live)
+    if live is None or isinstance(live, float):  # Python's spare Gaussian number is there or not
+        return saved is None or isinstance(saved, float)
+    return isinstance(live, type(saved)) and not isinstance(saved, Leaf)
 
 
 class RngState:
@@ -169,6 +180,10 @@ class RngState:
         return count
 
     def _set(self, state: dict[str, Any], counts: dict[str, int]) -> None:
+        """Set all states, after generators of our own have accepted them."""
+        set_generator_state(f"{self.name}.python", random.Random(), state["python"])  # noqa: S311 - not for secrets
+        set_generator_state(f"{self.name}.numpy", np.random.RandomState(), state["numpy"])
+        set_generator_state(f"{self.name}.torch", torch.Generator(), state["torch"])
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])

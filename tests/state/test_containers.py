@@ -295,3 +295,14 @@ def test_a_damaged_rng_state_is_refused_and_changes_nothing():
     with pytest.raises(CheckpointerError):
         RngState().prepare(damaged, RestoreOptions())
     assert random.getstate() == before
+
+
+def test_a_state_that_a_generator_refuses_changes_no_other():
+    saved, data = save(RngState())
+    before = all_draws()
+    restore(RngState(), (saved, data))
+    state = random.getstate()
+    with pytest.raises(CheckpointerError):
+        restore(RngState(), (saved, {key: b"\xff" * len(value) for key, value in data.items()}))
+    assert random.getstate() == state
+    assert all_draws() == before
