@@ -22,7 +22,7 @@ import struct
 import sys
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
@@ -94,31 +94,31 @@ class Note:
 
 
 class Scaled(torch.Tensor):
-    """A tensor subclass that is taken apart: ``inner`` times ``factor``."""
+    """A tensor subclass that is taken apart: ``part`` times ``factor``."""
 
-    inner: torch.Tensor
+    part: torch.Tensor
     factor: float
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, factor: float) -> Scaled:
-        made: Scaled = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]  # noqa: SLF001
-        made.inner, made.factor = inner, factor
+    def __new__(cls: type[Scaled], part: torch.Tensor, factor: float) -> Scaled:  # noqa: PYI034  # no Self in 3.10
+        made: Scaled = torch.Tensor._make_wrapper_subclass(cls, part.shape, dtype=part.dtype)  # noqa: SLF001
+        made.part, made.factor = part, factor
         return made
 
-    def __init__(self, inner: torch.Tensor, factor: float) -> None:
+    def __init__(self, part: torch.Tensor, factor: float) -> None:
         """Everything is done in ``__new__``."""
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, float]]:
-        return ["inner"], {"factor": self.factor}
+        return ["part"], {"factor": self.factor}
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], ctx: dict[str, float], size: Any, stride: Any) -> Scaled:
-        return Scaled(inner["inner"], ctx["factor"])
+        return Scaled(inner["part"], ctx["factor"])
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
-            return Scaled(args[0].inner.detach(), args[0].factor)
+            return Scaled(args[0].part.detach(), args[0].factor)
         raise NotImplementedError(str(func))
 
 
@@ -142,7 +142,7 @@ def progress() -> dict[str, Any]:
         "none": None,
         "bools": [True, False],
         "ints": [0, -1, 2**63 - 1, 1 - 2**63, 2**63, -(2**70)],
-        "floats": [0.1, -0.0, 5e-324, 1.7976931348623157e308, float("inf"), float("-inf"), float("nan"), _payload_nan()],
+        "floats": [0.1, -0.0, 5e-324, sys.float_info.max, float("inf"), float("-inf"), float("nan"), _payload_nan()],
         "complex": [1.5 - 2.5j, complex(float("nan"), -0.0)],
         "strings": ["", "naïve ☃ 𝄞", "lone \ud800 surrogate", "$tensor"],
         "bytes": [b"", b"\x00\xff", bytes(range(256)) * 17],
@@ -164,7 +164,7 @@ def progress() -> dict[str, Any]:
             date(2026, 2, 28),
             timedelta(days=-1, seconds=2, microseconds=3),
         ],
-        "paths": [pathlib.PurePosixPath("a/b"), pathlib.PureWindowsPath("C:\\a")],
+        "paths": [pathlib.Path("runs/a"), pathlib.PurePosixPath("a/b"), pathlib.PureWindowsPath("C:\\a")],
         "torch": [torch.Size([2, 3]), torch.bfloat16, torch.device("cuda", 1), torch.device("cpu")],
         "scalars": [np.float32(0.1), np.int64(-7), np.bool_(True), np.complex128(1j), np.str_("é"), np.bytes_(b"b"),
                     np.datetime64("2026-01-02", "D")],
@@ -188,6 +188,10 @@ def zones() -> dict[str, Any]:
 def tensors() -> dict[str, Any]:
     """One tensor of every kind that is more than dtype and shape, and all of them sharing what they share."""
     shared = torch.arange(4, dtype=torch.float32)
+    coo = torch.sparse_coo_tensor(torch.tensor([[0, 1], [2, 0]]), [3.0, 4.0], (2, 3), check_invariants=True).coalesce()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a beta
+        csr = torch.sparse_csr_tensor([0, 1, 2], [2, 0], [3.0, 4.0], (2, 3), check_invariants=True)
     return {
         "shared": [shared, shared],
         "parameter": nn.Parameter(torch.tensor([1.0, 2.0]), requires_grad=False),
@@ -197,8 +201,8 @@ def tensors() -> dict[str, Any]:
         "strided": torch.arange(12, dtype=torch.int16).reshape(3, 4)[:, ::2],
         "transposed": torch.arange(6, dtype=torch.float32).reshape(2, 3).t(),
         "conjugate": torch.tensor([1 + 2j, 3 - 4j]).conj(),
-        "coo": torch.sparse_coo_tensor([[0, 1], [2, 0]], [3.0, 4.0], (2, 3)).coalesce(),
-        "csr": torch.sparse_csr_tensor([0, 1, 2], [2, 0], torch.tensor([3.0, 4.0]), (2, 3)),
+        "coo": coo,
+        "csr": csr,
         "scaled": Scaled(torch.tensor([1.0, -1.0]), 0.5),
     }
 
@@ -227,7 +231,8 @@ def dtypes() -> dict[str, Any]:
 def optimizer_for(net: Net) -> torch.optim.AdamW:
     """Two groups, so that hyper-parameters differ."""
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW([{"params": trained[:2], "lr": 0.01}, {"params": trained[2:]}], lr=0.1)
+    groups: list[dict[str, Any]] = [{"params": trained[:2], "lr": 0.01}, {"params": trained[2:]}]
+    return torch.optim.AdamW(groups, lr=0.1)
 
 
 def train(net: Net, optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) -> None:
@@ -278,7 +283,7 @@ def _payload_nan() -> float:
 # ------------------------------------------------------------------------------------------------- what is expected
 
 
-def describe(value: Any) -> Any:
+def describe(value: Any) -> Any:  # noqa: PLR0911  # one line for each kind of value
     """JSON that says type and bits of a value, written without any code of the library."""
     name = type(value).__name__
     if isinstance(value, torch.Tensor):
@@ -321,14 +326,15 @@ def _describe_tensor(value: torch.Tensor) -> Any:
     found["requires_grad"] = value.requires_grad
     plain = value.detach()
     if isinstance(value, Scaled):
-        return {**found, "inner": describe(value.inner), "factor": describe(value.factor)}
+        return {**found, "part": describe(value.part), "factor": describe(value.factor)}
     if plain.is_quantized:
-        return {**found, "scheme": str(plain.qscheme()), "values": describe(plain.int_repr()), "means": describe(plain.dequantize())}
+        parts = {"values": describe(plain.int_repr()), "means": describe(plain.dequantize())}
+        return {**found, "scheme": str(plain.qscheme()), **parts}
     if plain.layout is torch.sparse_coo:
         return {**found, "indices": describe(plain._indices()), "values": describe(plain._values())}  # noqa: SLF001
     if plain.layout is torch.sparse_csr:
-        parts = (plain.crow_indices(), plain.col_indices(), plain.values())
-        return {**found, "parts": [describe(part) for part in parts]}
+        triple = (plain.crow_indices(), plain.col_indices(), plain.values())
+        return {**found, "parts": [describe(part) for part in triple]}
     if plain.numel() and _is_permuted(plain) and not plain.is_conj():
         found["strides"] = list(plain.stride())
     flat = plain.resolve_conj().contiguous().reshape(-1)
@@ -337,7 +343,8 @@ def _describe_tensor(value: torch.Tensor) -> Any:
 
 def _is_permuted(plain: torch.Tensor) -> bool:
     """Dense, but not row-major: such strides are kept."""
-    order = sorted(range(plain.ndim), key=lambda dimension: -plain.stride(dimension))
+    strides = plain.stride()
+    order = sorted(range(plain.ndim), key=lambda dimension: -strides[dimension])
     return plain.permute(order).is_contiguous() and not plain.is_contiguous()
 
 
@@ -392,12 +399,13 @@ def fixed_surroundings() -> Iterator[None]:
     def token_hex(size: int) -> str:
         return f"{next(numbers) * 0x9E3779B97F4A7C15F39CC0605CEDC835 % (1 << 128):032x}"[: 2 * size]
 
-    clock = mock.Mock(wraps=datetime, now=lambda zone: BEGIN + timedelta(minutes=next(minutes)))
+    clock = mock.Mock(wraps=datetime)
+    clock.now.side_effect = lambda _: BEGIN + timedelta(minutes=next(minutes))
     with ExitStack() as stack:
         stack.enter_context(mock.patch("secrets.token_hex", token_hex))
         stack.enter_context(mock.patch("checkpointer.manager.datetime", clock))
-        stack.enter_context(mock.patch("checkpointer.manager.environment", lambda: ENVIRONMENT))
-        stack.enter_context(mock.patch("time.perf_counter", lambda: 0.0))
+        stack.enter_context(mock.patch("checkpointer.manager.environment", return_value=ENVIRONMENT))
+        stack.enter_context(mock.patch("time.perf_counter", return_value=0.0))
         yield
 
 
@@ -448,6 +456,7 @@ def _make_exported(root: pathlib.Path) -> dict[str, Any]:
     from checkpointer import CheckpointManager
 
     live = {name: part for name, part in components().items() if name in SMALL}
+    train(live["model"], live["optimizer"], live["scheduler"], 1)
     states: dict[str, Any] = {}
     with CheckpointManager("memory://golden", config={"write": {"mode": "sync"}}, **live) as manager:
         _save(manager, live, states, 7, files={"config.json": b"{}"})
