@@ -1,0 +1,110 @@
+"""Fixtures that the whole suite shares: run roots on every kind of storage."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYsecretKEY"
+
+
+@dataclass(frozen=True)
+class Root:
+    """A run root of its own, and what opens it."""
+
+    kind: str
+    url: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A real S3 server on a free port of this machine."""
+
+    endpoint: str
+    options: dict[str, Any]
+    """``storage_options`` of a run root on it."""
+
+    def new_bucket(self) -> str:
+        """The name of an empty bucket."""
+        name = f"runs-{secrets.token_hex(6)}"
+        self.client().create_bucket(Bucket=name)
+        return name
+
+    def client(self) -> Any:
+        """A client that knows nothing of what fsspec does."""
+        import boto3
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.options["key"],
+            aws_secret_access_key=self.options["secret"],
+            region_name="us-east-1",
+        )
+
+    def keys(self, bucket: str) -> list[str]:
+        """Every key of a bucket, in order."""
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket)
+        return [item["Key"] for page in pages for item in page.get("Contents", [])]
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """One S3 server for all tests of this process."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    options = {"key": "AKIAIOSFODNNEXAMPLE", "secret": SECRET, "client_kwargs": {"endpoint_url": endpoint}}
+    yield S3Server(endpoint, options)
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server) -> Root:
+    """A run root in an empty bucket."""
+    return Root("s3", f"s3://{s3_server.new_bucket()}/run", s3_server.options)
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def memory() -> Iterator[Root]:
+    """A run root in this process's memory."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    name = f"run-{next(_numbers)}-{secrets.token_hex(4)}"
+    yield Root("memory", f"memory://{name}")
+    for path in [path for path in MemoryFileSystem.store if path.startswith(f"/{name}/")]:
+        del MemoryFileSystem.store[path]
+    MemoryFileSystem.pseudo_dirs[:] = [path for path in MemoryFileSystem.pseudo_dirs if not path.startswith(f"/{name}")]
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Root:
+    """A run root on the local file system; its directory does not exist yet."""
+    return Root("local", str(tmp_path / "run"))
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def root(request: pytest.FixtureRequest) -> Root:
+    """A run root on each kind of storage in turn."""
+    made: Root = request.getfixturevalue(request.param)
+    return made
+
+
+@pytest.fixture(params=["memory", "s3"])
+def object_root(request: pytest.FixtureRequest) -> Root:
+    """A run root on each storage without rename."""
+    made: Root = request.getfixturevalue(request.param)
+    return made
