@@ -1,0 +1,317 @@
+"""What each command shows, collected from the run root as plain data. Nothing is printed here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias, cast
+
+from checkpointer.errors import (
+    CheckpointerError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    FormatVersionError,
+    RunLockedError,
+)
+from checkpointer.index import Component
+from checkpointer.info import CheckpointInfo
+from checkpointer.manifest import Manifest, metric_to_json
+from checkpointer.notes import Note
+from checkpointer.pruning import prune
+from checkpointer.repository import Listing, Repository, Unreadable
+from checkpointer.retention import KeepPolicy, RetentionPlan
+from checkpointer.storage import ReadFile, Storage, open_storage
+
+Json: TypeAlias = "dict[str, Any]"
+Status: TypeAlias = Literal["ok", "damaged", "unsupported", "removed"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint of a listing, readable or not."""
+
+    step: int
+    name: str
+    """Its directory."""
+    path: str
+    info: CheckpointInfo | None
+    """``None`` where the manifest cannot be used."""
+    status: Status = "ok"
+    reason: str | None = None
+    """Why the status is not ``ok``."""
+
+    def to_json(self) -> Json:
+        info = self.info
+        return {
+            "step": self.step,
+            "epoch": info.epoch if info else None,
+            "sequence": info.sequence if info else None,
+            "id": info.id if info else None,
+            "parent": info.parent if info else None,
+            "created": info.created.isoformat() if info else None,
+            "size": info.size if info else None,
+            "metrics": {name: metric_to_json(value) for name, value in info.metrics.items()} if info else None,
+            "tags": list(info.tags) if info else None,
+            "pinned": info.pinned if info else None,
+            "finite": info.finite if info else None,
+            "note": info.note if info else None,
+            "path": self.path,
+            "status": self.status,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Details:
+    """One checkpoint with all that its files say about it."""
+
+    row: Row
+    manifest: Manifest
+    components: Mapping[str, Component] = field(default_factory=dict)
+    """Empty where ``problem`` is set."""
+    problem: CheckpointerError | None = None
+
+    def to_json(self) -> Json:
+        return {
+            **self.row.to_json(),
+            "world_size": self.manifest.world_size,
+            "environment": dict(self.manifest.environment),
+            "statistics": dict(self.manifest.statistics),
+            "files": {path: {"size": file.size, "xxh3": file.xxh3} for path, file in self.manifest.files.items()},
+            "components": {name: _component_to_json(part) for name, part in self.components.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What ``verify`` found about one checkpoint."""
+
+    row: Row
+    problems: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    """Files that the checkpoint does not list: harmless."""
+    bytes_read: int = 0
+
+    def to_json(self) -> Json:
+        return {
+            "step": self.row.step,
+            "path": self.row.path,
+            "status": self.row.status,
+            "problems": list(self.problems),
+            "extra_files": list(self.extra),
+            "bytes_read": self.bytes_read,
+        }
+
+
+@contextlib.contextmanager
+def opened(root: str, options: Mapping[str, object], *, durable: bool = True) -> Iterator[Repository]:
+    """The repository of ``root``. Errors that its file system's library raises lose the secrets they may quote."""
+    try:
+        storage = open_storage(root, options, durable=durable)
+    except (TypeError, AttributeError) as error:  # an option that the file system does not take
+        raise ConfigError(f"cannot open the run root with these storage options: {error}") from error
+    try:
+        yield Repository(storage)
+    except CheckpointerError:
+        raise
+    except OSError as error:
+        text = describe(error)
+        redacted = storage.redact(text)
+        if redacted == text:
+            raise
+        raise OSError(redacted) from None
+
+
+def describe(error: BaseException) -> str:
+    """An error in one sentence; for those of the operating system, place and reason without the number."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def listing(repository: Repository) -> list[Row]:
+    """Every checkpoint in commit order, those without a usable manifest (which have no order) last.
+
+    Raises:
+        CheckpointNotFoundError: there is none, or no run root.
+    """
+    return _rows(_listed(repository))
+
+
+def details(repository: Repository, step: int | None) -> Details:
+    """The checkpoint of ``step``, or the newest readable one. Damage behind the manifest is told in ``problem``."""
+    found = _listed(repository)
+    if step is None and not found.checkpoints:
+        raise found.unreadable[-1].error
+    info = repository.find(step) if step is not None else found.checkpoints[-1]
+    manifest = repository.manifest(info)
+    try:
+        with repository.open(info) as reader:
+            return Details(_row(info), manifest, reader.index.components)
+    except (CorruptCheckpointError, FormatVersionError) as error:
+        row = replace(_row(info), status=_status_of(error), reason=str(error))
+        return Details(row, manifest, problem=error)
+
+
+def checks(repository: Repository, step: int | None) -> Checks:
+    """What ``verify`` is going to check: everything, or every checkpoint of ``step``."""
+    rows = [row for row in listing(repository) if step is None or row.step == step]
+    if not rows and step is not None:
+        repository.find(step)  # raises, and says which there are
+    return Checks(repository, rows)
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Checkpoints to check, one after the other."""
+
+    repository: Repository
+    rows: list[Row]
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.info.size for row in self.rows if row.info)
+
+    def run(self, count: Callable[[int], object]) -> Iterator[Checked]:
+        """Read every byte of each, telling ``count`` as it goes; one that is pruned meanwhile is no problem."""
+        counting = Repository(cast("Storage", _Counting(self.repository.storage, count)))
+        for row in self.rows:
+            yield _check(counting, row, row.info) if row.info else Checked(row, (row.reason or "",))
+
+
+def _check(repository: Repository, row: Row, info: CheckpointInfo) -> Checked:
+    try:
+        report = repository.verify(info)
+        if not report.ok:
+            with contextlib.suppress(CorruptCheckpointError, FormatVersionError):
+                repository.manifest(info)  # its files are missing because it is gone?
+    except CheckpointNotFoundError as error:
+        return Checked(replace(row, status="removed", reason=str(error)))
+    status: Status = "ok" if report.ok else "damaged"
+    row = replace(row, status=status, reason=report.damage[0] if report.damage else None)
+    return Checked(row, report.damage, report.extra, report.bytes_read)
+
+
+def pruned(repository: Repository, policy: KeepPolicy, *, dry_run: bool) -> tuple[RetentionPlan, list[Row]]:
+    """Plan, and unless ``dry_run`` carry it out under the writer's lock. Also the checkpoints that no plan covers."""
+    unreadable = [row for row in listing(repository) if row.info is None]
+    plan = prune(repository, policy, dry_run=True) if dry_run else _prune_locked(repository, policy)
+    return plan, unreadable
+
+
+def plan_to_json(plan: RetentionPlan) -> Json:
+    """Both lists of the plan."""
+    decisions = {"keep": plan.keep, "remove": plan.remove}
+    return {
+        name: [
+            {"step": info.step, "id": info.id, "path": info.path, "size": info.size, "reasons": list(reasons)}
+            for info, reasons in items
+        ]
+        for name, items in decisions.items()
+    }
+
+
+def note(repository: Repository, step: int, addition: Note) -> Row:
+    """Append a note to the checkpoint of ``step``, and describe it as it is now."""
+    _listed(repository)
+    info = repository.find(step)
+    repository.note(info, addition)
+    repository.manifest(info)  # still there: a note on a pruned checkpoint would protect nothing
+    return _row(repository.current(repository.find(step)))
+
+
+def _prune_locked(repository: Repository, policy: KeepPolicy) -> RetentionPlan:
+    try:
+        repository.lock.acquire()
+    except RunLockedError as error:
+        raise RunLockedError(f"{error}. 'checkpointer prune --dry-run' needs no lock") from None
+    try:
+        repository.recover()
+        return prune(repository, policy)
+    finally:
+        repository.lock.release()
+
+
+def _listed(repository: Repository) -> Listing:
+    found = repository.list_checkpoints()
+    if found.empty:
+        if not repository.storage.exists(""):
+            raise CheckpointNotFoundError(f"there is no run root {repository.url}; check the path for typing errors")
+        raise CheckpointNotFoundError(
+            f"no checkpoints in {repository.url}; the run root is the directory that holds 'checkpoint-<step>' ones"
+        )
+    return found
+
+
+def _rows(found: Listing) -> list[Row]:
+    return [*map(_row, found.checkpoints), *map(_unreadable_row, found.unreadable)]
+
+
+def _row(info: CheckpointInfo) -> Row:
+    name = info.path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return Row(info.step, name, info.path, info, "ok" if info.damaged is None else "damaged", info.damaged)
+
+
+def _unreadable_row(item: Unreadable) -> Row:
+    return Row(item.step, item.name, item.path, None, _status_of(item.error), str(item.error))
+
+
+def _status_of(error: CheckpointerError) -> Status:
+    return "unsupported" if isinstance(error, FormatVersionError) else "damaged"
+
+
+def _component_to_json(component: Component) -> Json:
+    return {
+        "kind": component.kind,
+        "size": sum(spec.nbytes for spec in component.tensors.values()),
+        "tensors": {
+            key: {"dtype": spec.dtype, "shape": list(spec.shape), "size": spec.nbytes, "device": spec.device}
+            for key, spec in component.tensors.items()
+        },
+        "tree": component.tree,
+        "meta": dict(component.meta),
+    }
+
+
+class _Counting:
+    """A storage whose open files report each byte that is read from them."""
+
+    def __init__(self, storage: Storage, count: Callable[[int], object]) -> None:
+        self._storage = storage
+        self._count = count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def open(self, path: str) -> ReadFile:
+        return _CountingFile(self._storage.open(path), self._count)
+
+
+class _CountingFile:
+    def __init__(self, file: ReadFile, count: Callable[[int], object]) -> None:
+        self._file = file
+        self._count = count
+        self.size = file.size
+        self.close = file.close
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self._file.read_into(offset, view)
+        self._count(len(view))
+
+
+__all__ = [
+    "Checked",
+    "Checks",
+    "Details",
+    "Row",
+    "checks",
+    "describe",
+    "details",
+    "listing",
+    "note",
+    "opened",
+    "plan_to_json",
+    "pruned",
+]
