@@ -70,7 +70,6 @@ class Component:
     """What the adapter needs beside the tree (parameter names, frozen flags, …)."""
 
 
-
 class Chunk(NamedTuple):
     """A box of a tensor and where its bytes (row-major) lie."""
 
@@ -148,10 +147,12 @@ def _object(raw: Mapping[str, object], name: str) -> dict[str, Any]:
 
 
 def _parse_header(path: str, value: object, sizes: Mapping[str, int]) -> tuple[int, str]:
-    items = strictjson.array(value, f"header of {path!r}")
+    what = f"header of {path[:100]!r}"
+    items = strictjson.array(value, what)
     if path not in sizes or len(items) != 2:
-        raise CorruptCheckpointError(f"header of {path[:100]!r}: not a file of this checkpoint, or not [length, xxh3]")
-    return strictjson.integer(items[0], f"header of {path!r}", low=8, high=sizes[path]), strictjson.digest(items[1], path)
+        raise CorruptCheckpointError(f"{what}: not a file of the checkpoint, or not [length, xxh3]")
+    length = strictjson.integer(items[0], what, low=8, high=sizes[path])
+    return length, strictjson.digest(items[1], what)
 
 
 def _parse_component(
@@ -216,7 +217,7 @@ def _check_tiling(spec: TensorSpec, chunks: list[Chunk], what: str) -> None:
     whole = Chunk((0,) * len(spec.shape), spec.shape, "", 0, 0, "")
     cut = [d for d in range(len(spec.shape)) if any(chunk.lengths[d] != spec.shape[d] for chunk in chunks)]
     if len(cut) > MAX_CUT_DIMENSIONS:
-        raise CorruptCheckpointError(f"{what} is cut along {len(cut)} dimensions, at most {MAX_CUT_DIMENSIONS} are allowed")
+        raise CorruptCheckpointError(f"{what} is cut along {len(cut)} dimensions, at most {MAX_CUT_DIMENSIONS} may be")
     corners: Counter[tuple[int, ...]] = Counter()
     for chunk in chunks:
         _add_corners(corners, chunk, cut, 1)

@@ -68,14 +68,14 @@ class WriterLock:
                     f"cannot lock {self._url} for writing: {error}; "
                     "to read only, pass read_only=True, else make the run root writable"
                 ) from error
-            return self._fall_back()
+            self._fall_back()
+            return
         self._lock, self._pid = lock, os.getpid()
         status = os.stat(self._path)
         self._identity = (status.st_dev, status.st_ino)
         self._write_owner()
         if not self._inside_root and not self._url.startswith("memory://"):
             self._warn_unprotected("its storage has no lock that a dead owner frees")
-        return None
 
     def check(self) -> None:
         """Raise RunLockedError unless the lock file is still the one that was locked."""

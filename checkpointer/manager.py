@@ -40,7 +40,7 @@ from checkpointer.verification import VerifyReport
 from checkpointer.writing import Snapshot
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 StepOrInfo: TypeAlias = "int | CheckpointInfo"
 Files: TypeAlias = "Mapping[str, bytes | str | os.PathLike[str]]"
@@ -335,7 +335,7 @@ class CheckpointManager:
             self._repository.lock.release()
         self._saver.raise_errors()
 
-    def __enter__(self) -> CheckpointManager:
+    def __enter__(self) -> Self:
         self._check_usable()
         return self
 

@@ -57,7 +57,7 @@ class Position:
         url = self._repository.url
         if not resumed and not empty and self._require_resume:
             raise RunNotEmptyError(
-                f"{url} holds checkpoints (the newest is {newest or 'damaged'}), and this manager has not restored one: "
+                f"{url} holds checkpoints (the newest is {newest or 'damaged'}) and this manager restored none: "
                 "call mgr.restore_latest() before the loop, choose another root for a new run, "
                 "or set require_resume: false to start a new branch here"
             )

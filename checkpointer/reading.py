@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import xxhash
 
@@ -16,6 +16,9 @@ from checkpointer.errors import CorruptCheckpointError
 from checkpointer.index import Chunk, Index, parse_index
 from checkpointer.manifest import Manifest
 from checkpointer.storage import ReadFile, Storage
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 READ_BLOCK = 512 * 1024
 """Bytes read and hashed at a time: small enough that the hash finds them in the processor's cache."""
@@ -67,7 +70,7 @@ class CheckpointReader:
             self.close()
             raise
 
-    def __enter__(self) -> CheckpointReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -77,21 +80,19 @@ class CheckpointReader:
         """Close every file."""
         self._stack.close()
 
-    def check_metadata(self, verify: bool) -> None:
+    def check_metadata(self) -> None:
         """Check what is not tensor data: whole small files, and the headers of safetensors files."""
-        if not verify:
-            return
         for path, record in self.manifest.files.items():
             header = self.index.headers.get(path)
-            length, expected = header if header else (record.size, record.xxh3)
+            length, expected = header or (record.size, record.xxh3)
             if self._hash(path, 0, length) != expected:
                 what = "the header of " if header else ""
                 raise CorruptCheckpointError(f"{what}{self._place(path)} is damaged: its bytes do not match its hash")
 
-    def read(self, reads: Sequence[ChunkRead], verify: bool) -> None:
+    def read(self, reads: Sequence[ChunkRead], *, verify: bool) -> None:
         """Fill every target, from several threads; the largest first."""
         ordered = sorted(reads, key=lambda read: read.chunk.begin - read.chunk.end)
-        _in_parallel(lambda read: self._read_chunk(read, verify), ordered)
+        _in_parallel(lambda read: self._read_chunk(read, verify=verify), ordered)
 
     def check_chunks(self, chunks: Iterable[tuple[str, Chunk]]) -> None:
         """Check the hash of each ``(name, chunk)`` without keeping its bytes."""
@@ -124,7 +125,7 @@ class CheckpointReader:
         sizes = {file: record.size for file, record in self.manifest.files.items()}
         return parse_index(bytes(data), sizes, self._place(path))
 
-    def _read_chunk(self, read: ChunkRead, verify: bool) -> None:
+    def _read_chunk(self, read: ChunkRead, *, verify: bool) -> None:
         hasher = xxhash.xxh3_128()
         view = read.target.open()
         for start in range(0, len(view), READ_BLOCK):

@@ -177,10 +177,11 @@ class Restorer:
         if report.missing or report.unexpected:
             options = replace(options, partial=True)
         plans = self._prepare(reader, names, options)
-        reader.check_metadata(request.verify != "off")
+        if request.verify != "off":
+            reader.check_metadata()
         if request.verify == "before":
             reader.check_chunks(_chunks(reader, plans))
-        reader.read(list(_reads(reader, plans)), request.verify != "off")
+        reader.read(list(_reads(reader, plans)), verify=request.verify != "off")
         for name, plan in plans.items():
             plan.apply()
             report.components[name] = plan.report
@@ -202,9 +203,7 @@ class Restorer:
             raise IncompatibleStateError("\n".join(mismatches))
         return plans
 
-    def _choose(
-        self, saved: Mapping[str, Component], request: RestoreRequest
-    ) -> tuple[list[str], RestoreReport]:
+    def _choose(self, saved: Mapping[str, Component], request: RestoreRequest) -> tuple[list[str], RestoreReport]:
         """Which components to restore, the random generators last, and which are left out."""
         if request.components is not None:
             self._check_names(request.components, saved)

@@ -25,13 +25,13 @@ logger = logging.getLogger("checkpointer")
 class PendingSave:
     """A save that has begun: done at the durable commit."""
 
-    def __init__(self, step: int, epoch: int | None, created: datetime) -> None:
+    def __init__(self, step: int, epoch: int | None, created: datetime, future: Future[CheckpointInfo]) -> None:
         self.step = step
         """The step that is being saved."""
         self.epoch = epoch
         self.created = created
         """When the state was captured (aware, UTC)."""
-        self._future: Future[CheckpointInfo] = Future()
+        self._future = future
         self.reported = False
         """Whether its error has been raised."""
 
@@ -71,9 +71,9 @@ class PendingSave:
 
 def finished(info: CheckpointInfo) -> PendingSave:
     """The handle of a checkpoint that was committed before."""
-    handle = PendingSave(info.step, info.epoch, info.created)
-    handle._future.set_result(info)
-    return handle
+    future: Future[CheckpointInfo] = Future()
+    future.set_result(info)
+    return PendingSave(info.step, info.epoch, info.created, future)
 
 
 class Saver:
@@ -120,13 +120,13 @@ class Saver:
     def submit(self, snapshot: Snapshot) -> PendingSave:
         """Write ``snapshot``: at once in ``sync`` mode, else in the background."""
         self._collect()
-        handle = self._current = PendingSave(snapshot.step, snapshot.epoch, snapshot.created)
+        future: Future[CheckpointInfo] = Future()
+        handle = self._current = PendingSave(snapshot.step, snapshot.epoch, snapshot.created, future)
         if self._config.write.mode == "sync":
-            self._write(snapshot, handle)
-            if not handle.failed:
-                self._background = self._executor().submit(self._follow_up, handle)
+            self._write(snapshot, future)
+            self._background = self._executor().submit(self._follow_up, future)
         else:
-            self._background = self._executor().submit(self._write_and_follow_up, snapshot, handle)
+            self._background = self._executor().submit(self._write_and_follow_up, snapshot, future)
         return handle
 
     def raise_errors(self) -> None:
@@ -173,20 +173,19 @@ class Saver:
             with self._guard:
                 self._errors.insert(0, error)
 
-    def _write_and_follow_up(self, snapshot: Snapshot, handle: PendingSave) -> None:
-        self._write(snapshot, handle)
-        if not handle.failed:
-            self._follow_up(handle)
+    def _write_and_follow_up(self, snapshot: Snapshot, future: Future[CheckpointInfo]) -> None:
+        self._write(snapshot, future)
+        self._follow_up(future)
 
-    def _write(self, snapshot: Snapshot, handle: PendingSave) -> None:
-        """Complete ``handle``, whatever happens: a writer that dies silently would leave the caller waiting."""
+    def _write(self, snapshot: Snapshot, future: Future[CheckpointInfo]) -> None:
+        """Complete ``future``, whatever happens: a writer that died silently would leave the caller waiting."""
         try:
             info = write_checkpoint(self._repository, snapshot)
-        except BaseException as error:
-            handle._future.set_exception(self._as_save_error(snapshot.step, error))
+        except BaseException as error:  # noqa: BLE001  handed to whoever waits
+            future.set_exception(self._as_save_error(snapshot.step, error))
         else:
             logger.info("saved %s (%d bytes)", info.path, info.size)
-            handle._future.set_result(info)
+            future.set_result(info)
 
     def _as_save_error(self, step: int, error: BaseException) -> BaseException:
         if isinstance(error, CheckpointerError):
@@ -199,20 +198,26 @@ class Saver:
         wrapped.__cause__ = error
         return wrapped
 
-    def _follow_up(self, handle: PendingSave) -> None:
+    def _follow_up(self, future: Future[CheckpointInfo]) -> None:
         """After a durable commit: tell the user's callback, then prune."""
-        info = handle._future.result()
+        if future.exception() is None:
+            self._announce(future.result())
+            self._prune()
+
+    def _announce(self, info: CheckpointInfo) -> None:
         if self._on_commit is not None:
             try:
                 self._on_commit(info)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  raised by the next call of the user
                 failure = SaveError(f"on_commit failed for {info.path}, which is committed: {error!r}")
                 failure.__cause__ = error
                 with self._guard:
                     self._errors.append(failure)
+
+    def _prune(self) -> None:
         try:
             prune(self._repository, self._config.keep)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  the save is durable: training must go on
             reason = self._repository.storage.redact(f"{type(error).__name__}: {error}")
             warnings.warn(
                 f"could not prune {self._repository.url}: {reason}. Old checkpoints take space until it works again",

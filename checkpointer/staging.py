@@ -137,9 +137,7 @@ def aligned(size: int) -> int:
 
 
 def _staged(captured: Captured, tensors: Mapping[str, StagedTensor]) -> StagedComponent:
-    return StagedComponent(
-        captured.kind, captured.tree, captured.meta, tensors, captured.aliases, captured.frozen
-    )
+    return StagedComponent(captured.kind, captured.tree, captured.meta, tensors, captured.aliases, captured.frozen)
 
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:

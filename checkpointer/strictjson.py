@@ -15,7 +15,6 @@ import xxhash
 
 from checkpointer.errors import CorruptCheckpointError
 
-
 _TAIL = re.compile(rb',\n  "checksum": "([0-9a-f]{32})"\n}\n')
 _TAIL_LENGTH = len(b',\n  "checksum": ""\n}\n') + 32
 

@@ -167,9 +167,7 @@ def _entry(spec: TensorSpec, offset: int) -> dict[str, object]:
     }
 
 
-def _metadata(
-    tensors: Sequence[tuple[str, str, str]], components: Mapping[str, ComponentTensors]
-) -> dict[str, str]:
+def _metadata(tensors: Sequence[tuple[str, str, str]], components: Mapping[str, ComponentTensors]) -> dict[str, str]:
     stored = {(component, key): name for component, key, name in tensors}
     metadata = {"format": "pt"}
     for component in dict.fromkeys(component for component, _, _ in tensors):

@@ -69,7 +69,8 @@ def verify_checkpoint(storage: Storage, directory: str, manifest: Manifest, info
                 read += manifest.files[path].size
     except (CheckpointerError, FileNotFoundError) as error:
         damage.append(str(error))
-    return CheckpointReport(info.path, info.step, info, tuple(damage), tuple(_extra(storage, directory, manifest)), read)
+    extra = tuple(_extra(storage, directory, manifest))
+    return CheckpointReport(info.path, info.step, info, tuple(damage), extra, read)
 
 
 def _check_file(reader: CheckpointReader, path: str) -> Iterator[str]:

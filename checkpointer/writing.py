@@ -1,4 +1,4 @@
-"""Writing one checkpoint: tensor files, attachments, index, manifest, commit. In this order; nothing is visible before."""
+"""Writing one checkpoint: tensor files, small files, index, manifest, commit. Nothing is visible before the last."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _abandon(repository: Repository, attempt: Attempt) -> None:
     try:
         repository.abandon(attempt)
     except OSError:
-        logger.warning("could not remove the unfinished save %s; the next writer will", attempt.directory, exc_info=True)
+        logger.warning("could not remove the unfinished %s; the next writer will", attempt.directory, exc_info=True)
 
 
 def _tensors_of(component: StagedComponent) -> ComponentTensors:
@@ -97,9 +97,7 @@ def _write_tensors(
     return chunks
 
 
-def _file_pieces(
-    file: TensorFile, components: Mapping[str, StagedComponent], hashes: list[str]
-) -> Iterator[Buffer]:
+def _file_pieces(file: TensorFile, components: Mapping[str, StagedComponent], hashes: list[str]) -> Iterator[Buffer]:
     """Header and tensors of one file, in order; the hash of each tensor is appended to ``hashes`` as it passes."""
     yield file.header
     for slot in file.slots:

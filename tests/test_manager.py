@@ -484,7 +484,12 @@ def test_components_that_cannot_be_restored_in_place_are_refused(tmp_path: Path,
 
 def test_a_config_may_be_a_path_a_mapping_or_a_config(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("save: {every_n_steps: 2}\n")
-    for config in (tmp_path / "c.yaml", str(tmp_path / "c.yaml"), {"save": {"every_n_steps": 2}}, Config.from_mapping({"save": {"every_n_steps": 2}})):
+    for config in (
+        tmp_path / "c.yaml",
+        str(tmp_path / "c.yaml"),
+        {"save": {"every_n_steps": 2}},
+        Config.from_mapping({"save": {"every_n_steps": 2}}),
+    ):
         mgr = CheckpointManager(tmp_path / "run", config=config)
         assert not mgr.should_save(1)
         assert mgr.should_save(2)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from checkpointer.lock import WriterLock
-from checkpointer.storage import Storage
 from checkpointer.commit.base import Attempt, CommitProtocol, read_manifest, walk
 from checkpointer.commit.marker import MarkerCommit
 from checkpointer.commit.rename import RenameCommit
+from checkpointer.lock import WriterLock
+from checkpointer.storage import Storage
 
 
 def protocol_for(storage: Storage, lock: WriterLock) -> CommitProtocol:

@@ -13,12 +13,21 @@ import warnings
 from typing import Any
 
 from checkpointer import layout, strictjson
+from checkpointer.commit.base import (
+    STALE_AFTER,
+    Attempt,
+    is_pinned,
+    new_id,
+    occupant,
+    own_manifest,
+    remove_empty_directories,
+    walk,
+)
 from checkpointer.errors import CheckpointerWarning, CorruptCheckpointError, RunLockedError
 from checkpointer.lock import WriterLock
 from checkpointer.manifest import Manifest, parse_manifest
 from checkpointer.notes import remove_notes
 from checkpointer.storage import Storage
-from checkpointer.commit.base import STALE_AFTER, Attempt, is_pinned, new_id, occupant, own_manifest, remove_empty_directories, walk
 
 RECORD_LIMIT = 2 * layout.MANIFEST_LIMIT
 """Bytes."""
@@ -115,11 +124,11 @@ class MarkerCommit:
             self._storage.remove(f"{name}/{manifest.place(path)}")
         if manifest.data:
             remove_empty_directories(self._storage, f"{name}/{manifest.data}")
-        self._warn_of_foreign_files(name, manifest)
+        self._warn_of_foreign_files(name)
         remove_notes(self._storage, manifest.id)
         self._storage.remove(f"{layout.TRASH}/{manifest.id}.json")
 
-    def _warn_of_foreign_files(self, name: str, manifest: Manifest) -> None:
+    def _warn_of_foreign_files(self, name: str) -> None:
         if self._storage.exists(f"{name}/{layout.MANIFEST}"):
             return
         left = sorted(walk(self._storage, name))

@@ -9,11 +9,6 @@ from __future__ import annotations
 import warnings
 
 from checkpointer import layout
-from checkpointer.errors import CheckpointerWarning, SaveError
-from checkpointer.lock import WriterLock
-from checkpointer.manifest import Manifest
-from checkpointer.notes import remove_notes
-from checkpointer.storage import Storage
 from checkpointer.commit.base import (
     STALE_AFTER,
     Attempt,
@@ -24,6 +19,11 @@ from checkpointer.commit.base import (
     remove_empty_directories,
     walk,
 )
+from checkpointer.errors import CheckpointerWarning, SaveError
+from checkpointer.lock import WriterLock
+from checkpointer.manifest import Manifest
+from checkpointer.notes import remove_notes
+from checkpointer.storage import Storage
 
 ROOT = ""
 

@@ -182,10 +182,10 @@ class FsspecStorage:
     def make_directory(self, path: str) -> None:
         """Directories come into being with their files."""
 
-    def rename(self, old: str, new: str) -> None:
+    def rename(self, old: str, new: str) -> None:  # noqa: ARG002  the seam names them
         raise AssertionError("no atomic rename here: can_rename is False")
 
-    def exchange(self, a: str, b: str) -> bool:
+    def exchange(self, a: str, b: str) -> bool:  # noqa: ARG002  the seam names them
         raise AssertionError("no atomic exchange here: can_rename is False")
 
     def sync(self, *directories: str) -> None:
@@ -295,12 +295,12 @@ def _url_secrets(url: str) -> Iterator[str]:
         yield from (text for text in (credentials, *credentials.split(":"), parts.query) if len(text) > 2)
 
 
-def _option_secrets(options: Mapping[str, object], inherited: bool = False) -> Iterator[str]:
+def _option_secrets(options: Mapping[str, object], *, inherited: bool = False) -> Iterator[str]:
     """Text values of options that are named like secrets, at any depth."""
     for name, value in options.items():
         secret = inherited or bool(_SECRET_OPTION.search(str(name)))
         if isinstance(value, Mapping):
-            yield from _option_secrets(value, secret)
+            yield from _option_secrets(value, inherited=secret)
         elif secret and isinstance(value, str) and len(value) > 2:
             yield value
 
@@ -316,7 +316,7 @@ def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
 def _creates_natively(fs: AbstractFileSystem) -> bool:
     """Whether the client implements exclusive creation itself: fsspec's own default looks first and then writes."""
     if isinstance(fs, AsyncFileSystem):
-        return type(fs)._pipe_file is not AsyncFileSystem._pipe_file
+        return type(fs)._pipe_file is not AsyncFileSystem._pipe_file  # noqa: SLF001  the seam for implementers
     return type(fs).pipe_file is not AbstractFileSystem.pipe_file
 
 
