@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 READ_BLOCK = 512 * 1024
 """Bytes read and hashed at a time: small enough that the hash finds them in the processor's cache."""
 
+BATCH = 4 << 20
+"""Bytes that one task of a reading thread reads at least, unless it reads ``BATCH_LENGTH`` chunks."""
+
+BATCH_LENGTH = 512
+
 READ_THREADS = min(8, max(2, os.cpu_count() or 1))
 
 T = TypeVar("T")
@@ -91,8 +96,12 @@ class CheckpointReader:
 
     def read(self, reads: Sequence[ChunkRead], *, verify: bool) -> None:
         """Fill every target, from several threads; the largest first."""
-        ordered = sorted(reads, key=lambda read: read.chunk.begin - read.chunk.end)
-        _in_parallel(lambda read: self._read_chunk(read, verify=verify), ordered)
+
+        def read_batch(batch: Sequence[ChunkRead]) -> None:
+            for read in batch:
+                self._read_chunk(read, verify=verify)
+
+        _in_parallel(read_batch, list(_batches(reads)))
 
     def check_chunks(self, chunks: Iterable[tuple[str, Chunk]]) -> None:
         """Check the hash of each ``(name, chunk)`` without keeping its bytes."""
@@ -171,6 +180,20 @@ class CheckpointReader:
 
     def _place(self, path: str) -> str:
         return self._storage.place(f"{self._directory}/{self.manifest.place(path)}")
+
+
+def _batches(reads: Sequence[ChunkRead]) -> Iterator[Sequence[ChunkRead]]:
+    """The largest chunks first and one by one; small ones together, for handing work to a thread costs more."""
+    batch: list[ChunkRead] = []
+    size = 0
+    for read in sorted(reads, key=lambda read: read.chunk.begin - read.chunk.end):
+        batch.append(read)
+        size += read.chunk.end - read.chunk.begin
+        if size >= BATCH or len(batch) == BATCH_LENGTH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _in_parallel(function: Callable[[T], None], items: Sequence[T]) -> None:
