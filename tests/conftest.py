@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,6 +50,10 @@ class S3Server:
             region_name="us-east-1",
         )
 
+    def buckets(self) -> list[str]:
+        """The names of all buckets."""
+        return [bucket["Name"] for bucket in self.client().list_buckets()["Buckets"]]
+
     def keys(self, bucket: str) -> list[str]:
         """Every key of a bucket, in order."""
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=bucket)
@@ -60,6 +65,7 @@ def s3_server() -> Iterator[S3Server]:
     """One S3 server for all tests of this process."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line for each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

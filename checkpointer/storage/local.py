@@ -59,12 +59,12 @@ class LocalStorage:
 
     def list_directory(self, path: str) -> list[Entry]:
         try:
-            with os.scandir(self.place(path)) as entries:
+            with self._scan(path) as entries:
                 return [
                     Entry(entry.name, entry.is_dir(follow_symlinks=False), entry.is_file(follow_symlinks=False))
                     for entry in entries
                 ]
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, CorruptCheckpointError):
             return []
 
     def exists(self, path: str) -> bool:
@@ -126,14 +126,17 @@ class LocalStorage:
         self.put(path, data)
 
     def remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.place(path))
+        with contextlib.suppress(FileNotFoundError), _inside(self.root, path) as (name, parent):
+            os.unlink(name, dir_fd=parent)
 
     def remove_directory(self, path: str) -> bool:
         try:
-            os.rmdir(self.place(path))
+            with _inside(self.root, path) as (name, parent):
+                os.rmdir(name, dir_fd=parent)
         except FileNotFoundError:
             return True
+        except CorruptCheckpointError:
+            return False
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 return False
@@ -172,6 +175,21 @@ class LocalStorage:
             return time.time() - os.lstat(self.place(path)).st_mtime
         except FileNotFoundError:
             return None
+
+    @contextlib.contextmanager
+    def _scan(self, path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        """The entries of a directory that is reached through no symbolic link."""
+        if not path or os.scandir not in os.supports_fd:
+            with os.scandir(self.place(path)) as entries:
+                yield entries
+            return
+        with _inside(self.root, path) as (name, parent):
+            fd = os.open(name, os.O_RDONLY | _DIRECTORY | _NO_FOLLOW | _CLOEXEC, dir_fd=parent)
+            try:
+                with os.scandir(fd) as entries:
+                    yield entries
+            finally:
+                os.close(fd)
 
     @contextlib.contextmanager
     def _beside(self, path: str, data: bytes) -> Iterator[str]:
@@ -228,9 +246,23 @@ class LocalFile:
 
 def _open_below(root: str, path: str) -> int:
     """Open ``path`` for reading without following a symbolic link in any part of it below ``root``."""
-    last_flags = os.O_RDONLY | _NO_FOLLOW | _NON_BLOCK | _CLOEXEC | _BINARY
+    with _inside(root, path) as (name, parent):
+        return os.open(name, os.O_RDONLY | _NO_FOLLOW | _NON_BLOCK | _CLOEXEC | _BINARY, dir_fd=parent)
+
+
+@contextlib.contextmanager
+def _inside(root: str, path: str) -> Iterator[tuple[str, int | None]]:
+    """The last part of ``path`` and an open descriptor of its directory, reached through no symbolic link.
+
+    Where the system cannot work relative to a descriptor: the whole path and ``None``.
+
+    Raises:
+        CorruptCheckpointError: a part below ``root`` is no directory, or what the caller does meets a link.
+    """
+    place = os.path.join(root, *path.split("/"))
     if os.open not in os.supports_dir_fd:
-        return os.open(os.path.join(root, *path.split("/")), last_flags)
+        yield place, None
+        return
     *parents, name = path.split("/")
     directory = os.open(root, os.O_RDONLY | _DIRECTORY | _CLOEXEC)
     try:
@@ -238,9 +270,8 @@ def _open_below(root: str, path: str) -> int:
             inner = os.open(part, os.O_RDONLY | _DIRECTORY | _NO_FOLLOW | _CLOEXEC, dir_fd=directory)
             os.close(directory)
             directory = inner
-        return os.open(name, last_flags, dir_fd=directory)
+        yield name, directory
     except OSError as error:
-        place = os.path.join(root, *path.split("/"))
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EMLINK):
             raise CorruptCheckpointError(f"{place} is, or lies behind, something other than a plain file") from error
         error.filename = place

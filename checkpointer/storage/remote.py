@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import re
 import secrets
@@ -23,6 +24,7 @@ READ_BLOCK = 16 << 20
 """Bytes asked for in one request at most."""
 
 _SECRET_OPTION = re.compile(r"key|secret|token|pass|credential|sas|connection_string|auth|account", re.IGNORECASE)
+_BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "cos", "obs", "tos", "r2"})
 _MODIFIED_FIELDS = ("LastModified", "last_modified", "mtime", "updated", "created")
 
 P = ParamSpec("P")
@@ -36,7 +38,7 @@ def _as_os_errors(function: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except (OSError, CheckpointerError):
+        except (OSError, CheckpointerError, AssertionError):
             raise
         except Exception as error:
             storage: Any = args[0]
@@ -93,7 +95,10 @@ class FsspecStorage:
     @_as_os_errors
     def read(self, path: str, limit: int) -> bytes:
         self.fs.invalidate_cache(self._full(path))
-        return self._within(path, self.fs.cat_file(self._full(path), start=0, end=limit + 1), limit)
+        try:
+            return self._within(path, self.fs.cat_file(self._full(path), start=0, end=limit + 1), limit)
+        except OSError as error:
+            return self._empty(path, error)
 
     @_as_os_errors
     def read_many(self, paths: Sequence[str], limit: int) -> list[bytes | Exception]:
@@ -103,8 +108,9 @@ class FsspecStorage:
         results: list[bytes | Exception] = []
         for path, data in zip(paths, found, strict=True):
             try:
-                results.append(data if isinstance(data, Exception) else self._within(path, data, limit))
-            except CorruptCheckpointError as error:
+                whole = self._empty(path, data) if isinstance(data, Exception) else data
+                results.append(self._within(path, whole, limit))
+            except Exception as error:  # noqa: BLE001 - it takes the place of the result
                 results.append(error)
         return results
 
@@ -130,7 +136,8 @@ class FsspecStorage:
         except BaseException:
             with contextlib.suppress(Exception):  # the first error counts; what was uploaded is referenced by nothing
                 file.discard()
-            file.closed = True  # or its finalizer would complete the upload
+            with contextlib.suppress(AttributeError):  # in memory it is written already
+                file.closed = True  # or its finalizer would complete the upload
             raise
         file.close()
 
@@ -212,6 +219,12 @@ class FsspecStorage:
     def _full(self, path: str) -> str:
         return f"{self._path}/{path}" if path else self._path
 
+    def _empty(self, path: str, error: Exception) -> bytes:
+        """Nothing, where ``error`` only says that a file without bytes has no range of bytes; else raises it."""
+        if isinstance(error, OSError) and error.errno == errno.EINVAL and self.fs.info(self._full(path))["size"] == 0:
+            return b""
+        raise error
+
     def _within(self, path: str, data: bytes, limit: int) -> bytes:
         if len(data) > limit:
             raise CorruptCheckpointError(f"{self.place(path)} is larger than {limit} bytes")
@@ -220,8 +233,8 @@ class FsspecStorage:
     def _pipe(self, path: str, data: bytes, **options: Any) -> None:
         try:
             self.fs.pipe_file(self._full(path), data, **options)
-        except FileNotFoundError:  # file systems with real directories
-            self.fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
+        except FileNotFoundError:
+            self._make_parents(path)
             self.fs.pipe_file(self._full(path), data, **options)
         self.fs.invalidate_cache(self._full(path))
 
@@ -229,8 +242,14 @@ class FsspecStorage:
         try:
             return self.fs.open(self._full(path), "wb")
         except FileNotFoundError:
-            self.fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
+            self._make_parents(path)
             return self.fs.open(self._full(path), "wb")
+
+    def _make_parents(self, path: str) -> None:
+        """For file systems with real directories. In an object store this would create a bucket: a mistyped one."""
+        if not _BUCKETS.isdisjoint(_protocols(self.fs)):
+            raise FileNotFoundError(f"cannot write {self.place(path)}: no such bucket or container")
+        self.fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
 
     def _probe_exclusive(self) -> bool:
         """Create the same key twice. Some servers ignore the condition; some clients only look before they write."""
