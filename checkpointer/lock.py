@@ -11,6 +11,7 @@ import os
 import socket
 import tempfile
 import warnings
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -26,10 +27,12 @@ class WriterLock:
 
     ``path`` is the lock file inside the run root, or ``None`` where the file system has no OS locks (object stores):
     then a local lock, keyed by the URL, keeps the processes of this host and user apart, and a warning says so.
+    ``make_directory`` makes the directory of ``path`` in the storage's own way.
     """
 
-    def __init__(self, url: str, path: str | None) -> None:
+    def __init__(self, url: str, path: str | None, make_directory: Callable[[], None] | None = None) -> None:
         self._url = url
+        self._make_directory = make_directory
         self._inside_root = path is not None
         self._path = Path(path) if path is not None else _substitute_path(url)
         self._owner_path = self._path.with_name("owner.json") if path else self._path.with_suffix(".owner.json")
@@ -58,6 +61,8 @@ class WriterLock:
             return
         lock = FileLock(self._path, timeout=0, thread_local=False, fallback_to_soft=False)
         try:
+            if self._inside_root and self._make_directory is not None:
+                self._make_directory()  # durably: it may be the first directory of the run
             self._path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:

@@ -55,7 +55,7 @@ class Repository:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self.lock = WriterLock(storage.url, storage.lock_path)
+        self.lock = WriterLock(storage.url, storage.lock_path, lambda: storage.make_directory(layout.PRIVATE))
         self._protocol = protocol_for(storage, self.lock)
 
     @property
