@@ -187,6 +187,7 @@ def test_the_data_of_every_tensor_file_starts_on_a_cache_line_and_fills_it(tmp_p
         assert 8 + length + max(ends) == len(data)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 def test_dtypes_that_safetensors_cannot_name_are_read_as_bytes(tmp_path):
     values = torch.view_as_complex(torch.tensor([[1.0, -2.0]], dtype=torch.float16))
     checkpoint = save(tmp_path, half={"c": values})
