@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from checkpointer.errors import (
     CheckpointerError,
@@ -19,10 +19,11 @@ from checkpointer.index import Component
 from checkpointer.info import CheckpointInfo
 from checkpointer.manifest import Manifest, metric_to_json
 from checkpointer.notes import Note
-from checkpointer.pruning import prune
 from checkpointer.repository import Listing, Repository, Unreadable
-from checkpointer.retention import KeepPolicy, RetentionPlan
 from checkpointer.storage import ReadFile, Storage, open_storage
+
+if TYPE_CHECKING:
+    from checkpointer.retention import KeepPolicy, RetentionPlan
 
 Json: TypeAlias = "dict[str, Any]"
 Status: TypeAlias = Literal["ok", "damaged", "unsupported", "removed"]
@@ -172,6 +173,7 @@ class Checks:
 
     @property
     def bytes(self) -> int:
+        """How many will be read; indexes, which are read twice, count once."""
         return sum(row.info.size for row in self.rows if row.info)
 
     def run(self, count: Callable[[int], object]) -> Iterator[Checked]:
@@ -196,6 +198,8 @@ def _check(repository: Repository, row: Row, info: CheckpointInfo) -> Checked:
 
 def pruned(repository: Repository, policy: KeepPolicy, *, dry_run: bool) -> tuple[RetentionPlan, list[Row]]:
     """Plan, and unless ``dry_run`` carry it out under the writer's lock. Also the checkpoints that no plan covers."""
+    from checkpointer.pruning import prune  # only this command needs retention
+
     unreadable = [row for row in listing(repository) if row.info is None]
     plan = prune(repository, policy, dry_run=True) if dry_run else _prune_locked(repository, policy)
     return plan, unreadable
@@ -223,6 +227,8 @@ def note(repository: Repository, step: int, addition: Note) -> Row:
 
 
 def _prune_locked(repository: Repository, policy: KeepPolicy) -> RetentionPlan:
+    from checkpointer.pruning import prune
+
     try:
         repository.lock.acquire()
     except RunLockedError as error:

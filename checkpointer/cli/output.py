@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -31,7 +30,11 @@ def one_line(text: str) -> str:
 
 def is_terminal(stream: TextIO) -> bool:
     """Whether tables, colours and progress belong on ``stream``."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb" and importlib.util.find_spec("rich") is not None
+    if not stream.isatty() or os.environ.get("TERM") == "dumb":
+        return False
+    from importlib.util import find_spec
+
+    return find_spec("rich") is not None
 
 
 def emit(text: str) -> None:
@@ -81,7 +84,9 @@ def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
 
     console = Console(stderr=True, color_system=color_system())
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}", markup=False), *columns, console=console, transient=True) as bar:
+    text = TextColumn("{task.description}", markup=False)
+    # Lines for a stdout that is the same terminal go through rich, above the bar; those for a file or pipe must not.
+    with Progress(text, *columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
 
-from checkpointer.cli.gather import Checked, Details, Row
 from checkpointer.cli.output import clean, color_system
-from checkpointer.cli.tree import Node, leaves, outline
-from checkpointer.index import TensorSpec
-from checkpointer.retention import RetentionPlan
 
 if TYPE_CHECKING:
     from rich.tree import Tree
+
+    from checkpointer.cli.gather import Checked, Details, Row
+    from checkpointer.cli.tree import Node
+    from checkpointer.index import TensorSpec
+    from checkpointer.retention import RetentionPlan
 
 NOTHING = "-"
 STYLES = {"ok": "green", "keep": "green", "damaged": "bold red", "unsupported": "yellow", "remove": "red"}
@@ -152,6 +153,8 @@ def _joined(value: Any) -> str:
 
 def components(details: Details) -> Iterator[tuple[str, tuple[Node, ...]]]:
     """A title and the content of each component."""
+    from checkpointer.cli.tree import outline
+
     for name, component in details.components.items():
         size = human_size(sum(spec.nbytes for spec in component.tensors.values()))
         count = len(component.tensors)
@@ -194,6 +197,8 @@ def plain_details(details: Details, now: datetime) -> str:
 
 
 def _plain_leaves(nodes: Iterable[Node]) -> Iterator[str]:
+    from checkpointer.cli.tree import leaves
+
     found = [(clean(path), node) for path, node in leaves(nodes)]
     names = max((len(path) for path, _ in found), default=0)
     tensors = [_tensor_cells(node.spec, node.text) for _, node in found if node.spec is not None]
@@ -222,7 +227,7 @@ def rich_table(table: Table) -> str:
         for index, column in enumerate(table.columns)
         if any(row[index] != NOTHING for row in table.rows) and not (column.wide and console.width < 110)
     ]
-    out = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    out = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
     for _, column in shown:
         out.add_column(column.title, justify=column.align, no_wrap=not column.fold, overflow="fold")
     for row in table.rows:
@@ -273,7 +278,7 @@ def _grow(tree: Tree, nodes: Iterable[Node]) -> None:
 
 def shortened(text: str) -> str:
     """What a terminal shows of a long value (a generator's state): its beginning, and how much there is."""
-    return text if len(text) <= _SHORT else f"{text[:_SHORT]}… ({len(text)} characters; all of them in a pipe)"
+    return text if len(text) <= _SHORT else f"{text[:_SHORT]}… (and {len(text) - _SHORT} characters)"
 
 
 # ------------------------------------------------------------------------------------------------------- values
