@@ -51,8 +51,8 @@ def _hint(obj: object) -> str:
             "that has state_dict() and load_state_dict()"
         )
     if isinstance(obj, _IMMUTABLE):
-        return f"a {kind} cannot be changed in place by a restore; put it into a dict, for example progress={{'epoch': 0}}"
+        return f"a restore cannot change a {kind} in place; put it into a dict, for example progress={{'epoch': 0}}"
     if isinstance(obj, (dict, list, set, bytearray, torch.Tensor)):
-        return f"only exact containers are restored in place, not the subclass {kind}; give it state_dict() and load_state_dict()"
+        return f"only exact containers are restored in place, not the subclass {kind}; give it load_state_dict()"
     missing = [name for name in ("state_dict", "load_state_dict") if not callable(getattr(obj, name, None))]
     return f"{kind} has no {' and no '.join(missing)}(); add them, or register an object that has them"

@@ -6,7 +6,7 @@ What JSON holds exactly is written as it is. Everything else is an object with o
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from checkpointer.errors import UnsupportedStateError
-from checkpointer.index import ITEM_SIZES, Json
+from checkpointer.index import Json
 from checkpointer.state import leaves, tensors
 from checkpointer.state.registry import codec_for
 
@@ -36,7 +36,10 @@ TORCH_NUMPY = frozenset(
 )
 #: Tensor keys that safetensors keeps for itself.
 RESERVED_KEYS = frozenset({"__metadata__"})
-_REGISTER = "store plain values instead, or describe the class with checkpointer.register_codec(name, cls, encode, decode)"
+_NAMED = hasattr(torch.Tensor, "has_names")  # gone since torch 2.13
+_REGISTER = (
+    "store plain values instead, or describe the class with checkpointer.register_codec(name, cls, encode, decode)"
+)
 
 
 def encode(value: Any, root: str = "state") -> tuple[Json, dict[str, torch.Tensor]]:
@@ -55,7 +58,7 @@ class Encoder:
     def __init__(self, root: str) -> None:
         self.root = root
         self.tensors: dict[str, torch.Tensor] = {}
-        self._by_memory: dict[tuple[object, ...], str] = {}
+        self._by_pointer: dict[int, list[str]] = {}
         self._path: list[tuple[str, Any]] = []
         self._open: set[int] = set()
         self._hashable = 0
@@ -77,12 +80,14 @@ class Encoder:
         }
 
     def encode_at(self, path: Iterable[tuple[str, Any]], value: Any) -> Json:
-        """Encode ``value``, whose place (for messages and tensor keys) is ``path``: ``("[]", key)`` or ``(".", name)``."""
+        """Encode ``value`` at ``path``, which messages and tensor keys name: ``("[]", key)`` or ``(".", name)``."""
         self._path = list(path)
         return self.encode(value)
 
     def encode(self, value: Any) -> Json:
         """The tree of one value."""
+        if type(value) is torch.Tensor and not value.requires_grad and tensors.is_plain(value):
+            return self._plain_tensor(value)
         if leaves.is_plain(value):
             plain: Json = value
             return plain
@@ -118,8 +123,9 @@ class Encoder:
         return out
 
     def _dict(self, value: dict[Any, Any]) -> Json:
-        if not all(type(key) is str and not key.startswith("$") and leaves.is_plain_str(key) for key in value):
-            return {"$dict": self._pairs(value)}
+        for key in value:
+            if type(key) is not str or key.startswith("$") or not leaves.is_plain_str(key):
+                return {"$dict": self._pairs(value)}
         out: dict[str, Json] = {}
         for key, item in value.items():
             if leaves.is_plain(item):
@@ -134,7 +140,7 @@ class Encoder:
         out: list[Json] = []
         for key, item in value.items():
             self._path.append(("[]", key))
-            out.append([self._member(key), self.encode(item)])
+            out.append([key if leaves.is_plain(key) else self._member(key), self.encode(item)])
             self._path.pop()
         return out
 
@@ -187,9 +193,9 @@ class Encoder:
                 return {tag: payload}
         except ValueError as error:
             self._fail(str(error))
-        if isinstance(value, torch.Tensor):
-            return self._any_tensor(value)
-        self._fail(_describe(value))
+        if not isinstance(value, torch.Tensor):
+            self._fail(_describe(value))
+        return self._any_tensor(value)
 
     def _any_tensor(self, value: torch.Tensor) -> Json:
         self._refuse_as_key(value)
@@ -212,9 +218,13 @@ class Encoder:
             return self._sparse(value)
         if value.layout is not torch.strided or value.is_nested:
             self._fail(f"a tensor of layout {value.layout}; convert it first, for example with to_dense()")
-        if tensors.dtype_name(value.dtype) not in ITEM_SIZES:
+        return self._plain_tensor(value)
+
+    def _plain_tensor(self, value: torch.Tensor) -> Json:
+        self._refuse_as_key(value)
+        if value.dtype not in tensors.STORABLE:
             self._fail(f"a tensor of dtype {value.dtype}")
-        if any(name is not None for name in getattr(value, "names", ())):
+        if _NAMED and value.has_names():  # type: ignore[attr-defined]
             self._fail("a named tensor; drop the names with rename(None)")
         return {"$tensor": self._add(value)}
 
@@ -261,25 +271,32 @@ class Encoder:
             self._fail(f"a {type(value).__name__} as a dict key or set member")
 
     def _add(self, tensor: torch.Tensor) -> str:
-        """The key of a strided tensor, which is stored once however often its memory occurs."""
-        memory = tensors.memory_key(tensor)
-        known = self._by_memory.get(memory)
-        return known if known is not None else self.store(".".join(map(_key_part, self._path)), tensor)
+        return self.add(".".join([_key_part(part) for _, part in self._path]), tensor)
 
-    def store(self, key: str, tensor: torch.Tensor) -> str:
-        """Store a strided tensor under ``key``, or under ``key#2`` where that is taken; returns the key."""
-        key = key or "value"
+    def add(self, key: str, tensor: torch.Tensor) -> str:
+        """Store a plain strided tensor, once however often its memory occurs; returns the key that it has.
+
+        That is ``key``, ``key#2`` where ``key`` is taken, or the one that the same memory is already stored under.
+        """
+        # Most memory occurs once: comparing pointers first makes this several times faster.
+        pointer = tensor.data_ptr() or tensor.untyped_storage()._cdata  # noqa: SLF001
+        others = self._by_pointer.setdefault(pointer, [])
+        if others:
+            memory = tensors.memory_key(tensor)
+            for other in others:
+                if tensors.memory_key(self.tensors[other]) == memory:
+                    return other
+        stored = self._unique(key or "value")
+        others.append(stored)
+        self.tensors[stored] = tensor.detach() if tensor.requires_grad else tensor
+        return stored
+
+    def _unique(self, key: str) -> str:
         count, unique = 1, key
         while unique in self.tensors or unique in RESERVED_KEYS:
             count += 1
             unique = f"{key}#{count}"
-        self.tensors[unique] = tensor
-        self._by_memory[tensors.memory_key(tensor)] = unique
         return unique
-
-    def key_of(self, tensor: torch.Tensor) -> str | None:
-        """The key that exactly this memory is already stored under."""
-        return self._by_memory.get(tensors.memory_key(tensor))
 
     def _fail(self, what: str) -> NoReturn:
         place = self.root + "".join(_show(kind, part) for kind, part in self._path)
@@ -300,10 +317,11 @@ def array_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _key_part(step: tuple[str, Any]) -> str:
-    part = step[1]
+def _key_part(part: Any) -> str:
+    if type(part) is int and 0 <= part < 10**9:
+        return str(part)
     text = part if isinstance(part, str) else show_part(part)
-    return text[:120].encode("utf-8", "replace").decode()
+    return text if len(text) <= 120 and text.isascii() else text[:120].encode("utf-8", "replace").decode()
 
 
 def _show(kind: str, part: Any) -> str:
@@ -321,7 +339,8 @@ def show_part(part: Any) -> str:
 def _describe(value: Any) -> str:
     kind = type(value)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    if isinstance(value, datetime.tzinfo):
+    if isinstance(value, dt.tzinfo):
         return f"a time zone of type {name}"
-    bases = [base.__name__ for base in (bool, int, float, str, bytes, tuple, list, dict, set) if isinstance(value, base)]
+    builtins = (bool, int, float, str, bytes, tuple, list, dict, set)
+    bases = [base.__name__ for base in builtins if isinstance(value, base)]
     return f"a value of type {name}" + (f" (a subclass of {bases[0]}: only exact types are stored)" if bases else "")

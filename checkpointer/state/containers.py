@@ -53,7 +53,8 @@ class ContainerAdapter:
             report.changed += [f"{key!r} removed: it was not saved" for key in self.live if key not in value]
 
         def apply() -> None:
-            self._restore(decode(component.tree, places.tensors(), self.live, place=self.name), options, report)
+            value = decode(component.tree, places.tensors(), self.live, place=self.name, specs=component.tensors)
+            self._restore(value, options, report)
 
         return RestorePlan(places.reads, apply, report)
 
@@ -84,11 +85,7 @@ class ContainerAdapter:
 
 def _leaf_mismatch(leaf: Leaf, live: Any) -> str:
     if leaf.kind == "array":
-        if type(live) is not np.ndarray:
-            return f"saved as a numpy array, live is {type(live).__name__}"
-        if (live.dtype.str, live.shape) != (leaf.dtype, leaf.shape):
-            return f"saved as {leaf.dtype} {list(leaf.shape)}, live is {live.dtype.str} {list(live.shape)}"
-        return "" if live.flags.writeable else "the live array is read-only"
+        return _array_mismatch(leaf, live)
     if not isinstance(live, torch.Tensor):
         return f"saved as a tensor, live is {type(live).__name__}"
     if leaf.spec is None:
@@ -99,6 +96,14 @@ def _leaf_mismatch(leaf: Leaf, live: Any) -> str:
     if found != (leaf.spec.dtype, leaf.spec.shape):
         return f"saved as {leaf.spec.dtype} {list(leaf.spec.shape)}, live is {found[0]} {list(found[1])}"
     return ""
+
+
+def _array_mismatch(leaf: Leaf, live: Any) -> str:
+    if type(live) is not np.ndarray:
+        return f"saved as a numpy array, live is {type(live).__name__}"
+    if (live.dtype.str, live.shape) != (leaf.dtype, leaf.shape):
+        return f"saved as {leaf.dtype} {list(leaf.shape)}, live is {live.dtype.str} {list(live.shape)}"
+    return "" if live.flags.writeable else "the live array is read-only"
 
 
 def _fill_tensor(live: torch.Tensor, value: torch.Tensor) -> None:
@@ -161,7 +166,7 @@ def merge(value: Any, live: Any, seen: set[int]) -> Any:
     A live object that occurs twice is kept once, so that two saved values never end up in one object.
     """
     if isinstance(value, torch.Tensor):
-        return _merge_tensor(value, live)
+        return live if value is live else _merge_tensor(value, live)
     if isinstance(value, np.ndarray):
         return live if _same_array(value, live) else value
     if type(value) is not type(live) or type(value) not in (*CONTAINERS, tuple) or id(live) in seen:
@@ -171,19 +176,15 @@ def merge(value: Any, live: Any, seen: set[int]) -> Any:
         return _merge_dict(value, live, seen)
     if isinstance(value, (list, tuple, deque)):
         return _merge_sequence(value, live, seen)
-    if isinstance(value, set):
-        live.clear()
-        live.update(value)
-    else:
-        live[:] = value
+    live.clear()
+    (live.update if isinstance(value, set) else live.extend)(value)
     return live
 
 
 def _merge_dict(value: dict[Any, Any], live: dict[Any, Any], seen: set[int]) -> dict[Any, Any]:
     items = [(key, merge(item, _get(live, key), seen)) for key, item in value.items()]
     live.clear()
-    for key, item in items:
-        live[key] = item
+    live.update(dict(items))
     if isinstance(live, defaultdict) and isinstance(value, defaultdict):
         live.default_factory = value.default_factory
     return live
@@ -205,9 +206,9 @@ def _merge_tensor(value: torch.Tensor, live: Any) -> Any:
     """The live tensor if the saved one was read into its memory."""
     if not isinstance(live, torch.Tensor) or type(live) is not type(value):
         return value
-    if value.layout is not torch.strided or live.layout is not torch.strided or value.is_quantized:
+    if any(item.layout is not torch.strided or item.is_quantized for item in (value, live)):
         return value
-    if live.is_quantized or live.requires_grad != value.requires_grad and not isinstance(live, nn.Parameter):
+    if live.requires_grad != value.requires_grad and not isinstance(live, nn.Parameter):
         return value
     if value.numel() == 0 or memory_key(live.detach()) != memory_key(value.detach()):
         same = value.numel() == 0 and (live.shape, live.dtype) == (value.shape, value.dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -48,22 +48,31 @@ class Leaf:
     order: str = "C"
     dtype: str = ""
     shape: tuple[int, ...] = ()
-    inner: list[str] = field(default_factory=list)
     requires_grad: bool = False
 
 
-def decode(tree: Json, tensors: Mapping[str, torch.Tensor], live: Any = None, *, place: str = "state") -> Any:
+def decode(
+    tree: Json,
+    tensors: Mapping[str, torch.Tensor],
+    live: Any = None,
+    *,
+    place: str = "state",
+    specs: Mapping[str, TensorSpec] | None = None,
+) -> Any:
     """The value of a tree. ``live`` supplies the classes of tensor subclasses at the same paths; it is not changed.
 
-    The result shares memory with ``tensors``. Raises :class:`CorruptCheckpointError`, and
-    :class:`IncompatibleStateError` for classes that are not known here.
+    ``specs``: those of the tensors, where they are known. The result shares memory with ``tensors``.
+    Raises :class:`CorruptCheckpointError`, and :class:`IncompatibleStateError` for classes that are not known here.
     """
-    specs = {key: tensor_data.spec_of(tensor) for key, tensor in tensors.items()}
-    return Decoder(specs, tensors, place=place).run(tree, live)
+    known = {key: tensor_data.spec_of(item) for key, item in tensors.items()} if specs is None else specs
+    return Decoder(known, tensors, place=place).run(tree, live)
 
 
 def outline(tree: Json, specs: Mapping[str, TensorSpec], live: Any = None, *, place: str) -> tuple[Any, set[str]]:
-    """The value of a tree with a :class:`Leaf` for every tensor, and the keys it refers to. Raises as :func:`decode`."""
+    """The value of a tree with a :class:`Leaf` for every tensor, and the keys it refers to.
+
+    Raises as :func:`decode`.
+    """
     decoder = Decoder(specs, None, place=place)
     value = decoder.run(tree, live)
     return value, decoder.used
@@ -72,7 +81,9 @@ def outline(tree: Json, specs: Mapping[str, TensorSpec], live: Any = None, *, pl
 class Decoder:
     """Decodes trees over one set of tensors."""
 
-    def __init__(self, specs: Mapping[str, TensorSpec], tensors: Mapping[str, torch.Tensor] | None, *, place: str):
+    def __init__(
+        self, specs: Mapping[str, TensorSpec], tensors: Mapping[str, torch.Tensor] | None, *, place: str
+    ) -> None:
         self.used: set[str] = set()
         self._specs = specs
         self._tensors = tensors
@@ -81,27 +92,33 @@ class Decoder:
         self._depth = 0
         self._copied: set[str] = set()
         self._made: dict[tuple[Any, ...], Any] = {}
-        self._tags: Mapping[str, Callable[[Json, Any], Any]] = {
+        self._plain_tags: Mapping[str, Callable[[Json], Any]] = {
+            **LEAF_DECODERS,
+            "$set": lambda node: self._set(node, set),
+            "$frozenset": lambda node: self._set(node, frozenset),
+            "$slice": lambda node: slice(*self._items(expect_list(node, 3), None)),
+            "$bytes": self._bytes,
+            "$bytearray": lambda node: bytearray(self._bytes(node)),
+            "$custom": self._custom,
+            "$tensor": lambda node: self._tensor(self._key(node)),
+            "$ndarray": self._ndarray,
+            "$sparse": self._sparse,
+            "$quantized": self._quantized,
+        }
+        # Those in which a tensor subclass may lie, whose class the live value at the same path supplies.
+        self._live_tags: Mapping[str, Callable[[Json, Any], Any]] = {
             "$tuple": self._tuple,
-            "$set": lambda node, live: self._set(node, set),
-            "$frozenset": lambda node, live: self._set(node, frozenset),
             "$dict": self._dict,
             "$odict": lambda node, live: self._pairs(node, OrderedDict(), live),
             "$counter": lambda node, live: self._pairs(node, Counter(), live),
             "$defaultdict": self._defaultdict,
             "$deque": self._deque,
-            "$slice": lambda node, live: slice(*self._items(expect_list(node, 3), None)),
-            "$bytes": lambda node, live: self._bytes(node),
-            "$bytearray": lambda node, live: bytearray(self._bytes(node)),
-            "$custom": lambda node, live: self._custom(node),
-            "$tensor": lambda node, live: self._tensor(self._key(node)),
             "$parameter": self._parameter,
             "$leaf": self._grad_leaf,
-            "$ndarray": lambda node, live: self._ndarray(node),
-            "$sparse": lambda node, live: self._sparse(node),
-            "$quantized": lambda node, live: self._quantized(node),
             "$subclass": self._subclass,
         }
+
+        self._tags = {*self._plain_tags, *self._live_tags}
 
     def run(self, tree: Json, live: Any = None) -> Any:
         """Decode one tree, turning whatever goes wrong into a typed error."""
@@ -127,10 +144,10 @@ class Decoder:
             value: Any = self._items(node, live)
         else:
             tag, payload = _tag(expect(node, dict))
-            if tag in LEAF_DECODERS:
-                value = LEAF_DECODERS[tag](payload)
-            elif tag in self._tags:
-                value = self._tags[tag](payload, live)
+            if tag in self._plain_tags:
+                value = self._plain_tags[tag](payload)
+            elif tag in self._live_tags:
+                value = self._live_tags[tag](payload, live)
             else:
                 value = self._object(node, live)
         self._depth -= 1
@@ -148,7 +165,8 @@ class Decoder:
         out: dict[str, Any] = {}
         for key, item in entries.items():
             if type(key) is not str or key.startswith("$"):
-                self._fail(f"unknown tag {str(key)[:40]!r}")
+                problem = "a tag beside other keys" if key in self._tags else "unknown tag"
+                self._fail(f"{problem}: {str(key)[:40]!r}")
             self._path.append(key)
             out[key] = self._decode(item, known.get(key))
             self._path.pop()
@@ -261,15 +279,18 @@ class Decoder:
         flag = expect(requires_grad, bool)
         value = self._wrapped(inner, live)
         if isinstance(value, Leaf):
-            return self._once(("parameter", id(value), flag), lambda: self._wrapped_leaf("parameter", value, flag))
-        self._check_grad(value, flag)
+            leaf = value
+            return self._once(
+                ("parameter", id(leaf), flag), lambda: _wrapped_leaf("parameter", leaf, requires_grad=flag)
+            )
+        self._check_grad(value, requires_grad=flag)
         return self._once(("parameter", id(value), flag), lambda: nn.Parameter(value, requires_grad=flag))
 
     def _grad_leaf(self, node: Json, live: Any) -> Any:
         value = self._wrapped(node, live)
         if isinstance(value, Leaf):
-            return self._once(("leaf", id(value)), lambda: self._wrapped_leaf("leaf", value, True))
-        self._check_grad(value, True)
+            return self._once(("leaf", id(value)), lambda: _wrapped_leaf("leaf", value, requires_grad=True))
+        self._check_grad(value, requires_grad=True)
         return self._once(("leaf", id(value)), lambda: value.detach().requires_grad_(True))
 
     def _wrapped(self, node: Json, live: Any) -> Any:
@@ -279,12 +300,8 @@ class Decoder:
         self._made.setdefault(("keep", id(value)), value)
         return value
 
-    def _wrapped_leaf(self, kind: str, inner: Leaf, flag: bool) -> Leaf:
-        kind = kind if inner.kind == "tensor" else "other"
-        return Leaf(kind, inner.key, inner.spec, requires_grad=flag, inner=inner.inner)
-
-    def _check_grad(self, value: torch.Tensor, flag: bool) -> None:
-        if flag and not (value.is_floating_point() or value.is_complex()):
+    def _check_grad(self, value: torch.Tensor, *, requires_grad: bool) -> None:
+        if requires_grad and not (value.is_floating_point() or value.is_complex()):
             self._fail(f"requires_grad of a tensor of {value.dtype}")
 
     def _ndarray(self, node: Json) -> Any:
@@ -323,7 +340,8 @@ class Decoder:
             self._fail("not a shape")
         parts = expect_dict(fields["parts"], tensor_data.sparse_part_names(str(layout)))
         keys = {name: self._key(key) for name, key in parts.items()}
-        return self._assemble(keys, lambda found: tensor_data.build_sparse(str(layout), found, shape, coalesced))
+        name = str(layout)
+        return self._assemble(keys, lambda found: tensor_data.build_sparse(name, found, shape, coalesced=coalesced))
 
     def _quantized(self, node: Json) -> Any:
         fields = expect_dict(node, ("scheme", "parts"))
@@ -346,7 +364,7 @@ class Decoder:
     def _assemble(self, keys: Mapping[str, str], build: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]) -> Any:
         tensors = self._tensors
         if tensors is None:
-            return Leaf("other", inner=list(keys.values()))
+            return Leaf("other")
         return build({name: tensors[key] for name, key in keys.items()})
 
     def _subclass(self, node: Json, live: Any) -> Any:
@@ -378,6 +396,12 @@ class Decoder:
 
     def _fail(self, what: str, cause: BaseException | None = None) -> NoReturn:
         raise CorruptCheckpointError(f"the tree of {self._where()[:400]} is not well formed: {what}") from cause
+
+
+def _wrapped_leaf(kind: str, inner: Leaf, *, requires_grad: bool) -> Leaf:
+    """A leaf for a parameter (or a tensor that requires grad) over what ``inner`` stands for."""
+    kind = kind if inner.kind == "tensor" else "other"
+    return Leaf(kind, inner.key, inner.spec, requires_grad=requires_grad)
 
 
 def _tag(node: dict[str, Json]) -> tuple[str, Json]:

@@ -41,13 +41,11 @@ class ModuleAdapter:
         names = Names(root)
         state = {names.clean(raw): value for raw, value in root.state_dict(keep_vars=True).items()}
         tree, tensors, inner = _encode_state(self.name, state)
-        frozen = [
-            names.clean(raw) for raw, item in root.named_parameters(remove_duplicate=False) if not item.requires_grad
-        ]
+        frozen = [name for name, parameter in names.parameters() if not parameter.requires_grad and name in state]
         meta: dict[str, Json] = {
-            "frozen": [name for name in frozen if name in state],
-            "eval": list(eval_modules(root, names)),
-            "versions": dict(module_versions(root, names)),
+            "frozen": list(frozen),
+            "eval": list(eval_modules(names)),
+            "versions": dict(module_versions(names)),
             "inner": inner,
         }
         aliases = _aliases(tree, set(tensors))
@@ -69,10 +67,7 @@ def _encode_state(name: str, state: dict[str, Any]) -> tuple[Json, dict[str, tor
         if not isinstance(value, torch.Tensor) or not is_plain(value):
             rest.append(key)
             continue
-        tensor = value.detach()
-        stored = encoder.key_of(tensor)
-        if stored is None:
-            stored = encoder.store(key, tensor)
+        stored = encoder.add(key, value)
         if stored != key:
             tree[key] = {"$tensor": stored}
     plain = set(encoder.tensors)

@@ -90,9 +90,7 @@ def refusal(name: str, problems: list[str]) -> str:
     )
 
 
-def _pair(
-    name: str, found: Match, entries: dict[str, Entry], options: RestoreOptions, report: ComponentReport
-) -> None:
+def _pair(name: str, found: Match, entries: dict[str, Entry], options: RestoreOptions, report: ComponentReport) -> None:
     for saved, entry in entries.items():
         live = options.renamed(saved)
         if options.ignored(name, saved) or options.ignored(name, live):

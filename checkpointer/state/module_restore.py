@@ -31,7 +31,7 @@ class ModuleRestore:
         self.match = match(name, root, saved.component, options, self.report)
         self.places = Places(name, saved.component.tensors, options.map_location)
         versions = saved.component.meta.get("versions", {})
-        self.direct = loads_plainly(root) and module_versions(root, self.names) == versions
+        self.direct = loads_plainly(root) and module_versions(self.names) == versions
         self.in_place: set[str] = set()
         """Live keys whose memory is read into, or is the memory of one that is."""
 
@@ -121,9 +121,7 @@ class ModuleRestore:
         if key in self.match.extra:
             path = self.match.raw[key].removesuffix("_extra_state").removesuffix(".")
             self.root.get_submodule(path).set_extra_state(value)
-        elif live.device.type == "meta":
-            assign(self.root, live, value.detach())
-        elif not _copy_inside(live, value.detach()):
+        elif live.device.type == "meta" or not _copy_inside(live, value.detach()):
             assign(self.root, live, value.detach())
 
     def _load(self, values: dict[str, Any]) -> None:
@@ -133,7 +131,7 @@ class ModuleRestore:
         for key, live in self.match.live.items():
             if key in values or self.options.strict:
                 state[raw[key]] = values.get(key, live)
-        state._metadata = self._metadata()  # type: ignore[attr-defined]
+        state._metadata = self._metadata()  # type: ignore[attr-defined]  # noqa: SLF001
         meta = any(isinstance(live, torch.Tensor) and live.device.type == "meta" for live in self.match.live.values())
         arguments: dict[str, Any] = {} if self.options.strict else {"strict": False}
         if meta:
@@ -149,8 +147,9 @@ class ModuleRestore:
     def _metadata(self) -> dict[str, dict[str, Any]]:
         """``_metadata`` as it was when saved: versions other than 1 are stored."""
         versions: Any = self.component.meta.get("versions", {})
-        paths = [path for path, _ in self.root.named_modules(remove_duplicate=False)]
-        return {path: {"version": versions.get(self.names.clean_module(path), 1)} for path in paths}
+        raw = (path for path, _ in self.root.named_modules(remove_duplicate=False))
+        pairs = zip(raw, self.names.modules, strict=True)
+        return {path: {"version": versions.get(clean, 1)} for path, (clean, _) in pairs}
 
     # Flags
 
@@ -178,8 +177,7 @@ class ModuleRestore:
         frozen: Any = self.component.meta.get("frozen", [])
         known = set(frozen)
         found: dict[int, tuple[str, nn.Parameter, bool]] = {}
-        for raw, parameter in self.root.named_parameters(remove_duplicate=False):
-            name = self.names.clean(raw)
+        for name, parameter in self.names.parameters():
             entry = self.match.pairs.get(name)
             trainable = parameter.is_floating_point() or parameter.is_complex()
             if entry is not None and trainable and parameter.requires_grad != (entry.key not in known):
@@ -190,8 +188,7 @@ class ModuleRestore:
         saved: Any = self.component.meta.get("eval", [])
         known = set(saved)
         found: dict[int, tuple[str, nn.Module, bool]] = {}
-        for raw, module in self.root.named_modules(remove_duplicate=False):
-            path = self.names.clean_module(raw)
+        for path, module in self.names.modules:
             if module.training == (path in known):
                 found.setdefault(id(module), (path, module, path not in known))
         return list(found.values())
@@ -232,5 +229,3 @@ def _copy_subclass(live: Any, value: Any) -> bool:
     if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
         return False
     return all(_copy_inside(a.detach(), b.detach()) for a, b in pairs)
-
-

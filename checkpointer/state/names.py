@@ -7,7 +7,7 @@ prefix: ``AveragedModel`` has a ``module.`` of its own, which stays.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -32,41 +32,50 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 class Names:
-    """Clean names of what is inside one module (which is itself no wrapper)."""
+    """Every module inside one module (which is itself no wrapper), under its raw and its clean name.
+
+    A wrapper and what it wraps share one clean name. Walked by hand: ``named_modules`` and ``named_parameters`` take
+    longer than everything else that a capture does.
+    """
 
     def __init__(self, root: nn.Module) -> None:
-        self._cuts = _cuts(root)
+        self.modules: list[tuple[str, nn.Module]] = []
+        """(clean name, module), in the order of ``named_modules(remove_duplicate=False)``; ``""`` is the root."""
+        self._cuts: list[tuple[str, int]] = []
+        self._visit(root, "", "")
+        self._cuts.sort(key=lambda cut: -len(cut[0]))
 
     def clean(self, raw: str) -> str:
-        """The name without the parts that wrappers inside the module add."""
+        """A ``state_dict`` key without the parts that wrappers inside the module add."""
         for prefix, length in self._cuts:
             if raw.startswith(prefix):
                 raw = prefix[:-length] + raw[len(prefix) :]
         return raw
 
-    def clean_module(self, raw: str) -> str:
-        """The clean name of a submodule (``""``: the root). A wrapper and what it wraps share one name."""
-        return self.clean(f"{raw}.")[:-1] if raw else ""
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter under every clean name that it has."""
+        for path, module in self.modules:
+            for name, parameter in module._parameters.items():  # noqa: SLF001
+                if parameter is not None:
+                    yield (f"{path}.{name}" if path else name), parameter
 
-
-def _cuts(root: nn.Module) -> list[tuple[str, int]]:
-    """``(raw prefix that ends in the wrapper's attribute, length to cut off its end)``, longest first."""
-    found = []
-    for path, module in root.named_modules(remove_duplicate=False):
-        attribute = wrapped_attribute(module)
-        if attribute is not None:
-            found.append((f"{path}.{attribute}." if path else f"{attribute}.", len(attribute) + 1))
-    return sorted(found, key=lambda cut: -len(cut[0]))
+    def _visit(self, module: nn.Module, raw: str, clean: str) -> None:
+        self.modules.append((clean, module))
+        wrapped = wrapped_attribute(module)
+        if wrapped is not None:
+            self._cuts.append((f"{raw}{wrapped}.", len(wrapped) + 1))
+        prefix = f"{clean}." if clean else ""
+        for name, child in module._modules.items():  # noqa: SLF001
+            if child is not None:
+                self._visit(child, f"{raw}{name}.", clean if name == wrapped else prefix + name)
 
 
 def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:
     """``id(parameter) -> "component.name"`` for every parameter of the registered modules; the first name wins."""
     found: dict[int, str] = {}
     for component, module in modules.items():
-        root = unwrap(module)
-        names = Names(root)
-        for raw, parameter in root.named_parameters(remove_duplicate=False):
-            found.setdefault(id(parameter), f"{component}.{names.clean(raw)}")
+        for name, parameter in Names(unwrap(module)).parameters():
+            found.setdefault(id(parameter), f"{component}.{name}")
     return found
 
 
@@ -74,8 +83,8 @@ def registered_tensors(root: nn.Module) -> set[int]:
     """Identities of all parameters and buffers of a module tree."""
     found: set[int] = set()
     for module in root.modules():
-        found.update(id(tensor) for tensor in module._parameters.values() if tensor is not None)
-        found.update(id(tensor) for tensor in module._buffers.values() if tensor is not None)
+        tensors = (*module._parameters.values(), *module._buffers.values())  # noqa: SLF001
+        found.update(id(tensor) for tensor in tensors if tensor is not None)
     return found
 
 
@@ -102,20 +111,19 @@ def _torch_owned(cls: type, method: str) -> bool:
     return owner.startswith(("torch.nn.modules.", "torch.nn.parallel.", "torch._dynamo."))
 
 
-def module_versions(root: nn.Module, names: Names) -> dict[str, int]:
+def module_versions(names: Names) -> dict[str, int]:
     """``_version`` of each submodule where it is neither ``None`` nor 1, by clean name."""
     found: dict[str, int] = {}
-    for path, module in root.named_modules(remove_duplicate=False):
+    for path, module in names.modules:
         version = getattr(module, "_version", 1)
         if version not in (None, 1) and wrapped_attribute(module) is None:
-            found[names.clean_module(path)] = int(version)
+            found[path] = int(version)
     return found
 
 
-def eval_modules(root: nn.Module, names: Names) -> list[str]:
+def eval_modules(names: Names) -> list[str]:
     """Clean names of the submodules with ``training`` False."""
-    modules = root.named_modules(remove_duplicate=False)
-    return list(dict.fromkeys(names.clean_module(path) for path, module in modules if not module.training))
+    return list(dict.fromkeys(path for path, module in names.modules if not module.training))
 
 
 def assign(root: nn.Module, old: torch.Tensor, new: torch.Tensor) -> None:
@@ -133,7 +141,7 @@ def assign(root: nn.Module, old: torch.Tensor, new: torch.Tensor) -> None:
 
 def _exchange(modules: Iterable[nn.Module], old: torch.Tensor, new: torch.Tensor) -> None:
     for module in modules:
-        for table in (module._parameters, module._buffers):
+        for table in (module._parameters, module._buffers):  # noqa: SLF001
             for name, tensor in table.items():
                 if tensor is old:
                     table[name] = new  # type: ignore[assignment]

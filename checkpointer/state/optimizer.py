@@ -43,10 +43,11 @@ class OptimizerAdapter:
         if not has_usual_form(state):
             return Captured(self.kind, tree, tensors)
         groups = [group["params"] for group in self.live.param_groups]
+        devices = {device: str(device) for device in {item.device for group in groups for item in group}}
         meta: dict[str, Json] = {
             "params": [list(names) for names in live_names(self.live, self.modules)],
             "shapes": [[list(parameter.shape) for parameter in group] for group in groups],
-            "devices": [[str(parameter.device) for parameter in group] for group in groups],
+            "devices": [[devices[parameter.device] for parameter in group] for group in groups],
         }
         return Captured(self.kind, tree, tensors, meta)
 

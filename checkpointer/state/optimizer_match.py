@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +61,12 @@ def _parameter(group: int, index: Any, name: Any, shape: Any, device: Any) -> Sa
         raise TypeError("not a parameter")
     if not all(type(size) is int for size in shape):
         raise TypeError("not a shape")
-    return SavedParameter(index, group, name, tuple(shape), torch.device(device))
+    return SavedParameter(index, group, name, tuple(shape), _device(device))
+
+
+@functools.cache
+def _device(name: str) -> torch.device:
+    return torch.device(name)
 
 
 def match_parameters(
@@ -67,6 +74,7 @@ def match_parameters(
     saved: list[list[SavedParameter]],
     optimizer: torch.optim.Optimizer,
     names: list[list[str | None]],
+    *,
     options: RestoreOptions,
     report: ComponentReport,
 ) -> Matched:
@@ -78,7 +86,10 @@ def match_parameters(
     keys = _comparable(list(saved_names), flat_names) if _usable(saved_names, flat_saved) else None
     if keys is not None:
         matched.by_name = True
-        _by_name(name, matched, dict(zip(keys[0], saved_names.values(), strict=True)), keys[1], optimizer, options, report)
+        flat_live = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        named = dict(zip(keys[0], saved_names.values(), strict=True))
+        live = dict(zip(keys[1], flat_live, strict=True))
+        _by_name(matched, named, live, lambda key: _ignored(name, key, options), report)
     else:
         _by_position(matched, saved, optimizer, names, report)
     _check_shapes(matched, options, report)
@@ -123,20 +134,16 @@ def _comparable(saved: list[str], live: list[str | None]) -> tuple[list[str], li
 
 
 def _by_name(
-    component: str,
     matched: Matched,
     saved: dict[str, SavedParameter],
-    live_names: list[str],
-    optimizer: torch.optim.Optimizer,
-    options: RestoreOptions,
+    live: dict[str, torch.Tensor],
+    ignored: Callable[[str], bool],
     report: ComponentReport,
 ) -> None:
-    flat = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    live = dict(zip(live_names, flat, strict=True))
-    missing = [key for key in live if key not in saved and not _ignored(component, key, options)]
-    unexpected = [key for key in saved if key not in live and not _ignored(component, key, options)]
+    missing = [key for key in live if key not in saved and not ignored(key)]
+    unexpected = [key for key in saved if key not in live and not ignored(key)]
     for key, parameter in live.items():
-        if key in saved and not _ignored(component, key, options):
+        if key in saved and not ignored(key):
             matched.pairs.append((saved[key], parameter, key))
             if saved[key].name is not None and key not in (saved[key].name, str(saved[key].name).partition(".")[2]):
                 report.renamed.append((str(saved[key].name), key))

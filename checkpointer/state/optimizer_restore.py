@@ -45,7 +45,7 @@ class OptimizerRestore:
         outlined, self.keys = outline(self.component.tree, self.component.tensors, place=name)
         self.value = _check_form(name, outlined)
         self.saved = saved_parameters(name, self.value["param_groups"], self.component.meta)
-        self.match: Matched = match_parameters(name, self.saved, live, names, options, self.report)
+        self.match: Matched = match_parameters(name, self.saved, live, names, options=options, report=self.report)
         self.places = Places(name, self.component.tensors)
         self.direct = loads_plainly(live)
 
@@ -84,7 +84,7 @@ class OptimizerRestore:
     # Applying
 
     def _apply(self) -> None:
-        state = decode(self.component.tree, self.places.tensors(), place=self.name)
+        state = decode(self.component.tree, self.places.tensors(), place=self.name, specs=self.component.tensors)
         with torch.no_grad():
             slots = self._slots(state["state"])
             if self.direct:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,14 +19,14 @@ from checkpointer.state.plan import MapLocation, SavedState
 
 
 class Places:
-    """The destination of every stored key of one component. Live memory is used for one key at most."""
+    """The destination of every stored key of one component. No byte of live memory is used for two keys."""
 
     def __init__(self, name: str, specs: Mapping[str, TensorSpec], map_location: MapLocation = None) -> None:
         self.reads: dict[str, torch.Tensor] = {}
         self._name = name
         self._specs = specs
         self._map_location = map_location
-        self._taken: set[tuple[object, ...]] = set()
+        self._taken: dict[torch.device, list[tuple[int, int]]] = {}
         self._owners: dict[str, torch.Tensor] = {}
 
     def offer(self, key: str, live: object) -> bool:
@@ -61,10 +63,14 @@ class Places:
             self.allocate(key)
 
     def _take(self, key: str, memory: torch.Tensor) -> bool:
-        place = (memory.device, memory.data_ptr()) if memory.numel() else (key,)
-        if place in self._taken:
+        start, end = tensors.extent(memory)
+        taken = self._taken.setdefault(memory.device, [])
+        index = bisect.bisect(taken, (start, end))
+        before = index > 0 and taken[index - 1][1] > start
+        if end > start and (before or (index < len(taken) and taken[index][0] < end)):
             return False
-        self._taken.add(place)
+        if end > start:
+            taken.insert(index, (start, end))
         self.reads[key] = memory
         return True
 
@@ -99,8 +105,6 @@ def check_kind(saved: SavedState, kind: str, live: object) -> None:
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the candidate that is most like ``name``, or nothing."""
-    import difflib
-
     pool = list(candidates)
     if len(pool) > 2000:
         last = name.rpartition(".")[2]

@@ -54,10 +54,11 @@ def register_codec(
     if (encode is None) != (decode is None):
         raise ConfigError(f"register_codec({name!r}, …) needs both encode and decode, or neither")
     if encode is None and issubclass(cls, torch.Tensor):
-        _register_tensor_class(name, cls)
+        _register_tensor_class(cls)
         return
-    encoder, decoder = (encode, decode) if encode is not None else _derived(name, cls)
-    assert encoder is not None and decoder is not None
+    encoder, decoder = (encode, decode) if encode is not None else _derived(cls)
+    assert encoder is not None
+    assert decoder is not None
     _add(Codec(name, cls, encoder, decoder), derived=encode is None)
 
 
@@ -102,20 +103,20 @@ def _add(codec: Codec, *, derived: bool) -> None:
 _BUILTIN = {type(None), bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, object}
 
 
-def _register_tensor_class(name: str, cls: type[torch.Tensor]) -> None:
+def _register_tensor_class(cls: type[torch.Tensor]) -> None:
     if not hasattr(cls, "__tensor_unflatten__") or cls is torch.Tensor:
-        raise ConfigError(f"register_codec({name!r}, {cls.__qualname__}): no __tensor_unflatten__; give encode and decode")
+        raise ConfigError(f"{cls.__qualname__} has no __tensor_unflatten__: give register_codec encode and decode")
     _tensor_classes[f"{cls.__module__}.{cls.__qualname__}"] = cls
 
 
-def _derived(name: str, cls: type) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+def _derived(cls: type) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
     if issubclass(cls, enum.Flag):
         return (lambda member: member.value), cls
     if issubclass(cls, enum.Enum):
         return (lambda member: member.name), lambda member: _enum_member(cls, member)
     if dataclasses.is_dataclass(cls):
-        return (lambda value: _fields(value)), lambda fields: _from_fields(cls, fields)
-    raise ConfigError(f"register_codec({name!r}, {cls.__qualname__}) is neither enum nor dataclass: give encode and decode")
+        return _fields, lambda fields: _from_fields(cls, fields)
+    raise ConfigError(f"{cls.__qualname__} is neither enum nor dataclass: give register_codec encode and decode")
 
 
 def _enum_member(cls: type[enum.Enum], name: Any) -> enum.Enum:
@@ -140,7 +141,7 @@ def _from_fields(cls: type, fields: Any) -> Any:
     if not isinstance(fields, dict) or set(fields) != names:
         found = sorted(map(str, fields)) if isinstance(fields, dict) else fields
         raise IncompatibleStateError(f"dataclass {cls.__qualname__} has the fields {sorted(names)}, saved were {found}")
-    value = object.__new__(cls)
+    value: Any = object.__new__(cls)
     for name, field in fields.items():
         object.__setattr__(value, name, field)
     return value

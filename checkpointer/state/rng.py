@@ -38,7 +38,7 @@ class GeneratorAdapter:
         tree, tensors = encode(generator_state(self.name, self.live), self.name)
         return Captured(self.kind, tree, tensors)
 
-    def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:
+    def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:  # noqa: ARG002 - none applies
         """Check that the saved state is one of the same algorithm."""
         check_kind(saved, self.kind, self.live)
         component = saved.component
@@ -130,14 +130,14 @@ class RngState:
         """Copy all states now (a few KiB for each generator)."""
         state: dict[str, Any] = {
             "python": random.getstate(),
-            "numpy": np.random.get_state(legacy=False),
+            "numpy": np.random.get_state(legacy=False),  # noqa: NPY002 - the global one is what is saved
             "torch": torch.get_rng_state(),
             "devices": {name: get() for name, get in _devices(in_use=True).items()},
         }
         tree, tensors = encode(state, self.name)
         return Captured(self.kind, tree, tensors)
 
-    def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:
+    def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:  # noqa: ARG002 - none applies
         """Check all states; ``apply`` sets them. A different number of devices is reported, not refused."""
         check_kind(saved, self.kind, self)
         component = saved.component
@@ -162,7 +162,7 @@ class RngState:
         if type(value) is not dict or set(value) != {"python", "numpy", "torch", "devices"}:
             raise CorruptCheckpointError(f"{self.name}: not the state of the global random generators")
         _check_like(f"{self.name}.python", value["python"], random.getstate())
-        _check_like(f"{self.name}.numpy", value["numpy"], np.random.get_state(legacy=False))
+        _check_like(f"{self.name}.numpy", value["numpy"], np.random.get_state(legacy=False))  # noqa: NPY002
         _check_like(f"{self.name}.torch", value["torch"], torch.get_rng_state())
         devices = value["devices"]
         if type(devices) is not dict or not all(_is_states(states) for states in devices.values()):
@@ -185,7 +185,7 @@ class RngState:
         set_generator_state(f"{self.name}.numpy", np.random.RandomState(), state["numpy"])
         set_generator_state(f"{self.name}.torch", torch.Generator(), state["torch"])
         random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002
         torch.set_rng_state(state["torch"])
         for name, count in counts.items():
             for index in range(count):
@@ -220,7 +220,7 @@ def _device_count(name: str) -> int:
 
 
 _SETTERS: dict[str, Callable[[torch.Tensor, int], None]] = {
-    "cuda": lambda state, index: torch.cuda.set_rng_state(state, index),
-    "xpu": lambda state, index: torch.xpu.set_rng_state(state, index),
-    "mps": lambda state, index: torch.mps.set_rng_state(state),
+    "cuda": torch.cuda.set_rng_state,
+    "xpu": torch.xpu.set_rng_state,
+    "mps": lambda state, index: torch.mps.set_rng_state(state),  # noqa: ARG005 - there is only one
 }

@@ -46,7 +46,7 @@ class StatefulAdapter:
         restored = [str(key) for key in value] if isinstance(value, dict) else [self.name]
 
         def apply() -> None:
-            self._load(decode(component.tree, places.reads, place=self.name))
+            self._load(decode(component.tree, places.reads, place=self.name, specs=component.tensors))
 
         return RestorePlan(places.reads, apply, ComponentReport(self.name, restored))
 

@@ -16,6 +16,9 @@ from checkpointer.state.plan import MapLocation
 DTYPES: Mapping[str, torch.dtype] = {str(v)[6:]: v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 _NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
+#: Dtypes that a stored tensor can have.
+STORABLE = frozenset(dtype for name, dtype in DTYPES.items() if name in ITEM_SIZES)
+
 Memory: TypeAlias = tuple[object, ...]
 
 _INDEX_NAMES = {
@@ -127,7 +130,7 @@ def memory_key(tensor: torch.Tensor) -> Memory:
     """Equal for tensors that are the same elements of the same memory, read the same way."""
     place: object = tensor.data_ptr()
     if tensor.numel() == 0 or not place:
-        place = ("storage", tensor.untyped_storage()._cdata, tensor.storage_offset())
+        place = ("storage", tensor.untyped_storage()._cdata, tensor.storage_offset())  # noqa: SLF001
     view = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
     return (tensor.device, place, *view)
 
@@ -135,11 +138,11 @@ def memory_key(tensor: torch.Tensor) -> Memory:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether the tensor is an ordinary strided one with memory of its own (any wrapper as ``nn.Parameter`` apart)."""
     return (
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        type(tensor) in _PLAIN_TYPES
         and tensor.layout is torch.strided
         and not tensor.is_quantized
         and not tensor.is_nested
-        and tensor.device.type != "meta"
+        and not tensor.is_meta
     )
 
 
@@ -154,6 +157,14 @@ def fillable(live: torch.Tensor, spec: TensorSpec) -> bool:
         and not overlaps(live)
         and not live.is_inference()
     )
+
+
+def extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the first byte of a strided tensor's elements and of the first byte after them."""
+    if tensor.numel() == 0:
+        return (tensor.data_ptr(), tensor.data_ptr())
+    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return (tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size())
 
 
 def overlaps(tensor: torch.Tensor) -> bool:
@@ -178,9 +189,12 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     plain = tensor.detach().resolve_conj().resolve_neg()
     if not plain.is_contiguous():
         plain = _contiguous(plain)
-    return plain.cpu().reshape(-1).view(torch.uint8) if plain.numel() else torch.empty(0, dtype=torch.uint8)
+    if plain.numel() == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return plain.cpu().as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -196,7 +210,8 @@ def sparse_parts(tensor: torch.Tensor) -> tuple[str, dict[str, torch.Tensor], bo
     """A sparse tensor's layout name, its component tensors by name, and whether it is coalesced."""
     name = _LAYOUT_NAMES[tensor.layout]
     if name == "coo":
-        parts = {"indices": tensor._indices(), "values": tensor._values()}
+        # indices() and values() refuse tensors that are not coalesced
+        parts = {"indices": tensor._indices(), "values": tensor._values()}  # noqa: SLF001
         return name, parts, tensor.is_coalesced()
     outer, inner = _INDEX_NAMES[tensor.layout]
     parts = {outer: getattr(tensor, outer)(), inner: getattr(tensor, inner)(), "values": tensor.values()}
@@ -208,14 +223,14 @@ def sparse_part_names(layout: str) -> tuple[str, ...]:
     return ("indices", "values") if layout == "coo" else (*_INDEX_NAMES[LAYOUTS[layout]], "values")
 
 
-def build_sparse(layout: str, parts: Mapping[str, torch.Tensor], shape: list[int], coalesced: bool) -> torch.Tensor:
+def build_sparse(layout: str, parts: Mapping[str, torch.Tensor], shape: list[int], *, coalesced: bool) -> torch.Tensor:
     """A sparse tensor over ``parts``. Raises ``ValueError`` where they do not fit together."""
     names = sparse_part_names(layout)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
             if layout == "coo":
-                return _build_coo(parts["indices"], parts["values"], shape, coalesced)
+                return _build_coo(parts["indices"], parts["values"], shape, coalesced=coalesced)
             outer, inner, values = (parts[name] for name in names)
             return torch.sparse_compressed_tensor(
                 outer, inner, values, size=shape, layout=LAYOUTS[layout], check_invariants=True
@@ -224,13 +239,12 @@ def build_sparse(layout: str, parts: Mapping[str, torch.Tensor], shape: list[int
         raise ValueError(f"not a valid sparse {layout} tensor: {_first_line(error)}") from error
 
 
-def _build_coo(indices: torch.Tensor, values: torch.Tensor, shape: list[int], coalesced: bool) -> torch.Tensor:
+def _build_coo(indices: torch.Tensor, values: torch.Tensor, shape: list[int], *, coalesced: bool) -> torch.Tensor:
     if indices.ndim != 2 or indices.dtype != torch.int64:
         raise ValueError("indices of a sparse coo tensor must be a matrix of int64")
     if coalesced and not _strictly_increasing(indices):
         raise ValueError("indices of a coalesced tensor must be sorted and unique")
-    made = torch.sparse_coo_tensor(indices, values, shape, check_invariants=True, is_coalesced=coalesced)
-    return made
+    return torch.sparse_coo_tensor(indices, values, shape, check_invariants=True, is_coalesced=coalesced)
 
 
 def _strictly_increasing(indices: torch.Tensor) -> bool:
@@ -277,10 +291,11 @@ def build_quantized(scheme: Mapping[str, Any], parts: Mapping[str, torch.Tensor]
                 limits = torch.iinfo(values.dtype)
                 if not limits.min <= scheme["zero_point"] <= limits.max:
                     raise ValueError("zero point out of range")
-                return torch._make_per_tensor_quantized_tensor(values, scheme["scale"], scheme["zero_point"])
+                scale, zero_point = scheme["scale"], scheme["zero_point"]
+                return torch._make_per_tensor_quantized_tensor(values, scale, zero_point)  # noqa: SLF001
             scales, zero_points, axis = parts["scales"], parts["zero_points"], scheme["axis"]
             _check_channels(values, scales, zero_points, axis)
-            return torch._make_per_channel_quantized_tensor(values, scales, zero_points, axis)
+            return torch._make_per_channel_quantized_tensor(values, scales, zero_points, axis)  # noqa: SLF001
     except (RuntimeError, TypeError, IndexError) as error:
         raise ValueError(f"not a valid quantized tensor: {_first_line(error)}") from error
 

@@ -36,12 +36,14 @@ nans = st.integers(1, 2**52 - 1).flatmap(
     )
 )
 floats = st.floats() | nans
-zones = st.none() | st.sampled_from([
-    timezone.utc,
-    timezone(timedelta(hours=5, minutes=30)),
-    timezone(timedelta(hours=-3), "BRT"),
-    zoneinfo.ZoneInfo("UTC"),
-])
+zones = st.none() | st.sampled_from(
+    [
+        timezone.utc,
+        timezone(timedelta(hours=5, minutes=30)),
+        timezone(timedelta(hours=-3), "BRT"),
+        zoneinfo.ZoneInfo("UTC"),
+    ]
+)
 keys = st.recursive(
     st.none()
     | st.booleans()
@@ -75,7 +77,7 @@ values = st.recursive(
         | st.dictionaries(st.text(max_size=3), inner, max_size=4)
         | st.dictionaries(keys, inner, max_size=3).map(OrderedDict)
         | st.dictionaries(keys, inner, max_size=3).map(lambda d: defaultdict(list, d))
-        | st.dictionaries(keys, inner, max_size=3).map(lambda d: Counter(d))
+        | st.dictionaries(keys, inner, max_size=3).map(Counter)
         | st.tuples(st.lists(inner, max_size=3), st.none() | st.integers(3, 2**40)).map(lambda t: deque(*t))
         | st.sets(keys, max_size=4)
     ),
@@ -94,7 +96,10 @@ def test_a_dict_that_looks_like_a_tag_comes_back_as_a_dict(value):
     assert_identical(value, roundtrip(value))
 
 
-@pytest.mark.parametrize("value", [0, 2**63 - 1, 2**63, -(2**63), -(2**63) + 1, pytest.param(10**5000, id="huge"), True, -0.0, 5e-324, math.inf])
+@pytest.mark.parametrize(
+    "value",
+    [0, 2**63 - 1, 2**63, -(2**63), -(2**63) + 1, pytest.param(10**5000, id="huge"), True, -0.0, 5e-324, math.inf],
+)
 def test_numbers_at_the_edges_come_back_exactly(value):
     assert_identical(value, roundtrip(value))
 
@@ -178,7 +183,9 @@ def test_conjugate_and_negative_views_come_back_with_their_values():
     assert torch.equal(back[2], tensor)
 
 
-@pytest.mark.parametrize("dtype", ["f4", ">f8", "<f2", "?", "i1", "u8", "c16", "U3", "S4", "M8[ns]", "m8[h]", "V3", "g", ">U2"])
+@pytest.mark.parametrize(
+    "dtype", ["f4", ">f8", "<f2", "?", "i1", "u8", "c16", "U3", "S4", "M8[ns]", "m8[h]", "V3", "g", ">U2"]
+)
 @pytest.mark.parametrize("order", ["C", "F", "gapped", "reversed"])
 def test_numpy_arrays_of_every_plain_dtype_come_back(dtype, order):
     flat = np.frombuffer(bytes(range(1, 100)) * 10, dtype="u1")
@@ -215,7 +222,9 @@ def sparse_tensors() -> dict[str, torch.Tensor]:
         "uncoalesced": doubled,
         "coalesced": doubled.coalesce(),
         "hybrid": torch.sparse_coo_tensor([[0, 2]], torch.randn(2, 3), (4, 3), check_invariants=True),
-        "empty": torch.sparse_coo_tensor(torch.empty(2, 0, dtype=torch.int64), torch.empty(0), (3, 4), check_invariants=True),
+        "empty": torch.sparse_coo_tensor(
+            torch.empty(2, 0, dtype=torch.int64), torch.empty(0), (3, 4), check_invariants=True
+        ),
         "csr": dense.to_sparse_csr(),
         "csc": dense.to_sparse_csc(),
         "bsr": dense.to_sparse_bsr((2, 2)),
@@ -223,9 +232,7 @@ def sparse_tensors() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["coo", "uncoalesced", "coalesced", "hybrid", "empty", "csr", "csc", "bsr", "bsc"]
-)
+@pytest.mark.parametrize("name", ["coo", "uncoalesced", "coalesced", "hybrid", "empty", "csr", "csc", "bsr", "bsc"])
 @pytest.mark.filterwarnings("ignore:Sparse")
 def test_sparse_tensors_come_back_in_their_layout(name):
     assert_identical(sparse_tensors()[name], roundtrip({"s": sparse_tensors()[name]})["s"])
@@ -277,7 +284,9 @@ def test_a_tensor_subclass_comes_back_onto_a_live_one_of_its_class_only():
 
 def test_tied_tensors_come_back_as_one_and_views_of_a_larger_one_on_their_own():
     base = torch.randn(6)
-    back = roundtrip({"a": base, "b": base, "c": base.view(6), "part": base[:3], "e": torch.empty(0), "f": torch.empty(0)})
+    back = roundtrip(
+        {"a": base, "b": base, "c": base.view(6), "part": base[:3], "e": torch.empty(0), "f": torch.empty(0)}
+    )
     assert back["a"] is back["b"]
     assert back["a"] is back["c"]
     assert back["part"].data_ptr() != back["a"].data_ptr()
@@ -375,7 +384,9 @@ def test_a_cycle_is_refused_and_a_shared_child_is_not():
         encode(cycle)
 
 
-@pytest.mark.parametrize("wrap", [lambda x: [x], lambda x: (x,), lambda x: {"a": x}, lambda x: {1: x}, lambda x: deque([x])])
+@pytest.mark.parametrize(
+    "wrap", [lambda x: [x], lambda x: (x,), lambda x: {"a": x}, lambda x: {1: x}, lambda x: deque([x])]
+)
 def test_two_hundred_levels_come_back(wrap):
     value: Any = 1
     for _ in range(199):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tracemalloc
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError
 from checkpointer.index import TensorSpec
 from checkpointer.state.codec import encode
-from checkpointer.state.decoding import decode, outline
+from checkpointer.state.decoding import Decoder, decode, outline
 from checkpointer.state.tensors import empty_for, spec_of
 
 TENSORS = {
@@ -151,17 +152,15 @@ def test_a_hostile_tree_is_a_typed_error(name):
     tensors = {**TENSORS, "i2": torch.tensor([[1, 0], [1, 5]])}
     with pytest.raises(CheckpointerError) as caught:
         decode(HOSTILE[name], tensors)
-    if name not in ("subclass",):
+    if name != "subclass":
         assert isinstance(caught.value, CorruptCheckpointError)
 
 
 @pytest.mark.parametrize("name", sorted(HOSTILE))
 def test_the_check_without_data_never_fails_otherwise(name):
     specs = {key: spec_of(tensor) for key, tensor in TENSORS.items()}
-    try:
+    with contextlib.suppress(CheckpointerError):
         outline(HOSTILE[name], specs, place="x")
-    except CheckpointerError:
-        pass
 
 
 json_values = st.recursive(
@@ -173,13 +172,16 @@ json_values = st.recursive(
     | st.text(max_size=4),
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["a", "dtype", "shape", "tensor", "order", "layout", "parts"]), inner, max_size=5)
+        | st.dictionaries(
+            st.sampled_from(["a", "dtype", "shape", "tensor", "order", "layout", "parts"]), inner, max_size=5
+        )
         | st.tuples(
-            st.sampled_from([
-                *("$int $float $str $complex $bytes $bytearray $tuple $set $frozenset $dict $odict $defaultdict".split()),
-                *("$counter $deque $datetime $date $timedelta $path $range $slice $size $dtype $device".split()),
-                *("$ndarray $npscalar $tensor $sparse $quantized $subclass $custom $parameter $leaf $x".split()),
-            ]),
+            st.sampled_from(
+                [
+                    *sorted(Decoder({}, None, place="")._tags),
+                    "$unknown",
+                ]
+            ),
             inner,
         ).map(lambda pair: {pair[0]: pair[1]})
     ),
@@ -190,10 +192,8 @@ json_values = st.recursive(
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(json_values)
 def test_any_json_gives_a_value_or_a_typed_error(tree):
-    try:
+    with contextlib.suppress(CheckpointerError):
         decode(tree, TENSORS)
-    except CheckpointerError:
-        pass
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
@@ -215,10 +215,8 @@ def test_a_valid_tree_with_one_node_replaced_gives_a_value_or_a_typed_error(data
             node[key] = data.draw(json_values)
             break
         node = node[key]
-    try:
+    with contextlib.suppress(CheckpointerError):
         decode(tree, tensors)
-    except CheckpointerError:
-        pass
 
 
 def test_many_references_to_one_tensor_cost_no_memory():

@@ -63,7 +63,14 @@ def test_all_mismatches_are_listed_at_once_and_nothing_is_changed():
     with pytest.raises(IncompatibleStateError) as caught:
         adapter_for("m", target, {}).prepare(saved[0], RestoreOptions())
     message = str(caught.value)
-    for part in ("'heads.weight' (nearest: 'head.weight')", "'head.bias'", "[3, 2]", "[5, 2]", "saved as float32", "rename="):
+    for part in (
+        "'heads.weight' (nearest: 'head.weight')",
+        "'head.bias'",
+        "[3, 2]",
+        "[5, 2]",
+        "saved as float32",
+        "rename=",
+    ):
         assert part in message
     assert_identical(dict(before), dict(target.state_dict()))
 
@@ -298,7 +305,11 @@ def test_a_refusing_load_state_dict_is_a_typed_error():
 
 
 def test_parametrized_and_normalized_modules_come_back():
-    for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.orthogonal):
+    for wrap in (
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.orthogonal,
+    ):
         source, target = wrap(nn.Linear(3, 3)), wrap(nn.Linear(3, 3))
         carry(source, target)
         assert_same(source, target)
