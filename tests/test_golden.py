@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from torch import nn
 
 from checkpointer import CheckpointManager
+from checkpointer.index import ITEM_SIZES
 from scripts import make_golden as golden
 
 EXPECTED: dict[str, Any] = json.loads((golden.FOLDER / "expected.json").read_text("ascii"))
@@ -168,14 +171,35 @@ def test_tied_weights_and_flags_of_the_golden_model_are_restored(run):
     assert model.norm.training
 
 
+def tags() -> set[str]:
+    """Every tag that the codec's source names."""
+    sources = (golden.ROOT / "checkpointer" / "state").glob("*.py")
+    return {tag for path in sources for tag in re.findall(r'"(\$[a-z]+)"', path.read_text("utf-8"))}
+
+
 def test_together_the_golden_trees_hold_every_tag():
     """A new tag needs a new golden file: one is missing here as soon as the codec learns it."""
-    from checkpointer.state.decoding import Decoder
-    from checkpointer.state.leaves import LEAF_DECODERS
-
-    known = {*LEAF_DECODERS, *Decoder({}, None, place="")._tags}
     text = (golden.FOLDER / "local" / "checkpoint-2" / "index.json").read_text("ascii")
-    assert {tag for tag in known if f'{{"{tag}":' not in text} == set()
+    assert {tag for tag in tags() if f'{{"{tag}":' not in text} == set()
+    assert len(tags()) > 30
+
+
+def test_the_specification_has_an_example_of_every_tag():
+    text = (golden.ROOT / "FORMAT.md").read_text("utf-8")
+    assert {tag for tag in tags() if f'{{"{tag}": ' not in text} == set()
+
+
+def test_the_specification_names_every_dtype():
+    text = (golden.ROOT / "FORMAT.md").read_text("utf-8")
+    listed = [name for name in ITEM_SIZES if not re.fullmatch(r"u?int[2-6]", name)]  # "`int1` to `int7`"
+    assert {name for name in listed if f"`{name}`" not in text} == set()
+
+
+def test_the_worked_example_of_the_specification_is_sealed():
+    text = (golden.ROOT / "FORMAT.md").read_text("utf-8")
+    example = text.partition("```json sealed\n")[2].partition("```")[0].encode()
+    head, tail = example[:-53], example[-53:]
+    assert tail == b',\n  "checksum": "' + xxhash.xxh3_128_hexdigest(head).encode() + b'"\n}\n'
 
 
 def test_the_generator_refuses_to_overwrite(tmp_path, monkeypatch, capsys):
