@@ -48,11 +48,11 @@ def layer(modules: str, imports: str = "", forbidden: frozenset[str] = frozenset
 LAYERS = {
     "errors": layer("errors version", "", TORCH | INPUT_OUTPUT),
     "pure": layer(
-        "layout info strictjson index manifest tensorfile units schedule retention config",
-        "errors pure settings",
+        "layout info strictjson index manifest tensorfile units schedule retention",
+        "errors pure",
         TORCH | INPUT_OUTPUT,
     ),
-    "settings": layer("yamlfile", "errors pure", TORCH | STORAGE),
+    "settings": layer("config yamlfile", "errors pure settings", TORCH | STORAGE),
     "storage": layer("storage lock notes commit", "errors pure storage", TORCH),
     "repository": layer("reading verification repository pruning", "errors pure storage repository", TORCH),
     "arguments": layer("arguments", "errors pure", TORCH | STORAGE),
@@ -60,7 +60,7 @@ LAYERS = {
     "state": layer("state staging", "errors pure state", STORAGE),
     "manager": layer(
         "environment writing saving restoring position signals manager",
-        "errors pure storage repository arguments state manager distributed",
+        "errors pure settings storage repository arguments state manager distributed",
     ),
     "distributed": layer("distributed", "errors pure storage repository state distributed"),
     "adapters": layer("adapters data testing", "errors pure storage repository state manager distributed adapters"),
@@ -68,7 +68,6 @@ LAYERS = {
 """From the bottom up. Modules of a layer may import each other only where the layer names itself."""
 
 EXCEPTIONS = {
-    ("config", "os"): "os.PathLike is the type of a path",
     ("schedule", "signal"): "the names of signals are checked; no handler is set",
 }
 
@@ -176,10 +175,11 @@ def test_a_pure_module_opens_no_file(name):
     assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "open"]
 
 
-def test_config_needs_of_the_system_only_the_type_of_a_path():
+def test_the_configuration_leaves_reading_its_file_to_yamlfile():
     tree = ast.parse(_path("config").read_text("utf-8"))
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "os"}
     assert used <= {"PathLike", "fspath"}
+    assert imports_of("config").others & INPUT_OUTPUT <= {"os"}
 
 
 def test_no_module_takes_part_in_a_cycle_of_imports():
@@ -201,6 +201,23 @@ def _cycles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
 
     for name in graph:
         yield from visit(name, [])
+
+
+def diagram() -> str:
+    """Each layer that has modules, from the top down: its modules, and the layers that they really import."""
+    lines = []
+    for title in reversed(LAYERS):
+        members = [name for name in MODULES if layer_of(name) == title]
+        used = {layer_of(imported) for name in members for imported in imports_of(name).own - {""}} - {title}
+        names = " ".join(dict.fromkeys(map(_package, members)))
+        below = " ".join(sorted(used, key=list(LAYERS).index)) or "-"
+        lines += [f"{title:<12}{names}", f"{'':<12}-> {below}"] if members else []
+    return "\n".join(lines)
+
+
+def test_the_page_on_the_architecture_draws_what_the_code_imports():
+    page = (REPOSITORY / "ARCHITECTURE.md").read_text("utf-8")
+    assert page.partition("```layers\n")[2].partition("\n```")[0] == diagram()
 
 
 def test_only_the_manager_side_joins_storage_and_state():
