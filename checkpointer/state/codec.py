@@ -86,8 +86,6 @@ class Encoder:
 
     def encode(self, value: Any) -> Json:
         """The tree of one value."""
-        if type(value) is torch.Tensor and not value.requires_grad and tensors.is_plain(value):
-            return self._plain_tensor(value)
         if leaves.is_plain(value):
             plain: Json = value
             return plain
@@ -127,7 +125,11 @@ class Encoder:
             if type(key) is not str or key.startswith("$") or not leaves.is_plain_str(key):
                 return {"$dict": self._pairs(value)}
         out: dict[str, Json] = {}
+        prefix = ".".join([*(_key_part(part) for _, part in self._path), ""])
         for key, item in value.items():
+            if type(item) is torch.Tensor and self._is_simple(item):  # the state of optimizers: nearly all there is
+                out[key] = {"$tensor": self.add(prefix + _key_part(key), item)}
+                continue
             if leaves.is_plain(item):
                 out[key] = item
                 continue
@@ -135,6 +137,15 @@ class Encoder:
             out[key] = self.encode(item)
             self._path.pop()
         return out
+
+    def _is_simple(self, value: torch.Tensor) -> bool:
+        """Whether a tensor is stored as it is: nothing to take apart, to flag or to refuse."""
+        return (
+            not value.requires_grad
+            and tensors.is_plain(value)
+            and value.dtype in tensors.STORABLE
+            and not (_NAMED or self._hashable)
+        )
 
     def _pairs(self, value: Mapping[Any, Any]) -> Json:
         out: list[Json] = []
