@@ -421,7 +421,7 @@ policies = st.builds(
     max_size=st.none() | st.integers(1, 60),
 )
 protections = st.sets(st.integers(1, 40).map(lambda sequence: f"{sequence:032x}"), max_size=2)
-many = settings(max_examples=200, deadline=None)
+many = settings(max_examples=100, deadline=None)
 
 
 def ids(decisions):
