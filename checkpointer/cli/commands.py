@@ -30,6 +30,7 @@ Exit codes:
   1  a problem was found: damaged, locked by another job, or failed
   2  usage: bad arguments or a bad configuration
   3  nothing there: no such run root, no checkpoints, no such step
+  130  interrupted
 Errors are one line on stderr, and then stdout holds no JSON document.
 """
 
