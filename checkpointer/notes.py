@@ -21,6 +21,8 @@ NOTE_LIMIT = 64 * 1024
 """Bytes."""
 
 _NAME = re.compile(r"([0-9]{8})-[0-9a-f]{16}\.json")
+_UNFINISHED = re.compile(r"\.[0-9]{8}-[0-9a-f]{16}\.json\.[0-9a-f]{16}")
+"""What a process that died while it wrote a note leaves in a directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,9 @@ def noted_ids(storage: Storage) -> set[str]:
 def remove_notes(storage: Storage, checkpoint_id: str) -> None:
     """Forget the notes on a checkpoint that is gone."""
     directory = f"{layout.NOTES}/{checkpoint_id}"
-    for match in _names(storage, directory):
-        storage.remove(f"{directory}/{match[0]}")
+    for entry in storage.list_directory(directory):
+        if _NAME.fullmatch(entry.name) or _UNFINISHED.fullmatch(entry.name):
+            storage.remove(f"{directory}/{entry.name}")
     storage.remove_directory(directory)
 
 

@@ -15,6 +15,16 @@ import pytest
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYsecretKEY"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="crash at every point, not at a sample of them")
+
+
+@pytest.fixture
+def stride(request: pytest.FixtureRequest) -> int:
+    """Of how many crash points one is tried. The sample differs from scenario to scenario, not from run to run."""
+    return 1 if request.config.getoption("--thorough") else 4
+
+
 @dataclass(frozen=True)
 class Root:
     """A run root of its own, and what opens it."""

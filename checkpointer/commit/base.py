@@ -97,7 +97,8 @@ def occupant(storage: Storage, name: str) -> Occupant | None:
     try:
         manifest = read_manifest(storage, name)
     except CorruptCheckpointError:
-        return Occupant(None, damaged=True)
+        entries = storage.list_directory(name)  # none where the name belongs to a file, or to a link
+        return Occupant(None, damaged=any(entry.name == layout.MANIFEST for entry in entries))
     except FormatVersionError:
         return Occupant(None, keep=True)
     if manifest is None:

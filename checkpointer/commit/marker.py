@@ -7,9 +7,11 @@ one small put. A small record per unfinished attempt or removal lets the next wr
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from checkpointer import layout, strictjson
@@ -20,14 +22,17 @@ from checkpointer.commit.base import (
     new_id,
     occupant,
     own_manifest,
+    read_manifest,
     remove_empty_directories,
     walk,
 )
-from checkpointer.errors import CheckpointerWarning, CorruptCheckpointError, RunLockedError
+from checkpointer.errors import CheckpointerError, CheckpointerWarning, CorruptCheckpointError, RunLockedError
 from checkpointer.lock import WriterLock
-from checkpointer.manifest import Manifest, parse_manifest
+from checkpointer.manifest import FileRecord, Manifest, parse_manifest
 from checkpointer.notes import remove_notes
 from checkpointer.storage import Storage
+
+logger = logging.getLogger("checkpointer")
 
 RECORD_LIMIT = 2 * layout.MANIFEST_LIMIT
 """Bytes."""
@@ -40,6 +45,8 @@ class MarkerCommit:
         self._storage = storage
         self._lock = lock
         self._warned = False
+        self._unanswered: set[str] = set()
+        """Attempts whose manifest may or may not have been written: the store has not said."""
 
     def begin(self, step: int) -> Attempt:
         id = new_id()
@@ -54,79 +61,116 @@ class MarkerCommit:
         there = occupant(self._storage, name)
         data = manifest.to_bytes()
         if there is not None and there.keep:
-            return self._commit_beside(attempt, data)
-        marker = f"{name}/{layout.MANIFEST}"
-        try:
-            if there is None or (there.manifest is None and not there.damaged):
-                self._storage.create(marker, data)
-            else:
-                self._replace(name, data, None if there.damaged else there.manifest)
-        except FileExistsError as error:
-            raise RunLockedError(
-                f"{self._storage.place(marker)} was written by another job meanwhile: two jobs save to this run. "
-                "Stop one of them; this save was not committed"
-            ) from error
-        self._storage.remove(f"{layout.TMP}/{attempt.id}.json")
+            second = layout.checkpoint_name(attempt.step, attempt.id)
+            self._copy(name, second, attempt.id, attempt.files)
+            self._put_marker(attempt, second, lambda marker: self._storage.create(marker, data))
+            self._tidy(lambda: self._delete_attempt(attempt.id, attempt.step))
+            return second
+        if there is None or (there.manifest is None and not there.damaged):
+            self._put_marker(attempt, name, lambda marker: self._storage.create(marker, data))
+        else:
+            self._replace(attempt, name, data, None if there.damaged else there.manifest)
+        self._tidy(lambda: self._storage.remove(f"{layout.TMP}/{attempt.id}.json"))
         return name
 
     def abandon(self, attempt: Attempt) -> None:
-        self._delete_data(layout.checkpoint_name(attempt.step), attempt.id)
-        self._storage.remove(f"{layout.TMP}/{attempt.id}.json")
+        if attempt.id in self._unanswered:
+            return  # its marker may appear any moment: the next writer looks again, and finds the record
+        self._delete_attempt(attempt.id, attempt.step)
 
     def remove(self, name: str, manifest: Manifest) -> bool:
         if is_pinned(self._storage, manifest):
             return False
         self._record_removal(name, manifest.to_bytes(), manifest.id)
         self._storage.remove(f"{name}/{layout.MANIFEST}")
-        if is_pinned(self._storage, manifest):  # somebody pinned it between the plan and the removal
-            self._storage.create(f"{name}/{layout.MANIFEST}", manifest.to_bytes())
-            self._storage.remove(f"{layout.TRASH}/{manifest.id}.json")
-            return False
-        self._finish_removal(name, manifest)
-        return True
+        return self._finish_removal(name, manifest)
 
     def recover(self) -> None:
         for entry in self._storage.list_directory(layout.TMP):
+            path = f"{layout.TMP}/{entry.name}"
             if entry.is_file and entry.name.endswith(".json"):
                 self._recover_attempt(entry.name.removesuffix(".json"))
+            elif entry.is_file and entry.name.startswith("probe-") and (self._storage.age(path) or 0) > STALE_AFTER:
+                self._storage.remove(path)
         for entry in self._storage.list_directory(layout.TRASH):
             if entry.is_file and entry.name.endswith(".json"):
                 self._recover_removal(f"{layout.TRASH}/{entry.name}")
 
-    def _commit_beside(self, attempt: Attempt, data: bytes) -> str:
-        """The plain name is pinned: commit under the second name, whose files are copied there by the server."""
-        name = layout.checkpoint_name(attempt.step, attempt.id)
-        for path, record in attempt.files.items():
-            source = self._storage.open(f"{attempt.directory}/{path}")
-            self._storage.write(f"{name}/{attempt.id}/{path}", _read_in_pieces(source, record.size), record.size)
-        self._storage.create(f"{name}/{layout.MANIFEST}", data)
-        self.abandon(attempt)
-        return name
+    def _put_marker(self, attempt: Attempt, name: str, put: Callable[[str], None]) -> None:
+        """The commit point. An answer that was lost, or a repeated request that met its own result, is no failure."""
+        marker = f"{name}/{layout.MANIFEST}"
+        try:
+            put(marker)
+        except OSError as error:
+            self._unanswered.add(attempt.id)
+            manifest = own_manifest(self._storage, name)
+            if manifest is not None and manifest.id == attempt.id:
+                return
+            if not isinstance(error, FileExistsError):
+                raise
+            self._unanswered.remove(attempt.id)
+            raise RunLockedError(
+                f"{self._storage.place(marker)} was written by another job meanwhile: two jobs save to this run. "
+                "Stop one of them; this save was not committed"
+            ) from error
 
-    def _replace(self, name: str, data: bytes, old: Manifest | None) -> None:
+    def _replace(self, attempt: Attempt, name: str, data: bytes, old: Manifest | None) -> None:
         marker = f"{name}/{layout.MANIFEST}"
         if old is None:  # damaged: its manifest is kept for inspection, its data stays where it is
             damaged = self._storage.read(marker, 64 * layout.MANIFEST_LIMIT)
             self._storage.put(f"{layout.QUARANTINE}/{name}-{new_id()[:8]}/{layout.MANIFEST}", damaged)
-            self._storage.put(marker, data)
+            self._put_marker(attempt, name, lambda marker: self._storage.put(marker, data))
             return
         expected = self._storage.read(marker, layout.MANIFEST_LIMIT)
         self._record_removal(name, expected, old.id)
-        self._storage.replace(marker, data, expected)
-        self._finish_removal(name, old)
+        self._put_marker(attempt, name, lambda marker: self._storage.replace(marker, data, expected))
+        self._tidy(lambda: self._finish_removal(name, old))
+
+    def _tidy(self, work: Callable[[], object]) -> None:
+        """What follows the commit point cannot fail the save any more: the next writer will do it."""
+        try:
+            work()
+        except OSError as error:
+            reason = self._storage.redact(str(error))
+            logger.warning("could not clear away leftovers in %s; the next writer will: %s", self._storage.url, reason)
 
     def _record_removal(self, name: str, manifest: bytes, id: str) -> None:
         record = {"name": name, "manifest": manifest.decode("utf-8")}
         self._storage.put(f"{layout.TRASH}/{id}.json", strictjson.seal(record))
 
-    def _finish_removal(self, name: str, manifest: Manifest) -> None:
+    def _finish_removal(self, name: str, manifest: Manifest) -> bool:
+        """Delete what an unlinked manifest lists; ``False`` if somebody pinned it meanwhile, and it is back."""
+        pinned = is_pinned(self._storage, manifest)
+        if pinned:
+            self._bring_back(name, manifest)
+        else:
+            self._delete_files(name, manifest)
+            self._warn_of_foreign_files(name)
+            remove_notes(self._storage, manifest.id)
+        self._storage.remove(f"{layout.TRASH}/{manifest.id}.json")
+        return not pinned
+
+    def _bring_back(self, name: str, manifest: Manifest) -> None:
+        if not self._storage.exists(f"{name}/{layout.MANIFEST}"):
+            self._storage.create(f"{name}/{layout.MANIFEST}", manifest.to_bytes())
+            return
+        second = layout.checkpoint_name(manifest.step, manifest.id)
+        if manifest.data is None or own_manifest(self._storage, second) is not None:
+            return
+        self._copy(name, second, manifest.data, manifest.files)
+        self._storage.create(f"{second}/{layout.MANIFEST}", manifest.to_bytes())
+        self._delete_files(name, manifest)
+
+    def _copy(self, name: str, second: str, id: str, files: Mapping[str, FileRecord]) -> None:
+        for path, record in files.items():
+            source = self._storage.open(f"{name}/{id}/{path}")
+            self._storage.write(f"{second}/{id}/{path}", _read_in_pieces(source, record.size), record.size)
+
+    def _delete_files(self, name: str, manifest: Manifest) -> None:
         for path in manifest.files:
             self._storage.remove(f"{name}/{manifest.place(path)}")
         if manifest.data:
             remove_empty_directories(self._storage, f"{name}/{manifest.data}")
-        self._warn_of_foreign_files(name)
-        remove_notes(self._storage, manifest.id)
-        self._storage.remove(f"{layout.TRASH}/{manifest.id}.json")
 
     def _warn_of_foreign_files(self, name: str) -> None:
         if self._storage.exists(f"{name}/{layout.MANIFEST}"):
@@ -145,25 +189,26 @@ class MarkerCommit:
     def _recover_attempt(self, id: str) -> None:
         path = f"{layout.TMP}/{id}.json"
         record = self._read_record(path)
-        if record is None or not layout.is_id(id):
+        if record is None or not layout.is_id(id) or layout.parse_checkpoint_name(_name(record)) is None:
             return
-        for name in (layout.checkpoint_name(record["step"]), layout.checkpoint_name(record["step"], id)):
-            manifest = own_manifest(self._storage, name)
-            if manifest is not None and manifest.id == id:
-                self._storage.remove(path)  # it was committed
-                return
-        if not self._is_abandoned(path, record):
-            return
-        for name in (layout.checkpoint_name(record["step"]), layout.checkpoint_name(record["step"], id)):
-            self._delete_data(name, id)
-        self._storage.remove(path)
+        if self._is_abandoned(path, record):
+            self._delete_attempt(id, record["step"])
+
+    def _delete_attempt(self, id: str, step: int) -> None:
+        """Delete an attempt's files wherever they are not those of a committed checkpoint, then its record."""
+        for name in (layout.checkpoint_name(step), layout.checkpoint_name(step, id)):
+            with contextlib.suppress(CheckpointerError):  # a damaged manifest may be the one that lists them
+                manifest = read_manifest(self._storage, name)
+                if manifest is None or manifest.data != id:
+                    self._delete_data(name, id)
+        self._storage.remove(f"{layout.TMP}/{id}.json")
 
     def _recover_removal(self, path: str) -> None:
         record = self._read_record(path)
-        if record is None:
+        name, text = (record.get("name"), record.get("manifest")) if record else (None, None)
+        if not isinstance(name, str) or not isinstance(text, str) or layout.parse_checkpoint_name(name) is None:
             return
-        name = str(record.get("name"))
-        manifest = parse_manifest(str(record.get("manifest")).encode(), self._storage.place(path))
+        manifest = parse_manifest(text.encode("utf-8", "replace"), self._storage.place(path))
         current = own_manifest(self._storage, name)
         if current is not None and current.id == manifest.id:
             self._storage.remove(path)  # it died before anything was removed
@@ -200,6 +245,12 @@ class MarkerCommit:
             CheckpointerWarning,
             stacklevel=2,
         )
+
+
+def _name(record: Mapping[str, object]) -> str:
+    """The directory that an attempt's record speaks of; empty if it makes no sense."""
+    step = record.get("step")
+    return layout.checkpoint_name(step) if type(step) is int else ""
 
 
 def _alive(pid: object) -> bool:

@@ -6,7 +6,9 @@ Everything is written under ``.checkpointer/tmp/<id>``, made durable, and rename
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Callable
 
 from checkpointer import layout
 from checkpointer.commit.base import (
@@ -23,7 +25,9 @@ from checkpointer.errors import CheckpointerWarning, SaveError
 from checkpointer.lock import WriterLock
 from checkpointer.manifest import Manifest
 from checkpointer.notes import remove_notes
-from checkpointer.storage import Storage
+from checkpointer.storage import Entry, Storage
+
+logger = logging.getLogger("checkpointer")
 
 ROOT = ""
 
@@ -62,7 +66,7 @@ class RenameCommit:
                 "nothing in it was touched: move it away, then save again"
             )
         else:
-            self._replace(attempt, name, there.manifest)
+            name = self._replace(attempt, name)
         return name
 
     def abandon(self, attempt: Attempt) -> None:
@@ -76,12 +80,10 @@ class RenameCommit:
 
     def recover(self) -> None:
         for entry in self._storage.list_directory(layout.TMP):
-            if entry.is_dir and self._is_abandoned(f"{layout.TMP}/{entry.name}"):
+            if _is_ours(entry) and self._is_abandoned(f"{layout.TMP}/{entry.name}"):
                 self._dispose(f"{layout.TMP}/{entry.name}")
-            elif entry.is_file:
-                self._storage.remove(f"{layout.TMP}/{entry.name}")
         for entry in self._storage.list_directory(layout.TRASH):
-            if entry.is_dir:
+            if _is_ours(entry):
                 self._dispose(f"{layout.TRASH}/{entry.name}")
         for entry in self._storage.list_directory(ROOT):
             if entry.is_dir and layout.is_second_name(entry.name):
@@ -98,16 +100,23 @@ class RenameCommit:
         self._storage.rename(old, new)
         self._storage.sync(new.rpartition("/")[0], old.rpartition("/")[0])
 
-    def _replace(self, attempt: Attempt, name: str, old: Manifest) -> None:
+    def _replace(self, attempt: Attempt, name: str) -> str:
         """Put the attempt in the place of a committed checkpoint: at every instant one of the two is there."""
         if self._storage.exchange(attempt.directory, name):
             self._storage.sync(ROOT, layout.TMP)
-            self._to_trash(attempt.directory, old)
-            return
+            self._tidy(lambda: self._dispose(attempt.directory))
+            return name
         second = layout.checkpoint_name(attempt.step, attempt.id)
         self._move(attempt.directory, second)
-        self._to_trash(name, old)
-        self._move(second, name)
+        self._tidy(lambda: self._settle_second_name(second))
+        return second if self._storage.exists(second) else name
+
+    def _tidy(self, work: Callable[[], object]) -> None:
+        """What follows the commit point cannot fail the save any more: the next writer will do it."""
+        try:
+            work()
+        except OSError as error:
+            logger.warning("could not clear away leftovers in %s; the next writer will: %s", self._storage.url, error)
 
     def _to_trash(self, directory: str, manifest: Manifest) -> None:
         self._storage.make_directory(layout.TRASH)
@@ -172,6 +181,11 @@ class RenameCommit:
             self._to_trash(name, there.manifest)
             self._dispose(f"{layout.TRASH}/{there.manifest.id}")
         self._move(second, name)
+
+
+def _is_ours(entry: Entry) -> bool:
+    """Whether this is a directory that this library made in tmp or trash: whatever else lies there is left alone."""
+    return entry.is_dir and layout.is_id(entry.name)
 
 
 def _directories_bottom_up(attempt: Attempt) -> list[str]:
