@@ -121,11 +121,13 @@ def _lock(descriptor: int, *, exclusive: bool) -> None:
 
 def _set_up(venv: Path, base: str, wanted: str) -> None:
     """Make or update the environment; the stamp goes first and comes back last."""
-    print(f"setting up {venv} (once; minutes on a slow network)", flush=True)
     current = _read_stamp(venv)
     with contextlib.suppress(FileNotFoundError):
         (venv / STAMP).unlink()
-    if current is None or current.splitlines()[0] != wanted.splitlines()[0]:
+    if current is not None and current.splitlines()[0] == wanted.splitlines()[0]:
+        print(f"updating {venv}, because pyproject.toml has changed", flush=True)
+    else:
+        print(f"setting up {venv} (once; minutes on a slow network)", flush=True)
         _make_anew(venv, base)
     _install(_python_of(venv))
     half_written = venv / f"{STAMP}.new"
