@@ -1,0 +1,20 @@
+"""All cases, by name."""
+
+from __future__ import annotations
+
+import itertools
+
+from tests.exact_resume import layers, optimizers, practices, schedulers
+from tests.exact_resume.runs import Case
+
+
+def _collect() -> dict[str, Case]:
+    found: dict[str, Case] = {}
+    for case in itertools.chain(optimizers.cases(), schedulers.cases(), layers.cases(), practices.cases()):
+        assert case.name not in found, f"two cases are called {case.name}"
+        found[case.name] = case
+    return found
+
+
+CASES = _collect()
+SHORT = [case.name for case in CASES.values() if not case.long]
