@@ -14,10 +14,12 @@ import warnings
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from checkpointer.errors import CheckpointerWarning, RunLockedError, SaveError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 _NO_OS_LOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -59,6 +61,8 @@ class WriterLock:
         """
         if self.held:
             return
+        from filelock import FileLock, Timeout  # imported late: readers never lock
+
         lock = FileLock(self._path, timeout=0, thread_local=False, fallback_to_soft=False)
         try:
             if self._inside_root and self._make_directory is not None:

@@ -10,8 +10,6 @@ from datetime import datetime, timezone
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
-from torch import nn
-
 from checkpointer.arguments import check_component_names, check_metrics, check_step, check_tags, read_attachments
 from checkpointer.config import Config
 from checkpointer.environment import environment
@@ -32,7 +30,7 @@ from checkpointer.retention import BestRule, RetentionPlan, rank
 from checkpointer.saving import PendingSave, Saver, finished
 from checkpointer.schedule import due
 from checkpointer.signals import SignalFlag
-from checkpointer.state import Adapter, RestoreOptions, RngState, adapter_for
+from checkpointer.state import Adapter, RestoreOptions, RngState, adapter_for, modules_of
 from checkpointer.state.plan import Adapt, MapLocation, Rename
 from checkpointer.storage import open_storage
 from checkpointer.units import did_you_mean
@@ -103,7 +101,7 @@ class CheckpointManager:
         """
         self._config = _load_config(config)
         check_component_names(components, reserved={RNG})
-        modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+        modules = modules_of(components)
         adapters: dict[str, Adapter] = {name: adapter_for(name, part, modules) for name, part in components.items()}
         adapters[RNG] = RngState()
         self._adapters = adapters
@@ -114,6 +112,7 @@ class CheckpointManager:
         self._position = Position(self._repository, require_resume=self._config.require_resume)
         self._closed = False
         self._stop_ready = False
+        self._warned_of_epoch = False
         self._pid = os.getpid()
         self._signal = SignalFlag()
         if not read_only:
@@ -156,6 +155,7 @@ class CheckpointManager:
         step = check_step(step)
         epoch = None if epoch is None else check_step(epoch, "epoch")
         self._open_for_saving()
+        self._check_epoch_given(epoch)
         preempted = self._signal.requested
         last = self._last()
         self._position.check_order(step, last.step if last else None)
@@ -424,6 +424,16 @@ class CheckpointManager:
             reason = self._repository.storage.redact(str(error))
             warnings.warn(
                 f"could not clear away leftovers in {self._repository.url}: {reason}", CheckpointerWarning, stacklevel=4
+            )
+
+    def _check_epoch_given(self, epoch: int | None) -> None:
+        """Warn, once, that an epoch rule never fires when ``save`` is not told the epoch."""
+        if epoch is None and self._config.save.every_n_epochs is not None and not self._warned_of_epoch:
+            self._warned_of_epoch = True
+            warnings.warn(
+                "save: every_n_epochs has no effect unless save() is told the epoch: mgr.save(step, epoch=epoch)",
+                CheckpointerWarning,
+                stacklevel=3,
             )
 
     def _check_usable(self) -> None:

@@ -187,4 +187,7 @@ def metric_from_json(value: object, name: str) -> float:
         return _SPECIAL_FLOATS[value]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise CorruptCheckpointError(f"metric {name!r} must be a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise CorruptCheckpointError(f"metric {name!r} is too large") from None

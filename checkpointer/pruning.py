@@ -18,7 +18,8 @@ def prune(
     """
     listing = repository.list_checkpoints()
     decided = plan(listing.checkpoints, policy, now=datetime.now(timezone.utc), protect=protect)
-    if not dry_run:
-        for info, _ in decided.remove:
-            repository.remove(info)
-    return decided
+    if dry_run:
+        return decided
+    removed = [(info, reasons) for info, reasons in decided.remove if repository.remove(info)]
+    stayed = [(info, ("pinned meanwhile",)) for info, _ in decided.remove if info not in [gone for gone, _ in removed]]
+    return RetentionPlan(keep=[*decided.keep, *stayed], remove=removed)

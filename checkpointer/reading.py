@@ -69,8 +69,10 @@ class CheckpointReader:
         self.manifest = manifest
         self._stack = ExitStack()
         try:
-            self._files = {path: self._open(path) for path in manifest.files}
+            self._files: dict[str, ReadFile] = {}
             self.index = self._read_index()
+            for path in manifest.files:
+                self._check_size(path)
         except BaseException:
             self.close()
             raise
@@ -116,30 +118,40 @@ class CheckpointReader:
             if not self._storage.exists(f"{self._directory}/{layout.MANIFEST}"):
                 raise  # the whole checkpoint is gone, not one file of it
             raise CorruptCheckpointError(f"{self._place(path)} is missing") from error
-        self._stack.callback(file.close)
         if file.size != record.size:
+            file.close()
             raise CorruptCheckpointError(f"{self._place(path)} has {file.size} bytes, {record.size} were written")
         return file
 
+    def _check_size(self, path: str) -> None:
+        """Open a file, which compares its size; those with tensors stay open, there are few of them."""
+        file = self._open(path)
+        if path in self.index.headers:
+            self._files[path] = file
+            self._stack.callback(file.close)
+        else:
+            file.close()
+
     def _read_index(self) -> Index:
         path = layout.INDEX
-        if path not in self._files:
+        if path not in self.manifest.files:
             raise CorruptCheckpointError(f"{self._storage.place(self._directory)} lists no {path}")
-        if self._files[path].size > layout.INDEX_LIMIT:
+        size = self.manifest.files[path].size
+        if size > layout.INDEX_LIMIT:
             raise CorruptCheckpointError(f"{self._place(path)} is larger than {layout.INDEX_LIMIT} bytes")
-        data = bytearray(self._files[path].size)
-        self._read_into(path, 0, memoryview(data))
+        data = b"".join(self.blocks(path, 0, size))
         if xxhash.xxh3_128_hexdigest(data) != self.manifest.files[path].xxh3:
             raise CorruptCheckpointError(f"{self._place(path)} is damaged: its bytes do not match its hash")
         sizes = {file: record.size for file, record in self.manifest.files.items()}
-        return parse_index(bytes(data), sizes, self._place(path))
+        return parse_index(data, sizes, self._place(path))
 
     def _read_chunk(self, read: ChunkRead, *, verify: bool) -> None:
         hasher = xxhash.xxh3_128()
         view = read.target.open()
+        file = self._files[read.chunk.file]
         for start in range(0, len(view), READ_BLOCK):
             block = view[start : start + READ_BLOCK]
-            self._read_into(read.chunk.file, read.chunk.begin + start, block)
+            self._read_into(file, read.chunk.file, read.chunk.begin + start, block)
             if verify:
                 hasher.update(block)
         if verify and hasher.hexdigest() != read.chunk.xxh3:
@@ -165,14 +177,19 @@ class CheckpointReader:
     def blocks(self, path: str, begin: int, end: int) -> Iterator[memoryview]:
         """The bytes of a file from ``begin`` to ``end``, in one buffer that is used again for each block."""
         buffer = memoryview(bytearray(min(READ_BLOCK, end - begin)))
-        for start in range(begin, end, READ_BLOCK):
-            block = buffer[: min(READ_BLOCK, end - start)]
-            self._read_into(path, start, block)
-            yield block
-
-    def _read_into(self, path: str, offset: int, view: memoryview) -> None:
+        file = self._files.get(path) or self._open(path)
         try:
-            self._files[path].read_into(offset, view)
+            for start in range(begin, end, READ_BLOCK):
+                block = buffer[: min(READ_BLOCK, end - start)]
+                self._read_into(file, path, start, block)
+                yield block
+        finally:
+            if path not in self._files:
+                file.close()
+
+    def _read_into(self, file: ReadFile, path: str, offset: int, view: memoryview) -> None:
+        try:
+            file.read_into(offset, view)
         except OSError as error:
             if error.errno != errno.EIO:
                 raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 from dataclasses import dataclass
 
 from checkpointer import layout
@@ -133,17 +135,27 @@ class Repository:
             raise CheckpointNotFoundError(f"{info.path} was removed while it was opened") from error
 
     def verify(self, info: CheckpointInfo) -> CheckpointReport:
-        """Check every byte of a listed checkpoint."""
+        """Check every byte of a listed checkpoint.
+
+        Raises:
+            CheckpointNotFoundError: it has been removed since, or meanwhile.
+        """
         try:
             manifest = self.manifest(info)
-        except CorruptCheckpointError as error:
+        except (CorruptCheckpointError, FormatVersionError) as error:
             return CheckpointReport(info.path, info.step, info, (str(error),), (), 0)
-        return verify_checkpoint(self.storage, _name_of(info), manifest, info)
+        report = verify_checkpoint(self.storage, _name_of(info), manifest, info)
+        if not report.ok:
+            self.manifest(info)  # it is not damaged if it has been removed, or replaced, while it was read
+        return report
 
     def verify_all(self) -> VerifyReport:
         """Check every byte of every checkpoint."""
         listing = self.list_checkpoints()
-        reports = [self.verify(info) for info in listing.checkpoints]
+        reports = []
+        for info in listing.checkpoints:
+            with contextlib.suppress(CheckpointNotFoundError):  # a writer pruned it since it was listed
+                reports.append(self.verify(info))
         reports += [
             CheckpointReport(item.path, item.step, None, (str(item.error),), (), 0) for item in listing.unreadable
         ]
@@ -197,6 +209,8 @@ class Repository:
         where = self.storage.place(f"{name}/{layout.MANIFEST}")
         if isinstance(data, FileNotFoundError):
             return None
+        if isinstance(data, OSError) and data.errno == errno.EIO:
+            raise CorruptCheckpointError(f"{where} cannot be read: {data}") from data
         if isinstance(data, Exception):
             raise data
         manifest = parse_manifest(data, where)

@@ -161,7 +161,8 @@ class Restorer:
         url = self._repository.url
         return CorruptCheckpointError(
             f"no valid checkpoint in {url} ({len(skipped)} damaged: {steps}); "
-            f"run 'checkpointer verify {url}' for the reasons. Live objects may hold parts of a damaged one"
+            f"run 'checkpointer verify {url}' for the reasons. "
+            "Unless verify is 'before', live objects may now hold parts of a damaged one"
         )
 
     def _remember(self, info: CheckpointInfo, reason: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from checkpointer.index import Chunk, Json, TensorSpec
 from checkpointer.state.plan import Captured
-from checkpointer.state.tensors import spec_of
+from checkpointer.state.tensors import as_bytes, spec_of
 
 ALIGNMENT = 64
 """Bytes. Staged tensors start on cache lines."""
@@ -101,8 +101,7 @@ def stage_copies(captured: Mapping[str, Captured], arena: Arena) -> dict[str, St
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
     """The row-major bytes of a tensor: a view of its memory where it has that form, else a copy."""
-    raw = _raw(tensor)
-    return _memory(raw.to("cpu").contiguous().reshape(-1).view(torch.uint8)) if raw.numel() else memoryview(b"")
+    return _memory(as_bytes(tensor))
 
 
 class TensorTarget:
@@ -118,11 +117,9 @@ class TensorTarget:
 
     def open(self) -> memoryview:
         box = self._box
-        if not box.numel():
-            return memoryview(b"")
         if box.device.type != "cpu" or not box.is_contiguous():
             box = self._bounce = torch.empty(box.shape, dtype=box.dtype)
-        return _memory(box.reshape(-1).view(torch.uint8))
+        return host_bytes(box)
 
     def finish(self) -> None:
         if self._bounce is not None:

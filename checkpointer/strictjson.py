@@ -7,6 +7,7 @@ comma that precedes it. Any changed byte shows, with no other file needed.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -53,7 +54,9 @@ def loads(data: bytes, what: str) -> Any:
         CorruptCheckpointError: naming ``what``; not JSON, nested too deeply, or a key given twice.
     """
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"{what} is not valid JSON: {error}") from error
 
@@ -63,6 +66,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a key occurs twice")
     return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is too large")
+    return value
 
 
 def _no_constant(name: str) -> float:

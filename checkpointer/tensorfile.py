@@ -173,7 +173,7 @@ def _metadata(tensors: Sequence[tuple[str, str, str]], components: Mapping[str, 
     for component in dict.fromkeys(component for component, _, _ in tensors):
         for alias, key in components[component].aliases.items():
             if (component, key) in stored:
-                metadata[alias] = stored[component, key]
+                metadata.setdefault(alias, stored[component, key])  # "format" is taken
     return metadata
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -34,6 +36,7 @@ from checkpointer.errors import (
     StepOrderError,
     UnsupportedStateError,
 )
+from checkpointer.storage.local import LocalFile
 
 MakeManager = Callable[..., CheckpointManager]
 
@@ -397,8 +400,8 @@ def test_a_failed_background_save_is_raised_by(manager: MakeManager, tmp_path: P
 def test_the_error_of_the_loop_is_not_masked_by_that_of_a_save(manager: MakeManager, tmp_path: Path) -> None:
     mgr = manager()
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+    mgr.save(1)
     with pytest.raises(ZeroDivisionError) as caught, mgr:
-        mgr.save(1)
         _ = 1 / 0
     assert isinstance(caught.value.__context__, SaveError)
 
@@ -436,15 +439,17 @@ def test_a_full_disk_is_noticed_before_anything_is_written(manager: MakeManager,
     mgr = manager()
     saved(mgr, 0)
     monkeypatch.setattr(type(mgr._repository.storage), "free_bytes", lambda self: 10)
+    handle = mgr.save(1, force=True)
+    assert handle is not None
     with pytest.raises(SaveError, match="10 bytes free"):
-        mgr.save(1, force=True) and mgr.wait()
+        handle.result()
     monkeypatch.undo()
     saved(mgr, 2)
     assert steps(mgr) == [0, 2]
 
 
 @pytest.mark.parametrize(
-    ("keywords", "message"),
+    "keywords,message",
     [
         ({"step": -1}, "step"),
         ({"step": 1.5}, "step"),
@@ -466,7 +471,7 @@ def test_nonsense_arguments_are_explained(manager: MakeManager, keywords: dict[s
 
 
 @pytest.mark.parametrize(
-    ("components", "message"),
+    "components,message",
     [({"rng": {}}, "rng"), ({"a b": {}}, "a b"), ({"Loader": {}, "loader": {}}, "case")],
 )
 def test_component_names_that_cannot_be_files_are_refused(
@@ -797,3 +802,85 @@ def test_save_is_cheap_when_nothing_is_due(manager: MakeManager) -> None:
     active = False
     assert opened == []
     assert time.perf_counter() - began < 5
+
+
+# --------------------------------------------------------------------------------- found by trying to break things
+
+
+def test_components_named_like_files_of_the_format_do_not_collide(manager: MakeManager) -> None:
+    big = {name: torch.full((300_000,), float(number)) for number, name in enumerate(("state", "state_", "index"))}
+    expected = {name: tensor.clone() for name, tensor in big.items()}
+    mgr = manager(manifest={"x": torch.ones(3)}, **big)
+    info = saved(mgr, 0)
+    assert (Path(info.path) / "component-state.safetensors").exists()
+    for tensor in big.values():
+        tensor.zero_()
+    mgr.restore(0)
+    assert all(torch.equal(big[name], expected[name]) for name in big)
+
+
+def test_more_attachments_than_a_process_may_open_files_are_restored(manager: MakeManager) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    mgr = manager()
+    saved(mgr, 0, files={f"{number}": b"x" for number in range(300)})
+    resource.setrlimit(resource.RLIMIT_NOFILE, (150, limits[1]))
+    try:
+        assert mgr.restore_latest() is not None
+        assert mgr.verify().ok
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_too_many_attachments_are_refused_and_nothing_is_left(manager: MakeManager, tmp_path: Path) -> None:
+    mgr = manager()
+    handle = mgr.save(0, files={f"{number}-{'x' * 100}": b"" for number in range(900)})
+    assert handle is not None
+    with pytest.raises(SaveError, match=r"90\d files"):
+        handle.result()
+    assert not list((tmp_path / "run" / ".checkpointer" / "tmp").iterdir())
+    saved(mgr, 1)
+
+
+def test_a_block_that_cannot_be_read_in_one_manifest_costs_one_checkpoint(
+    manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mgr = manager()
+    for step in (0, 1):
+        saved(mgr, step)
+    read_into = LocalFile.read_into
+
+    def fail(self: LocalFile, offset: int, view: memoryview) -> None:
+        if "checkpoint-1/manifest" in self._place:
+            raise OSError(errno.EIO, "Input/output error")
+        read_into(self, offset, view)
+
+    monkeypatch.setattr(LocalFile, "read_into", fail)
+    with pytest.warns(CheckpointerWarning, match="cannot be read"):
+        restored = mgr.restore_latest()
+    assert restored is not None
+    assert restored.step == 0
+
+
+def test_a_file_system_that_rejects_its_options_does_not_leak_them(tmp_path: Path) -> None:
+    import fsspec
+
+    class Picky(fsspec.AbstractFileSystem):
+        protocol = "picky"
+
+        def __init__(self, token: str) -> None:
+            raise ValueError(f"bad token {token}")
+
+    fsspec.register_implementation("picky", Picky, clobber=True)
+    with pytest.raises(ConfigError, match=r"bad token \*\*\*") as caught:
+        CheckpointManager("picky://bucket/run", storage_options={"token": "sesame-open"})
+    assert "sesame" not in str(caught.value)
+    with pytest.raises(ConfigError, match="unexpected keyword"):
+        CheckpointManager("picky://bucket/run", storage_options={"tokem": "sesame-open"})
+
+
+def test_an_epoch_rule_without_epochs_is_pointed_out_once(manager: MakeManager) -> None:
+    mgr = manager({"save": {"every_n_epochs": 1}})
+    with pytest.warns(CheckpointerWarning, match=r"every_n_epochs.*epoch=") as caught:
+        handles = [mgr.save(step) for step in range(3)]
+    assert handles == [None, None, None]
+    assert len(caught) == 1

@@ -31,12 +31,13 @@ def open_storage(
 def _open_remote(url: str, options: dict[str, object]) -> Storage:
     from fsspec.core import url_to_fs  # imported late: a local run root needs none of it
 
-    from checkpointer.storage.remote import FsspecStorage, without_credentials
+    from checkpointer.storage.remote import FsspecStorage, Redactor, without_credentials
 
     try:
         fs, path = url_to_fs(url, **options)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"cannot open {without_credentials(url)}: {error}") from error
+    except (ValueError, TypeError, ImportError) as error:
+        reason = Redactor(url, options).redact(str(error))
+        raise ConfigError(f"cannot open {without_credentials(url)}: {reason}") from error
     return FsspecStorage(fs, path, url, options)
 
 

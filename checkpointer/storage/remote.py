@@ -56,7 +56,7 @@ class FsspecStorage:
     def __init__(self, fs: AbstractFileSystem, path: str, url: str, options: Mapping[str, object]) -> None:
         self.fs = fs
         self._path = path.rstrip("/")
-        self._secrets = sorted({*_option_secrets(options), *_url_secrets(url)}, key=len, reverse=True)
+        self._redactor = Redactor(url, options)
         self._url = without_credentials(url).rstrip("/")
         self._exclusive: bool | None = None
 
@@ -68,9 +68,7 @@ class FsspecStorage:
         return f"{self._url}/{path}" if path else self._url
 
     def redact(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+        return self._redactor.redact(text)
 
     @_as_os_errors
     def list_directory(self, path: str) -> list[Entry]:
@@ -295,6 +293,19 @@ class RemoteFile:
             lambda storage: storage.fs.cat_file(self._path, start=begin, end=end)
         )
         return read(self._storage)
+
+
+class Redactor:
+    """Takes the secrets of a URL and of storage options out of texts."""
+
+    def __init__(self, url: str, options: Mapping[str, object]) -> None:
+        self._secrets = sorted({*_option_secrets(options), *_url_secrets(url)}, key=len, reverse=True)
+
+    def redact(self, text: str) -> str:
+        """``text`` with ``***`` for every secret."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
 
 
 def without_credentials(url: str) -> str:
