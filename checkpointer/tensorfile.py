@@ -7,12 +7,14 @@ See https://github.com/huggingface/safetensors#format.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from checkpointer import layout, strictjson
-from checkpointer.index import ITEM_SIZES, TensorSpec
+from checkpointer.errors import CorruptCheckpointError
+from checkpointer.index import ITEM_SIZES, Chunk, TensorSpec
 
 SHARD_LIMIT = 50 * 10**9
 """Bytes of tensors in one file at most (a larger tensor gets a file of its own); the limit of the Hugging Face hub."""
@@ -104,6 +106,29 @@ def shard_indexes(files: Iterable[TensorFile], components: Mapping[str, Componen
         ).encode("ascii")
         for name, weight_map in maps.items()
     }
+
+
+def check_header(header: bytes, chunks: Iterable[tuple[str, Chunk]], what: str) -> None:
+    """Compare the header of a safetensors file with what the index says of it: stock tools believe the header.
+
+    ``chunks`` are the dtype and the chunk of every tensor that the index places in the file.
+
+    Raises:
+        CorruptCheckpointError: they tell different stories.
+    """
+    raw = strictjson.mapping(strictjson.loads(header[8:], what), what)
+    found = Counter(_signature(entry, what) for name, entry in raw.items() if name != "__metadata__")
+    expected = Counter(
+        _signature(_entry(TensorSpec(dtype, chunk.lengths), chunk.begin - len(header)), what) for dtype, chunk in chunks
+    )
+    if found != expected:
+        raise CorruptCheckpointError(f"{what} describes other tensors than the index does")
+
+
+def _signature(entry: object, what: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    fields = strictjson.mapping(entry, what)
+    dtype = strictjson.string(fields.get("dtype"), what)
+    return dtype, strictjson.integers(fields.get("shape"), what), strictjson.integers(fields.get("data_offsets"), what)
 
 
 def _shares_file(component: ComponentTensors) -> bool:

@@ -14,6 +14,7 @@ from checkpointer.info import CheckpointInfo
 from checkpointer.manifest import Manifest
 from checkpointer.reading import CheckpointReader
 from checkpointer.storage import Storage
+from checkpointer.tensorfile import check_header
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,23 @@ def _check_file(reader: CheckpointReader, path: str) -> Iterator[str]:
         return
     if whole.hexdigest() != record.xxh3:
         yield f"{path}: its bytes do not match its hash"
+    elif path in reader.index.headers:
+        yield from _check_header(reader, path)
+
+
+def _check_header(reader: CheckpointReader, path: str) -> Iterator[str]:
+    header = b"".join(reader.blocks(path, 0, reader.index.headers[path][0]))
+    components = reader.index.components
+    chunks = [
+        (components[component].tensors[key].dtype, chunk)
+        for (component, key), parts in reader.index.chunks.items()
+        for chunk in parts
+        if chunk.file == path
+    ]
+    try:
+        check_header(header, chunks, f"the header of {path}")
+    except CorruptCheckpointError as error:
+        yield str(error)
 
 
 def _parts(reader: CheckpointReader, path: str) -> list[tuple[str, int, int, str | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import math
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from torch import nn
 
 from checkpointer import CheckpointInfo, CheckpointManager, Config, PendingSave
@@ -36,6 +38,7 @@ from checkpointer.errors import (
     StepOrderError,
     UnsupportedStateError,
 )
+from checkpointer.manifest import FileRecord
 from checkpointer.storage.local import LocalFile
 
 MakeManager = Callable[..., CheckpointManager]
@@ -65,6 +68,10 @@ def saved(mgr: CheckpointManager, step: int, **keywords: Any) -> CheckpointInfo:
     handle = mgr.save(step, **keywords)
     assert handle is not None
     return handle.result(60)
+
+
+def digest(data: bytes) -> bytes:
+    return xxhash.xxh3_128_hexdigest(data).encode()
 
 
 def damage(info: CheckpointInfo, name: str = "index.json") -> None:
@@ -865,7 +872,7 @@ def test_a_block_that_cannot_be_read_in_one_manifest_costs_one_checkpoint(
 def test_a_file_system_that_rejects_its_options_does_not_leak_them(tmp_path: Path) -> None:
     import fsspec
 
-    class Picky(fsspec.AbstractFileSystem):
+    class Picky(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no types
         protocol = "picky"
 
         def __init__(self, token: str) -> None:
@@ -885,3 +892,27 @@ def test_an_epoch_rule_without_epochs_is_pointed_out_once(manager: MakeManager) 
         handles = [mgr.save(step) for step in range(3)]
     assert handles == [None, None, None]
     assert len(caught) == 1
+
+
+def test_verify_finds_a_header_that_tells_stock_tools_another_story(manager: MakeManager) -> None:
+    """Forged so that every hash fits: only the comparison of header and index can tell."""
+    mgr = manager(model=nn.Linear(4, 4))
+    info = saved(mgr, 0)
+    path = Path(info.path)
+    tensors, index = path / "model.safetensors", path / "index.json"
+    old = tensors.read_bytes()
+    length = 8 + int.from_bytes(old[:8], "little")
+    new = old.replace(b'"shape":[4,4]', b'"shape":[2,8]')
+    assert new != old
+    tensors.write_bytes(new)
+    index.write_bytes(index.read_bytes().replace(digest(old[:length]), digest(new[:length])))
+    manifest = mgr._repository.manifest(info)
+    files = {
+        name: FileRecord(record.size, digest((path / name).read_bytes()).decode())
+        for name, record in manifest.files.items()
+    }
+    (path / "manifest.json").write_bytes(dataclasses.replace(manifest, files=files).to_bytes())
+    report = mgr.verify(0)
+    assert report.checkpoints[0].damage == (
+        "the header of model.safetensors describes other tensors than the index does",
+    )
