@@ -15,17 +15,21 @@ if TYPE_CHECKING:
     from checkpointer.config import Config
     from checkpointer.info import CheckpointInfo
     from checkpointer.manager import CheckpointManager
-    from checkpointer.restoring import Restored
+    from checkpointer.restoring import Restored, load_whole_model
     from checkpointer.saving import PendingSave
-    from checkpointer.state import Stateful, register_codec
+    from checkpointer.state import Gradients, ModuleComponent, Stateful, WholeModel, register_codec
 
 _HOMES = {
     "CheckpointInfo": "checkpointer.info",
     "CheckpointManager": "checkpointer.manager",
     "Config": "checkpointer.config",
+    "Gradients": "checkpointer.state",
+    "ModuleComponent": "checkpointer.state",
     "PendingSave": "checkpointer.saving",
     "Restored": "checkpointer.restoring",
     "Stateful": "checkpointer.state",
+    "WholeModel": "checkpointer.state",
+    "load_whole_model": "checkpointer.restoring",
     "register_codec": "checkpointer.state",
 }
 _MODULES = ("errors", "retention")
@@ -50,11 +54,15 @@ __all__ = [
     "CheckpointInfo",
     "CheckpointManager",
     "Config",
+    "Gradients",
+    "ModuleComponent",
     "PendingSave",
     "Restored",
     "Stateful",
+    "WholeModel",
     "__version__",
     "errors",
+    "load_whole_model",
     "register_codec",
     "retention",
 ]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import socket
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,12 +18,57 @@ import torch
 from checkpointer.index import Json
 from checkpointer.version import __version__
 
-_COMPARED = {"torch": "another version of torch", "numpy": "another version of numpy", "devices": "other devices"}
+GIT_TIMEOUT = 2.0
+"""Seconds that git may take, in the background."""
+
+PATIENCE = 0.1
+"""Seconds that a save waits for git at most."""
+
+MASK = "***"
+MAX_ARGUMENT, MAX_ARGUMENTS = 500, 4096
+"""Characters of one argument, and of all, that are recorded: the manifest has to stay small."""
+
+_EXACT = {
+    "torch": "another version of torch",
+    "numpy": "another version of numpy",
+    "platform": "another kind of machine",
+    "devices": "other devices",
+    "num_threads": "another number of CPU threads",
+    "deterministic_algorithms": "another setting of torch.use_deterministic_algorithms",
+    "float32_matmul_precision": "another float32 matmul precision",
+    "cuda_matmul_tf32": "another setting of TF32 in CUDA matrix products",
+    "cudnn_tf32": "another setting of TF32 in cuDNN",
+    "cudnn_deterministic": "another setting of torch.backends.cudnn.deterministic",
+}
+"""What has to be the same for the same bits."""
+
+_NOTED = {
+    "checkpointer": "another version of checkpointer",
+    "python": "another version of Python",
+    "host": "another host",
+    "git_commit": "another git commit",
+    "argv": "another command line",
+}
+"""What is worth knowing, and changes no bit by itself."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How this process differs from the one that saved; each entry is a sentence."""
+
+    exactness: tuple[str, ...]
+    """What makes bit-identical continuation impossible here, or a matter of luck."""
+    other: tuple[str, ...]
+
+    @property
+    def all(self) -> list[str]:
+        """Every sentence, the serious ones first."""
+        return [*self.exactness, *self.other]
 
 
 def environment() -> dict[str, Json]:
-    """Versions, platform, host and devices of this process."""
-    return {
+    """Versions, platform, host, devices, settings, command line and git commit of this process."""
+    found: dict[str, Json] = {
         "checkpointer": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -26,16 +76,52 @@ def environment() -> dict[str, Json]:
         "platform": f"{sys.platform}-{platform.machine()}",
         "host": socket.gethostname(),
         "devices": list(_devices()),
+        **_settings(),
+        "argv": list(command_line(sys.argv)),
     }
+    commit = _git.result(PATIENCE)
+    if commit is not None:
+        found["git_commit"], found["git_dirty"] = commit
+    return found
 
 
-def differences(saved: Mapping[str, Json], live: Mapping[str, Json]) -> list[str]:
-    """Sentences on what makes bit-identical continuation impossible here."""
-    return [
-        f"{what}: saved with {saved[name]}, running with {live.get(name)}"
-        for name, what in _COMPARED.items()
-        if name in saved and saved[name] != live.get(name)
-    ]
+def differences(saved: Mapping[str, Json], live: Mapping[str, Json]) -> Differences:
+    """Compare two environments. What one of them lacks is not compared."""
+    exact = [_sentence(name, what, saved, live) for name, what in _EXACT.items() if _differs(name, saved, live)]
+    other = [_sentence(name, what, saved, live) for name, what in _NOTED.items() if _differs(name, saved, live)]
+    if live.get("cudnn_benchmark") is True and _on_gpu(live):
+        exact.append("torch.backends.cudnn.benchmark is on, which chooses algorithms by their speed of the moment")
+    return Differences(tuple(exact), tuple(other))
+
+
+def inspect_repository() -> None:
+    """Begin to ask git about the working directory, in the background, once a process."""
+    _git.start()
+
+
+def _differs(name: str, saved: Mapping[str, Json], live: Mapping[str, Json]) -> bool:
+    if name not in saved or name not in live:
+        return False
+    before, now = saved[name], live[name]
+    if name == "devices" and isinstance(before, list) and isinstance(now, list):
+        return set(map(str, before)) != set(map(str, now))  # how many are visible does not matter
+    if name == "num_threads":
+        return before != now and not (_on_gpu(saved) and _on_gpu(live))
+    return before != now
+
+
+def _sentence(name: str, what: str, saved: Mapping[str, Json], live: Mapping[str, Json]) -> str:
+    return f"{what}: saved with {_shown(saved[name])}, running with {_shown(live[name])}"
+
+
+def _shown(value: Json) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _on_gpu(found: Mapping[str, Json]) -> bool:
+    devices = found.get("devices")
+    return isinstance(devices, list) and bool(devices) and "cpu" not in devices
 
 
 def _devices() -> Iterator[str]:
@@ -45,3 +131,114 @@ def _devices() -> Iterator[str]:
         yield "mps"
     else:
         yield "cpu"
+
+
+def _settings() -> dict[str, Json]:
+    """Settings of torch that decide which bits come out. Left out where torch refuses to tell."""
+    readers: dict[str, Callable[[], Json]] = {
+        "num_threads": torch.get_num_threads,
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled,
+        "float32_matmul_precision": torch.get_float32_matmul_precision,
+        "cuda_matmul_tf32": lambda: bool(torch.backends.cuda.matmul.allow_tf32),
+        "cudnn_tf32": lambda: bool(torch.backends.cudnn.allow_tf32),
+        "cudnn_deterministic": lambda: bool(torch.backends.cudnn.deterministic),
+        "cudnn_benchmark": lambda: bool(torch.backends.cudnn.benchmark),
+    }
+    found: dict[str, Json] = {}
+    for name, read in readers.items():
+        try:
+            found[name] = read()
+        except (RuntimeError, AttributeError):  # its old and its new names for TF32 must not be mixed
+            continue
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+_NAME = r"(?:token|key|keys|secrets?|password|passwd|passphrase|pwd|credentials?|auth|authorization)"
+_WHOLE = re.compile(rf"(-{{0,2}}[\w.\-]*{_NAME})=.*", re.IGNORECASE | re.DOTALL)
+_FLAG = re.compile(rf"--?[\w.\-]*{_NAME}", re.IGNORECASE)
+_INSIDE = re.compile(rf"""([\w.\-]*{_NAME}["']?\s*[=:]\s*["']?)[^"'&,;\s}}]+""", re.IGNORECASE)
+_USERINFO = re.compile(r"(\w://)[^/@\s]+@")
+_KNOWN = re.compile(
+    r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abpr]-|AKIA|ASIA|eyJ)[\w\-]{16,}(?:\.[\w\-]+)*", re.ASCII
+)
+
+
+def command_line(arguments: Iterable[str]) -> Iterator[str]:
+    """The arguments, cut to a size that a manifest can hold, with ``***`` for what looks like a secret."""
+    left, hide = MAX_ARGUMENTS, False
+    arguments = list(arguments)
+    for number, argument in enumerate(arguments):
+        text = MASK if hide and not argument.startswith("--") else _masked(argument)
+        hide = _FLAG.fullmatch(argument) is not None
+        text = text.encode("utf-8", "backslashreplace").decode()  # arguments may hold bytes that are no text
+        text = text if len(text) <= MAX_ARGUMENT else f"{text[:MAX_ARGUMENT]}…"
+        if len(text) > left:
+            yield f"… and {len(arguments) - number} more"
+            return
+        left -= len(text)
+        yield text
+
+
+def _masked(argument: str) -> str:
+    if whole := _WHOLE.fullmatch(argument):
+        return f"{whole[1]}={MASK}"
+    argument = _USERINFO.sub(rf"\1{MASK}@", argument)
+    argument = _INSIDE.sub(rf"\1{MASK}", argument)
+    return _KNOWN.sub(MASK, argument)
+
+
+# ---------------------------------------------------------------------------------------------------------- git
+
+
+class _Git:
+    """Commit of the working directory, and whether tracked files were changed since."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._found: tuple[str, bool] | None = None
+        self._guard = threading.Lock()
+        self._pid = os.getpid()
+
+    def start(self) -> None:
+        """Ask in the background, once."""
+        with self._guard:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._ask, name="checkpointer-git", daemon=True)
+                self._thread.start()
+
+    def result(self, patience: float) -> tuple[str, bool] | None:
+        """What git said; ``None`` where there is no git, no repository, or no answer yet."""
+        self.start()
+        assert self._thread is not None
+        if self._pid == os.getpid():  # the thread of a forked child's parent cannot be waited for
+            self._thread.join(patience)
+        return self._found
+
+    def _ask(self) -> None:
+        self._found = git_commit(os.curdir)
+
+
+_git = _Git()
+
+
+def git_commit(directory: str) -> tuple[str, bool] | None:
+    """Commit that ``directory`` is at, and whether tracked files differ from it. Runs no hook and takes no lock."""
+    no_hooks = ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
+    status = ["status", "--porcelain=v2", "--branch", "--untracked-files=no", "--ignore-submodules=dirty"]
+    try:
+        done = subprocess.run(  # noqa: S603
+            ["git", "--no-optional-locks", *no_hooks, "-C", directory, *status],  # noqa: S607
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=GIT_TIMEOUT,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = done.stdout.decode("utf-8", "replace").splitlines()
+    commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid ")), "")
+    if re.fullmatch("[0-9a-f]{40,64}", commit) is None:  # "(initial)": nothing is committed
+        return None
+    return commit, any(line[:2] in ("1 ", "2 ", "u ") for line in lines)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from checkpointer.arguments import check_component_names, check_metrics, check_step, check_tags, read_attachments
 from checkpointer.config import Config
-from checkpointer.environment import environment
+from checkpointer.environment import environment, inspect_repository
 from checkpointer.errors import (
     CheckpointerError,
     CheckpointerWarning,
@@ -117,6 +117,7 @@ class CheckpointManager:
         self._signal = SignalFlag()
         if not read_only:
             self._signal.install(self._config.save.on_signal)
+            inspect_repository()
 
     # ------------------------------------------------------------------------------------------------ saving
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
 
 from checkpointer.environment import differences, environment
 from checkpointer.errors import (
@@ -21,7 +25,9 @@ from checkpointer.notes import Note
 from checkpointer.reading import CheckpointReader, ChunkRead
 from checkpointer.repository import Repository
 from checkpointer.staging import TensorTarget
-from checkpointer.state import Adapter, ComponentReport, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state import Adapter, ComponentReport, RestoreOptions, RestorePlan, SavedState, WholeModelLoader
+from checkpointer.state.plan import MapLocation
+from checkpointer.storage import open_storage
 
 RNG = "rng"
 MAX_RELISTS = 10
@@ -186,8 +192,19 @@ class Restorer:
         for name, plan in plans.items():
             plan.apply()
             report.components[name] = plan.report
-        report.changed += differences(reader.manifest.environment, environment())
+        found = differences(reader.manifest.environment, environment())
+        report.changed += found.all
+        if found.exactness and not options.partial and not request.read_only:
+            self._warn_inexact(reader, found.exactness)
         return report
+
+    def _warn_inexact(self, reader: CheckpointReader, reasons: Iterable[str]) -> None:
+        warnings.warn(
+            f"training cannot be relied on to go on bit for bit from step {reader.manifest.step} of "
+            f"{self._repository.url}: {'; '.join(reasons)}",
+            CheckpointerWarning,
+            stacklevel=2,
+        )
 
     def _prepare(
         self, reader: CheckpointReader, names: Iterable[str], options: RestoreOptions
@@ -226,6 +243,51 @@ class Restorer:
                 raise ConfigError(f"component {name!r} is not registered; registered are {', '.join(self._adapters)}")
             if name not in saved:
                 raise IncompatibleStateError(f"the checkpoint has no component {name!r}; it has {', '.join(saved)}")
+
+
+def load_whole_model(
+    root: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    component: str = "model",
+    trust_pickle: bool = False,
+    map_location: MapLocation = "cpu",
+    storage_options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Make and fill a module that was saved as :class:`checkpointer.WholeModel`. **Runs code from the checkpoint.**
+
+    Args:
+        root: directory or fsspec URL that holds the run's checkpoints.
+        step: which checkpoint; the newest that is whole, if ``None``.
+        component: the name that the model was registered under.
+        trust_pickle: must be ``True``: whoever could write to ``root`` runs code in this process.
+        map_location: device of the module.
+        storage_options: handed to fsspec.
+
+    Raises:
+        ConfigError: ``trust_pickle`` is not ``True``; nothing was read.
+        CheckpointNotFoundError: there is no such checkpoint.
+        CorruptCheckpointError: it is damaged; found before anything in it is run.
+        IncompatibleStateError: it holds no such component, or one without its architecture, or one that cannot be
+            loaded here.
+    """
+    repository = Repository(open_storage(root, storage_options))
+    if trust_pickle is not True:
+        raise ConfigError(
+            f"a whole model is a pickle or an exported program, and loading either runs whatever code it holds. Pass "
+            f"trust_pickle=True if you trust everybody who could write to {repository.url}. To restore the weights "
+            "alone, which runs nothing, build the model and use CheckpointManager(root, read_only=True, model=model)"
+        )
+    loader = WholeModelLoader(component)
+    options = RestoreOptions(map_location=map_location, partial=True)
+    request = RestoreRequest((component,), options, verify="stream", read_only=True)
+    restorer = Restorer(repository, {component: loader})
+    if step is not None:
+        restorer.one(repository.find(step), request)
+    elif restorer.latest(request) is None:
+        raise CheckpointNotFoundError(f"there are no checkpoints in {repository.url}")
+    assert loader.model is not None
+    return loader.model
 
 
 def _component_mismatch(missing: list[str], unexpected: list[str]) -> str:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from checkpointer.state.adapters import adapter_for
+from checkpointer.state.adapters import adapter_for, modules_of
+from checkpointer.state.gradients import Gradients
+from checkpointer.state.module import ModuleComponent
 from checkpointer.state.plan import Adapter, Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.registry import register_codec
 from checkpointer.state.rng import RngState
 from checkpointer.state.stateful import Stateful
+from checkpointer.state.whole import WholeModel, WholeModelLoader
 
 __all__ = [
     "Adapter",
     "Captured",
     "ComponentReport",
+    "Gradients",
+    "ModuleComponent",
     "RestoreOptions",
     "RestorePlan",
     "RngState",
     "SavedState",
     "Stateful",
+    "WholeModel",
+    "WholeModelLoader",
     "adapter_for",
+    "modules_of",
     "register_codec",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,13 +11,23 @@ from torch.utils.data import DataLoader
 
 from checkpointer.errors import UnsupportedStateError
 from checkpointer.state.containers import COMPONENT_TYPES, ContainerAdapter
-from checkpointer.state.module import ModuleAdapter
+from checkpointer.state.gradients import Gradients, GradientsAdapter
+from checkpointer.state.module import ModuleAdapter, ModuleComponent
 from checkpointer.state.optimizer import OptimizerAdapter
 from checkpointer.state.plan import Adapter
 from checkpointer.state.rng import GENERATORS, GeneratorAdapter, RngState
 from checkpointer.state.stateful import Stateful, StatefulAdapter
+from checkpointer.state.whole import WholeModel, WholeModelAdapter
 
 _IMMUTABLE = (bool, int, float, complex, str, bytes, tuple, frozenset, range)
+
+#: Tried in this order: a whole model is a module component too.
+_ADAPTERS: tuple[tuple[Any, Callable[[str, Any], Adapter]], ...] = (
+    (WholeModel, WholeModelAdapter),
+    ((nn.Module, ModuleComponent), ModuleAdapter),
+    (Gradients, GradientsAdapter),
+    (GENERATORS, GeneratorAdapter),
+)
 
 
 def adapter_for(name: str, obj: object, modules: Mapping[str, nn.Module]) -> Adapter:
@@ -26,17 +37,22 @@ def adapter_for(name: str, obj: object, modules: Mapping[str, nn.Module]) -> Ada
     """
     if isinstance(obj, RngState):
         return obj
-    if isinstance(obj, nn.Module):
-        return ModuleAdapter(name, obj)
     if isinstance(obj, torch.optim.Optimizer):
         return OptimizerAdapter(name, obj, modules)
-    if isinstance(obj, GENERATORS):
-        return GeneratorAdapter(name, obj)
+    for types, adapter in _ADAPTERS:
+        if isinstance(obj, types):
+            return adapter(name, obj)
     if not isinstance(obj, type) and isinstance(obj, Stateful):
         return StatefulAdapter(name, obj)
     if type(obj) in COMPONENT_TYPES:
         return ContainerAdapter(name, obj)
     raise UnsupportedStateError(f"component {name!r}: {_hint(obj)}")
+
+
+def modules_of(components: Mapping[str, object]) -> dict[str, nn.Module]:
+    """The modules among the components, by component name: they name the parameters of optimizers."""
+    parts = {name: part.module if isinstance(part, ModuleComponent) else part for name, part in components.items()}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def _hint(obj: object) -> str:

@@ -6,12 +6,14 @@ buffers where nothing but torch's own copying takes part in loading; else throug
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from checkpointer.errors import CorruptCheckpointError
+from checkpointer.errors import CheckpointerWarning, ConfigError, CorruptCheckpointError
 from checkpointer.index import Json
 from checkpointer.state.codec import Encoder
 from checkpointer.state.module_restore import ModuleRestore
@@ -19,6 +21,38 @@ from checkpointer.state.names import Names, eval_modules, module_versions, unwra
 from checkpointer.state.places import check_kind
 from checkpointer.state.plan import Captured, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.tensors import is_plain
+from checkpointer.state.unsaved import describe_unsaved, non_persistent_buffers, plain_attributes
+
+
+class ModuleComponent:
+    """A module with options, to be registered in the place of the module itself.
+
+    ```python
+    CheckpointManager("runs/gpt", model=ModuleComponent(model, silence=("encoder.cache", "*.inv_freq")))
+    ```
+    """
+
+    def __init__(self, module: nn.Module, *, include_non_persistent: bool = False, silence: Iterable[str] = ()) -> None:
+        """Choose what is saved, and what the first save warns of.
+
+        Args:
+            module: the module; wrappers such as DistributedDataParallel are seen through, as always.
+            include_non_persistent: save and restore the non-persistent buffers too. They lie in the module's own
+                file under their plain names, beside the entries of ``state_dict()``: a stock reader that loads that
+                file with ``strict=True`` calls them unexpected.
+            silence: qualified names, or globs, of tensors that are known to be no state: the first save does not warn
+                that ``state_dict()`` leaves them out.
+
+        Raises:
+            ConfigError: an argument makes no sense.
+        """
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"{type(self).__name__} takes a torch.nn.Module, got {type(module).__name__}")
+        if isinstance(silence, str):
+            raise ConfigError(f"silence is a list: write [{silence!r}], not {silence!r}")
+        self.module = module
+        self.include_non_persistent = include_non_persistent
+        self.silence = tuple(silence)
 
 
 class ModuleAdapter:
@@ -26,21 +60,26 @@ class ModuleAdapter:
 
     kind = "module"
 
-    def __init__(self, name: str, live: nn.Module) -> None:
+    def __init__(self, name: str, component: nn.Module | ModuleComponent) -> None:
         self.name = name
-        self.live = live
+        self.options = component if isinstance(component, ModuleComponent) else ModuleComponent(component)
+        self.live = self.options.module
+        self._warned = False
 
     def capture(self) -> Captured:
         """Refer to the live tensors of ``state_dict()``.
 
         Meta: ``frozen`` (names with ``requires_grad`` False), ``eval`` (submodules not in training mode), ``versions``
-        (of submodules, other than 1), ``inner`` (stored keys that are parts of a state_dict entry, not entries).
-        Raises :class:`UnsupportedStateError`.
+        (of submodules, other than 1), ``inner`` (stored keys that are parts of a state_dict entry, not entries), and,
+        where they are asked for, ``non_persistent`` (buffer name to tree). The first call warns, once, of tensors that
+        are left out. Raises :class:`UnsupportedStateError`.
         """
         root = unwrap(self.live)
         names = Names(root)
         state = {names.clean(raw): value for raw, value in root.state_dict(keep_vars=True).items()}
-        tree, tensors, inner = _encode_state(self.name, state)
+        buffers = dict(non_persistent_buffers(names)) if self.options.include_non_persistent else {}
+        beside = {name: buffer for name, buffer in buffers.items() if name not in state}
+        tree, tensors, inner, nodes = _encode_state(self.name, state, beside)
         frozen = [name for name, parameter in names.parameters() if not parameter.requires_grad and name in state]
         meta: dict[str, Json] = {
             "frozen": list(frozen),
@@ -48,6 +87,9 @@ class ModuleAdapter:
             "versions": dict(module_versions(names)),
             "inner": inner,
         }
+        if self.options.include_non_persistent:
+            meta["non_persistent"] = nodes
+        self._warn_once(names)
         aliases = _aliases(tree, set(tensors))
         return Captured(self.kind, tree, tensors, meta, aliases, frozenset(frozen) & tensors.keys())
 
@@ -55,11 +97,29 @@ class ModuleAdapter:
         """Match saved with live keys. Raises :class:`IncompatibleStateError` with all mismatches."""
         check_kind(saved, self.kind, self.live)
         check_meta(saved)
-        return ModuleRestore(self.name, unwrap(self.live), saved, options).plan()
+        include = self.options.include_non_persistent
+        return ModuleRestore(self.name, unwrap(self.live), saved, options, include_non_persistent=include).plan()
+
+    def _warn_once(self, names: Names) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        buffers = [] if self.options.include_non_persistent else [name for name, _ in non_persistent_buffers(names)]
+        found = describe_unsaved(plain_attributes(names), buffers, self.options.silence)
+        if found:
+            warnings.warn(
+                f"component {self.name!r} holds tensors that state_dict() leaves out, so that they are neither saved "
+                f"nor restored: {found}. If they can be made anew, say so with "
+                f"checkpointer.ModuleComponent(model, silence=[...])",
+                CheckpointerWarning,
+                stacklevel=3,
+            )
 
 
-def _encode_state(name: str, state: dict[str, Any]) -> tuple[Json, dict[str, torch.Tensor], Json]:
-    """``(tree, tensors, inner keys)``. The tree holds only entries that are not a tensor under its own name."""
+def _encode_state(
+    name: str, state: dict[str, Any], beside: dict[str, torch.Tensor]
+) -> tuple[Json, dict[str, torch.Tensor], Json, dict[str, Json]]:
+    """``(tree, tensors, inner keys, nodes of beside)``. The tree has only entries that are no tensor of their name."""
     encoder = Encoder(name)
     tree: dict[str, Json] = {}
     rest: list[str] = []
@@ -73,8 +133,9 @@ def _encode_state(name: str, state: dict[str, Any]) -> tuple[Json, dict[str, tor
     plain = set(encoder.tensors)
     for key in rest:
         tree[key] = encoder.encode_at([("[]", key)], state[key])
+    nodes = {key: encoder.encode_at([("[]", key)], value) for key, value in beside.items()}
     inner: list[Json] = [key for key in encoder.tensors if key not in plain or key not in state]
-    return tree, encoder.tensors, inner
+    return tree, encoder.tensors, inner, nodes
 
 
 def _aliases(tree: Json, stored: set[str]) -> dict[str, str]:
@@ -93,7 +154,8 @@ def check_meta(saved: SavedState) -> None:
     lists = all(_is_strings(meta.get(key, [])) for key in ("frozen", "eval", "inner"))
     versions = meta.get("versions", {})
     numbers = isinstance(versions, dict) and all(type(version) is int for version in versions.values())
-    if type(component.tree) is not dict or not lists or not numbers:
+    beside = type(meta.get("non_persistent", {})) is dict
+    if type(component.tree) is not dict or not lists or not numbers or not beside:
         raise CorruptCheckpointError(f"{saved.name}: the index entry of this module is not well formed")
 
 

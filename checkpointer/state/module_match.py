@@ -15,6 +15,7 @@ from checkpointer.state.names import Names, registered_tensors
 from checkpointer.state.places import nearest
 from checkpointer.state.plan import ComponentReport, RestoreOptions
 from checkpointer.state.tensors import dtype_name, is_plain, memory_key
+from checkpointer.state.unsaved import non_persistent_buffers
 
 SHOWN = 50
 
@@ -38,6 +39,8 @@ class Match:
     """Clean key -> key in the live ``state_dict``."""
     extra: set[str]
     """Live keys of extra state (``get_extra_state``)."""
+    beside: set[str] = field(default_factory=set)
+    """Live keys that ``state_dict`` leaves out: non-persistent buffers."""
     pairs: dict[str, Entry] = field(default_factory=dict)
     adapt: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
@@ -49,18 +52,34 @@ def saved_entries(name: str, component: Component) -> dict[str, Entry]:
     inner: Any = component.meta.get("inner", [])
     hidden = set(inner)
     entries = {key: Entry(key, key) for key in component.tensors if key not in hidden}
-    for key, node in tree.items():
-        if type(node) is not dict or set(node) != {"$tensor"}:
-            entries[key] = Entry(key, None, node)
-            continue
-        stored = node["$tensor"]
-        if type(stored) is not str or stored not in component.tensors:
-            raise CorruptCheckpointError(f"{name}: {key!r} refers to a tensor that does not exist")
-        entries[key] = Entry(key, stored)
+    entries.update({key: _entry(name, component, key, node) for key, node in tree.items()})
     return entries
 
 
-def match(name: str, root: nn.Module, component: Component, options: RestoreOptions, report: ComponentReport) -> Match:
+def _non_persistent_entries(name: str, component: Component) -> dict[str, Entry]:
+    nodes: Any = component.meta.get("non_persistent", {})
+    return {key: _entry(name, component, key, node) for key, node in nodes.items()}
+
+
+def _entry(name: str, component: Component, key: str, node: Any) -> Entry:
+    """The entry of a node: a reference to a tensor, or other data."""
+    if type(node) is not dict or set(node) != {"$tensor"}:
+        return Entry(key, None, node)
+    stored = node["$tensor"]
+    if type(stored) is not str or stored not in component.tensors:
+        raise CorruptCheckpointError(f"{name}: {key!r} refers to a tensor that does not exist")
+    return Entry(key, stored)
+
+
+def match(
+    name: str,
+    root: nn.Module,
+    component: Component,
+    options: RestoreOptions,
+    report: ComponentReport,
+    *,
+    include_non_persistent: bool = False,
+) -> Match:
     """Pair saved and live entries. Raises :class:`IncompatibleStateError` with every mismatch if strict."""
     names = Names(root)
     state = root.state_dict(keep_vars=True)
@@ -69,7 +88,15 @@ def match(name: str, root: nn.Module, component: Component, options: RestoreOpti
     registered = registered_tensors(root)
     extra = {key for key, value in live.items() if key.endswith("_extra_state") and id(value) not in registered}
     found = Match(live, raw, extra)
-    _pair(name, found, saved_entries(name, component), options, report)
+    entries = saved_entries(name, component)
+    if include_non_persistent:
+        buffers = {key: buffer for key, buffer in non_persistent_buffers(names) if key not in live}
+        live.update(buffers)
+        found.beside.update(buffers)
+        entries = {**_non_persistent_entries(name, component), **entries}
+    elif component.meta.get("non_persistent"):
+        report.changed.append("non-persistent buffers were saved, and are not restored without include_non_persistent")
+    _pair(name, found, entries, options, report)
     for key in list(found.pairs):
         _check(found, key, component, options, report)
     _check_ties(found)

@@ -21,14 +21,24 @@ from checkpointer.state.tensors import is_plain, memory_key
 class ModuleRestore:
     """Restores a saved module into ``root``, a live module that is no wrapper."""
 
-    def __init__(self, name: str, root: nn.Module, saved: SavedState, options: RestoreOptions) -> None:
+    def __init__(
+        self,
+        name: str,
+        root: nn.Module,
+        saved: SavedState,
+        options: RestoreOptions,
+        *,
+        include_non_persistent: bool = False,
+    ) -> None:
         self.name = name
         self.root = root
         self.component = saved.component
         self.options = options
         self.names = Names(root)
         self.report = ComponentReport(name)
-        self.match = match(name, root, saved.component, options, self.report)
+        self.match = match(
+            name, root, saved.component, options, self.report, include_non_persistent=include_non_persistent
+        )
         self.places = Places(name, saved.component.tensors, options.map_location)
         versions = saved.component.meta.get("versions", {})
         self.direct = loads_plainly(root) and module_versions(self.names) == versions
@@ -58,7 +68,8 @@ class ModuleRestore:
 
     def _place(self, key: str, stored: str) -> None:
         live = self.match.live[key]
-        readable = self.direct and key not in self.match.extra and key not in self.match.adapt
+        plain = self.direct or key in self.match.beside
+        readable = plain and key not in self.match.extra and key not in self.match.adapt
         if readable and self.places.offer(stored, live):
             self.in_place.add(key)
             return
@@ -87,10 +98,9 @@ class ModuleRestore:
     def _apply(self) -> None:
         with torch.no_grad():
             values = {key: self._value(key) for key in self.match.pairs if key not in self.in_place}
-            if self.direct:
-                for key, value in values.items():
-                    self._put(key, value)
-            else:
+            for key in [key for key in values if self.direct or key in self.match.beside]:
+                self._put(key, values.pop(key))
+            if not self.direct:
                 self._load(values)
         if self.options.restores_flags:
             self._flags(apply=True)
@@ -129,7 +139,7 @@ class ModuleRestore:
         raw = self.match.raw
         state: OrderedDict[str, Any] = OrderedDict()
         for key, live in self.match.live.items():
-            if key in values or self.options.strict:
+            if key not in self.match.beside and (key in values or self.options.strict):
                 state[raw[key]] = values.get(key, live)
         state._metadata = self._metadata()  # type: ignore[attr-defined]  # noqa: SLF001
         meta = any(isinstance(live, torch.Tensor) and live.device.type == "meta" for live in self.match.live.values())
