@@ -216,7 +216,7 @@ def _two_optimizers() -> Run:
     def step(number: int) -> float:
         made = maker(noise(8, 4))
         optimizer, sign = (making, 1) if number % 2 else (judging, -1)
-        loss = sign * judge(made).sigmoid().mean() + size_of(judge(noise(8, 2)))
+        loss: torch.Tensor = sign * judge(made).sigmoid().mean() + size_of(judge(noise(8, 2)))
         making.zero_grad()
         judging.zero_grad()
         loss.backward()
