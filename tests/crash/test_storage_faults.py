@@ -177,6 +177,7 @@ def snapshot(root: Root) -> Callable[[], None]:
     [(False, False), (True, False), (False, True)],
     ids=["once", "for good", "answer lost"],
 )
+@pytest.mark.timeout(1200)  # with --thorough
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("kind", ["local", "memory"])
 def test_no_failing_operation_loses_a_checkpoint_or_leaves_anything_behind(
