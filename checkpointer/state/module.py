@@ -89,7 +89,7 @@ class ModuleAdapter:
         }
         if self.options.include_non_persistent:
             meta["non_persistent"] = nodes
-        self._warn_once(names)
+        self._warn_once(names, state)
         aliases = _aliases(tree, set(tensors))
         return Captured(self.kind, tree, tensors, meta, aliases, frozenset(frozen) & tensors.keys())
 
@@ -100,12 +100,12 @@ class ModuleAdapter:
         include = self.options.include_non_persistent
         return ModuleRestore(self.name, unwrap(self.live), saved, options, include_non_persistent=include).plan()
 
-    def _warn_once(self, names: Names) -> None:
+    def _warn_once(self, names: Names, state: dict[str, Any]) -> None:
         if self._warned:
             return
         self._warned = True
         buffers = [] if self.options.include_non_persistent else [name for name, _ in non_persistent_buffers(names)]
-        found = describe_unsaved(plain_attributes(names), buffers, self.options.silence)
+        found = describe_unsaved(plain_attributes(names, state.values()), buffers, self.options.silence)
         if found:
             warnings.warn(
                 f"component {self.name!r} holds tensors that state_dict() leaves out, so that they are neither saved "

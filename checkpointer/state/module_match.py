@@ -93,7 +93,7 @@ def match(
         buffers = {key: buffer for key, buffer in non_persistent_buffers(names) if key not in live}
         live.update(buffers)
         found.beside.update(buffers)
-        entries = {**_non_persistent_entries(name, component), **entries}
+        entries = {**entries, **_non_persistent_entries(name, component), **entries}
     elif component.meta.get("non_persistent"):
         report.changed.append("non-persistent buffers were saved, and are not restored without include_non_persistent")
     _pair(name, found, entries, options, report)

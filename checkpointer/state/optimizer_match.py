@@ -80,9 +80,9 @@ def match_parameters(
 ) -> Matched:
     """Match by name where every name is known and unique on both sides, else by position."""
     matched = Matched()
-    saved_names = _renamed(saved, options)
     flat_saved = [parameter for group in saved for parameter in group]
     flat_names = [item for group in names for item in group]
+    saved_names = _renamed(flat_saved, {item for item in flat_names if item is not None}, options)
     keys = _comparable(list(saved_names), flat_names) if _usable(saved_names, flat_saved) else None
     if keys is not None:
         matched.by_name = True
@@ -101,21 +101,17 @@ def _usable(names: dict[str, SavedParameter], flat: list[SavedParameter]) -> boo
     return len(names) == len(flat)
 
 
-def _renamed(saved: list[list[SavedParameter]], options: RestoreOptions) -> dict[str, SavedParameter]:
+def _renamed(saved: list[SavedParameter], live: set[str], options: RestoreOptions) -> dict[str, SavedParameter]:
     """Saved parameters by the live name that they ought to have; unnamed and doubly named ones are left out."""
-    found: dict[str, SavedParameter] = {}
-    for group in saved:
-        for parameter in group:
-            if parameter.name is not None:
-                found[_rename(parameter.name, options)] = parameter
-    return found
+    return {_rename(item.name, live, options): item for item in saved if item.name is not None}
 
 
-def _rename(name: str, options: RestoreOptions) -> str:
-    """The renamed parameter; rules are written for keys of the module, so the component's name is left out too."""
-    whole = options.renamed(name)
+def _rename(name: str, live: set[str], options: RestoreOptions) -> str:
+    """The renamed parameter. Rules may be written for keys of the module, or with the component's name before them."""
     component, dot, key = name.partition(".")
-    return whole if whole != name or not dot else f"{component}.{options.renamed(key)}"
+    candidates = [f"{component}.{options.renamed(key)}", options.renamed(name)] if dot else [options.renamed(name)]
+    changed = [candidate for candidate in candidates if candidate != name]
+    return next((candidate for candidate in changed if candidate in live), changed[0] if changed else name)
 
 
 def _comparable(saved: list[str], live: list[str | None]) -> tuple[list[str], list[str]] | None:

@@ -112,9 +112,10 @@ class OptimizerRestore:
             if not isinstance(value, torch.Tensor) or tuple(value.shape) != parameter.shape:
                 continue
             target = torch.zeros(shape, dtype=value.dtype, device=value.device)
-            made[slot] = self.options.adapt(f"{label}.{slot}", value, target)
-            if not isinstance(made[slot], torch.Tensor) or tuple(made[slot].shape) != shape:
+            adapted = self.options.adapt(f"{label}.{slot}", value, target)
+            if not isinstance(adapted, torch.Tensor) or tuple(adapted.shape) != shape:
                 raise IncompatibleStateError(f"{self.name}: adapt for '{label}.{slot}' must give shape {list(shape)}")
+            made[slot] = target.copy_(adapted)  # a slice would keep the strides and the memory of the whole
         return made
 
     def _put_state(self, slots: list[tuple[torch.Tensor, Any]], saved: dict[Any, Any]) -> None:

@@ -28,15 +28,16 @@ def non_persistent_buffers(names: Names) -> Iterator[tuple[str, torch.Tensor]]:
                 yield _join(path, name), buffer
 
 
-def plain_attributes(names: Names) -> Iterator[str]:
+def plain_attributes(names: Names, state: Iterable[object]) -> Iterator[str]:
     """Names of tensors kept as attributes, or in a list, tuple or dict that is one.
 
-    Left out are those that share memory with a parameter or buffer (``RNN._flat_weights``), results that carry a
-    ``grad_fn``, and what torch's own hooks compute before each forward pass (weight norm, pruning).
+    Left out are those that share memory with a parameter, a buffer (``RNN._flat_weights``) or a value of ``state``,
+    what ``get_extra_state()`` answers for, results that carry a ``grad_fn``, and what torch's own hooks compute before
+    each forward pass (weight norm, pruning).
     """
-    registered = _registered_memory(names)
+    registered = _registered_memory(names) | {_memory(value) for value in state if isinstance(value, torch.Tensor)}
     for path, module in names.modules:
-        if wrapped_attribute(module) is not None:
+        if wrapped_attribute(module) is not None or _has_extra_state(module):
             continue
         computed = _computed_by_hooks(module)
         for name, value in vars(module).items():
@@ -103,6 +104,10 @@ def _memory(tensor: torch.Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)  # noqa: SLF001
     except (NotImplementedError, RuntimeError, ValueError):
         return id(tensor)
+
+
+def _has_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 def _computed_by_hooks(module: nn.Module) -> set[str]:

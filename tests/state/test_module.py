@@ -208,6 +208,7 @@ def test_a_module_on_the_meta_device_is_materialized_and_keeps_its_parameters():
     assert not torch.equal(source[2].bias, target[2].bias)
 
 
+@pytest.mark.filterwarnings("ignore:component 'it' holds tensors that state_dict")
 def test_channels_last_gapped_zero_size_and_scalar_parameters_are_read_in_place():
     class Odd(nn.Module):
         def __init__(self):
