@@ -159,7 +159,9 @@ def _remove(entry: Path) -> None:
 def _install(python: str) -> None:
     """Everything but torch from PyPI, and torch as a CPU build where there is one: CUDA's libraries are gigabytes."""
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
-    uv = [python, "-m", "uv", "pip", "install", "--compile-bytecode", "--python", python]
+    uv = [python, "-m", "uv", "pip", "install", "--python", python]
+    if sys.dont_write_bytecode:  # then it is now or at each start, which takes seconds with torch's dependencies
+        uv.append("--compile-bytecode")
     try:
         _step("uv", [*pip, "uv"])
         fast = uv
