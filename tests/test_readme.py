@@ -45,7 +45,7 @@ def readers_names() -> dict[str, Any]:
 
     loader = Loader()
 
-    def train_step(_: int) -> float:
+    def train_step(_: object) -> float:
         loader.position += 1
         loss: torch.Tensor = model(torch.randn(3, 4)).square().mean()
         optimizer.zero_grad()
@@ -61,6 +61,8 @@ def readers_names() -> dict[str, Any]:
         "scheduler": scheduler,
         "loader": loader,
         "train_step": train_step,
+        "dataset": torch.randn(96, 4),
+        "epochs": 2,
         "total_steps": 6,
     }
 
@@ -78,7 +80,7 @@ def run_python_blocks() -> None:
 def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_python_blocks()
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["preemptible", "vit"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["epochs", "preemptible", "vit"]
 
 
 def test_yaml_blocks_are_valid_configurations() -> None:
