@@ -163,7 +163,7 @@ def test_reordered_parameters_get_their_own_moments(root):
 
 def test_added_removed_and_reshaped_parameters_are_listed_and_left_out_when_not_strict(root):
     model, optimizer = saved_run(root)
-    target = nn.Sequential(*conv()[:3], nn.Linear(32, 5), nn.Linear(5, 2))
+    target = nn.Sequential(*list(conv())[:3], nn.Linear(32, 5), nn.Linear(5, 2))
     other = torch.optim.Adam([p for name, p in target.named_parameters() if name != "1.bias"])
     with pytest.raises(IncompatibleStateError) as caught:
         restore(root, live={"model": target, "optimizer": other})
