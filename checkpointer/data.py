@@ -41,6 +41,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -122,7 +123,8 @@ class ResumableLoader(Generic[T]):
         """Wrap ``loader``; iterate over the wrapper alone from now on.
 
         Raises:
-            UnsupportedStateError: not a ``DataLoader``, or one whose workers deliver in any order.
+            UnsupportedStateError: not a ``DataLoader``, or one whose workers deliver in any order, or one of torchdata
+                that keeps the state of its dataset in persistent workers.
         """
         if not isinstance(loader, DataLoader):
             raise UnsupportedStateError(f"ResumableLoader wraps a torch DataLoader, not a {type(loader).__qualname__}")
@@ -133,8 +135,15 @@ class ResumableLoader(Generic[T]):
             )
         self._loader = loader
         self._iterable = isinstance(loader.dataset, IterableDataset)
+        if self._owns_position and _persists(loader):
+            raise UnsupportedStateError(
+                "a StatefulDataLoader does not bring back datasets inside persistent workers at the end of an epoch "
+                "(torchdata 0.11: what the new workers prefetch is lost); use persistent_workers=False"
+            )
         self._sources = _Sources(loader)
-        self._indices = _Indices(loader.batch_sampler or loader.sampler, self._sources)
+        self._indices = _Indices(
+            loader.sampler if loader.batch_sampler is None else loader.batch_sampler, self._sources
+        )
         self._seeded = _seeded_datasets(loader.dataset)
         self._dataset_epoch = torch.zeros((), dtype=torch.int64)
         if self._seeded:
@@ -400,8 +409,10 @@ class ResumableLoader(Generic[T]):
 
     def _has_ended(self) -> bool:
         """Whether an iterable dataset ended inside the last, short batch: asked once more, it might begin anew."""
+        if not self._iterable or self._owns_position or not self._dataset_positions:
+            return False
         fetcher = getattr(self._iterator, "_dataset_fetcher", None)
-        return self._iterable and self._dataset_positions and (self._ended or bool(getattr(fetcher, "ended", False)))
+        return self._ended or bool(getattr(fetcher, "ended", False))
 
     def _settings(self) -> dict[str, Any]:
         """What must not change between save and restore."""
@@ -437,6 +448,13 @@ class ResumableLoader(Generic[T]):
     def _load_sources(self, state: Mapping[str, Any]) -> None:
         if self._owns_position:
             if state["inner"] is not None:
+                if state["running"] and _worker_starts_anew(state["inner"]):
+                    warnings.warn(
+                        "saved when the dataset of a worker had ended inside a short batch: a StatefulDataLoader asks "
+                        "it once more, so one that begins anew then repeats its items in this epoch",
+                        CheckpointerWarning,
+                        stacklevel=2,
+                    )
                 self._loader.load_state_dict(state["inner"])  # type: ignore[attr-defined]
         elif _is_stateful(self._loader.dataset):
             dataset: Any = self._loader.dataset
@@ -621,16 +639,18 @@ class _IndexIterator:
 class _Sources:
     """Everything that the order of the data depends on: global generators, those of samplers and dataset, samplers.
 
-    Looked up anew each time, as attributes may be replaced.
+    Looked up anew each time, as attributes may be replaced. Only those that a DataLoader fixes are kept: while an
+    iterator is built, its index sampler is our stand-in.
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
+        self._fixed = SimpleNamespace(batch_sampler=loader.batch_sampler, sampler=loader.sampler)
 
     @property
     def samplers(self) -> dict[str, Any]:
         """The loader's samplers, inner ones too, by the path of attributes that leads to them."""
-        return {} if isinstance(self._loader.dataset, IterableDataset) else _reachable(self._loader, _SAMPLER_LINKS)
+        return {} if isinstance(self._loader.dataset, IterableDataset) else _reachable(self._fixed, _SAMPLER_LINKS)
 
     def snapshot(self) -> dict[str, Any]:
         """All states, copied."""
@@ -761,6 +781,13 @@ def _length(dataset: Any) -> int | None:
 
 def _is_stateful(value: Any) -> bool:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def _worker_starts_anew(inner: Mapping[str, Any]) -> bool:
+    """Whether a ``StatefulDataLoader`` restores a worker's ended dataset as one that has not ended (torchdata 0.11)."""
+    workers = inner.get("_snapshot", {}).get("_worker_snapshots", {}).values()
+    fetchers = [worker.get("fetcher_state") or {} for worker in workers]
+    return any(fetcher.get("fetcher_ended") and fetcher.get("dataset_iter_state") is None for fetcher in fetchers)
 
 
 def _persists(loader: DataLoader[Any]) -> bool:
