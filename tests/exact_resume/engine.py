@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ RESTORED = "restored "
 
 Moments = dict[str, Any]
 """A snapshot by the moment that it was taken at, in order; and the loss of each step."""
-Tamper = Callable[[CheckpointManager], None]
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,12 @@ def uninterrupted(name: str, steps: int) -> Moments:
         return _train(run, range(steps), moments)
 
 
-def save(name: str, root: Path, cuts: Iterable[int], tamper: Tamper | None = None) -> None:
+def save(name: str, root: Path, cuts: Iterable[int]) -> None:
     """Train up to the last of ``cuts``, saving at each."""
     cuts = sorted(cuts)
     with quiet():
         run = build(name, SEED)
         with CheckpointManager(root, config=CONFIG, **run.components) as manager:
-            if tamper is not None:
-                tamper(manager)
             for number in range(cuts[-1] + 1):
                 run.step(number)
                 if number in cuts:

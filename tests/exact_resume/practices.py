@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import Parameter
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-import checkpointer
+from checkpointer import Gradients
 from tests.exact_resume.runs import Case, Run, noise, size_of, train
 
 
@@ -34,7 +34,7 @@ def _scaled(dtype: torch.dtype) -> Callable[[], Run]:
     def make() -> Run:
         model = _network()
         optimizer = _adamw(model)
-        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
 
         def step(number: int) -> float:
             optimizer.zero_grad()
@@ -270,20 +270,19 @@ def _changed_settings() -> Run:
 
 
 def _accumulation() -> Run:
-    """Gradients of four batches are summed up before a step; a save comes in between."""
+    """Gradients of three batches are summed up before a step; a save comes in between."""
     model = _network()
     optimizer = _adamw(model)
 
     def step(number: int) -> float:
         loss = size_of(model(noise(8, 4)))
         loss.backward()
-        if number % 4 == 3:
+        if number % 3 == 1:
             optimizer.step()
             optimizer.zero_grad()
         return loss.item()
 
-    gradients = checkpointer.Gradients(model)
-    return Run({"model": model, "optimizer": optimizer, "gradients": gradients}, step)
+    return Run({"model": model, "optimizer": optimizer, "gradients": Gradients(model)}, step)
 
 
 PRACTICES: dict[str, Callable[[], Run]] = {
@@ -306,9 +305,8 @@ PRACTICES: dict[str, Callable[[], Run]] = {
     "two optimizers": _two_optimizers,
     "extra state": _extra_state,
     "settings of groups changed by hand": _changed_settings,
+    "gradient accumulation cut in the middle": _accumulation,
 }
-if hasattr(checkpointer, "Gradients"):
-    PRACTICES["gradient accumulation"] = _accumulation
 
 
 def cases() -> Iterator[Case]:

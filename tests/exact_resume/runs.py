@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from checkpointer import Gradients
+
 TORCH_DEPRECATIONS = (
     r"`torch.nn.utils.weight_norm` is deprecated",
     r"`torch.nn.utils.spectral_norm` is deprecated",
@@ -119,6 +121,8 @@ def _state_of(component: Any) -> Any:
             "frozen": [name for name, parameter in component.named_parameters() if not parameter.requires_grad],
             "training": {name: module.training for name, module in component.named_modules()},
         }
+    if isinstance(component, Gradients):
+        return {name: parameter.grad for name, parameter in component.module.named_parameters()}
     if isinstance(component, torch.Generator):
         return component.get_state()
     if isinstance(component, np.random.Generator):
