@@ -188,7 +188,7 @@ class Saver:
             future.set_result(info)
 
     def _as_save_error(self, step: int, error: BaseException) -> BaseException:
-        if isinstance(error, CheckpointerError):
+        if isinstance(error, CheckpointerError) or not isinstance(error, Exception):  # Ctrl-C stays what it is
             return error
         reason = self._repository.storage.redact(f"{type(error).__name__}: {error}")
         wrapped = SaveError(

@@ -87,7 +87,7 @@ class RenameCommit:
                 self._dispose(f"{layout.TRASH}/{entry.name}")
         for entry in self._storage.list_directory(ROOT):
             if entry.is_dir and layout.is_second_name(entry.name):
-                self._settle_second_name(entry.name)
+                self._take_free_name(entry.name)
 
     def _is_abandoned(self, directory: str) -> bool:
         """Holding the OS lock proves every other attempt's owner dead; without it only time tells."""
@@ -108,7 +108,7 @@ class RenameCommit:
             return name
         second = layout.checkpoint_name(attempt.step, attempt.id)
         self._move(attempt.directory, second)
-        self._tidy(lambda: self._settle_second_name(second))
+        self._tidy(lambda: self._make_way(name, second))
         return second if self._storage.exists(second) else name
 
     def _tidy(self, work: Callable[[], object]) -> None:
@@ -148,12 +148,14 @@ class RenameCommit:
             if is_pinned(self._storage, manifest):
                 self._bring_back(directory, manifest)
                 return False
-            for path in (*manifest.files, layout.MANIFEST):  # the manifest last: it is the list of what to delete
+            for path in map(manifest.place, manifest.files):
                 self._storage.remove(f"{directory}/{path}")
-        if not remove_empty_directories(self._storage, directory):
-            self._quarantine(directory)
+        if any(path != layout.MANIFEST or manifest is None for path in walk(self._storage, directory)):
+            directory = self._quarantine(directory)  # before the manifest goes: without one, all in tmp would be ours
         if manifest is not None:
+            self._storage.remove(f"{directory}/{layout.MANIFEST}")
             remove_notes(self._storage, manifest.id)
+        remove_empty_directories(self._storage, directory)
         return True
 
     def _bring_back(self, directory: str, manifest: Manifest) -> None:
@@ -167,20 +169,19 @@ class RenameCommit:
             self._storage.remove(f"{directory}/{path}")
         remove_empty_directories(self._storage, directory)
 
-    def _settle_second_name(self, second: str) -> None:
-        """Finish a replacement without exchange that died half-way: the newer of the two takes the plain name."""
-        newer = own_manifest(self._storage, second)
-        if newer is None:
-            return
-        name = layout.checkpoint_name(newer.step)
-        there = occupant(self._storage, name)
-        if there is not None:
-            replaceable = there.manifest is not None and not there.keep and not there.damaged
-            if not replaceable or there.manifest is None or there.manifest.sequence > newer.sequence:
-                return
-            self._to_trash(name, there.manifest)
-            self._dispose(f"{layout.TRASH}/{there.manifest.id}")
-        self._move(second, name)
+    def _make_way(self, name: str, second: str) -> None:
+        """Finish a replacement without exchange: the old one goes, the new one takes its name."""
+        old = own_manifest(self._storage, name)
+        if old is not None:
+            self._to_trash(name, old)
+            self._dispose(f"{layout.TRASH}/{old.id}")
+        self._take_free_name(second)
+
+    def _take_free_name(self, second: str) -> None:
+        """Give a checkpoint with a second name the plain one if that is free; else both stay, for retention to judge."""
+        manifest = own_manifest(self._storage, second)
+        if manifest is not None and not self._storage.exists(layout.checkpoint_name(manifest.step)):
+            self._move(second, layout.checkpoint_name(manifest.step))
 
 
 def _is_ours(entry: Entry) -> bool:
