@@ -178,7 +178,7 @@ class RenameCommit:
         self._take_free_name(second)
 
     def _take_free_name(self, second: str) -> None:
-        """Give a checkpoint with a second name the plain one if that is free; else both stay, for retention to judge."""
+        """Give a checkpoint with a second name the plain one if it is free; else both stay, for retention to judge."""
         manifest = own_manifest(self._storage, second)
         if manifest is not None and not self._storage.exists(layout.checkpoint_name(manifest.step)):
             self._move(second, layout.checkpoint_name(manifest.step))
