@@ -192,6 +192,13 @@ class Restorer:
         for name, plan in plans.items():
             plan.apply()
             report.components[name] = plan.report
+        if RNG in report.missing and not request.read_only:
+            warnings.warn(
+                f"the checkpoint of step {reader.manifest.step} holds no state of the random generators (imported ones "
+                "never do): they are left as they are, so training does not go on bit for bit",
+                CheckpointerWarning,
+                stacklevel=2,
+            )
         found = differences(reader.manifest.environment, environment())
         report.changed += found.all
         if found.exactness and not options.partial and not request.read_only:
@@ -228,9 +235,10 @@ class Restorer:
             chosen = [name for name in self._adapters if name in request.components]
             return chosen, RestoreReport(unexpected=[name for name in saved if name not in chosen])
         missing = [name for name in self._adapters if name not in saved]
+        lacking = [name for name in missing if name != RNG]  # no one registers it, so no one can leave it out
         unexpected = [name for name in saved if name not in self._adapters]
-        if request.options.strict and (missing or (unexpected and not request.read_only)):
-            raise IncompatibleStateError(_component_mismatch(missing, unexpected))
+        if request.options.strict and (lacking or (unexpected and not request.read_only)):
+            raise IncompatibleStateError(_component_mismatch(lacking, unexpected))
         chosen = [name for name in self._adapters if name in saved]
         if unexpected or missing:
             chosen = [name for name in chosen if name != RNG]  # a part of a run does not continue it

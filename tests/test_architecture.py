@@ -48,7 +48,7 @@ def layer(modules: str, imports: str = "", forbidden: frozenset[str] = frozenset
 LAYERS = {
     "errors": layer("errors version", "", TORCH | INPUT_OUTPUT),
     "pure": layer(
-        "layout info strictjson index manifest tensorfile units schedule retention",
+        "layout info strictjson index manifest readable tensorfile units schedule retention",
         "errors pure",
         TORCH | INPUT_OUTPUT,
     ),
@@ -56,10 +56,11 @@ LAYERS = {
     "storage": layer("storage lock notes commit", "errors pure storage", TORCH),
     "repository": layer("reading verification repository pruning", "errors pure storage repository", TORCH),
     "arguments": layer("arguments", "errors pure", TORCH | STORAGE),
-    "cli": layer("cli __main__", "errors pure settings storage repository arguments cli", TORCH),
+    "comparison": layer("comparison", "errors pure storage repository"),
+    "cli": layer("cli __main__", "errors pure settings storage repository arguments comparison cli", TORCH),
     "state": layer("state staging", "errors pure state", STORAGE),
     "manager": layer(
-        "environment writing saving restoring position signals manager",
+        "environment writing saving restoring position signals manager migration",
         "errors pure settings storage repository arguments state manager distributed",
     ),
     "distributed": layer("distributed", "errors pure storage repository state distributed"),

@@ -26,7 +26,7 @@ from torch import nn
 from checkpointer import CheckpointManager, strictjson
 from checkpointer.cli import render
 from checkpointer.cli.commands import cli
-from checkpointer.cli.tree import leaves, outline
+from checkpointer.readable import leaves, outline
 from checkpointer.index import Component, TensorSpec
 from checkpointer.version import __version__
 

@@ -1,6 +1,6 @@
 """The command ``checkpointer``: what is in a run root, whether it is whole, and what retention would do.
 
-``commands`` declares the arguments, ``gather`` collects what they ask for, ``tree`` makes stored state readable,
+``commands`` declares the arguments, ``gather`` collects what they ask for,
 ``render`` lays it out, ``output`` writes it. torch is never imported, rich only for a terminal.
 """
 

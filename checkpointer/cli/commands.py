@@ -1,187 +1,33 @@
-"""The commands and their arguments. Each collects, renders, prints, and returns its exit code."""
+"""The commands that look at, check and tidy a run root. Each collects, renders, prints, and returns its exit code."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
 from checkpointer.cli import output
+from checkpointer.cli.base import FINE, PROBLEM, cli, common, metrics_option, step_argument
+from checkpointer.cli.comparing import diff_command
+from checkpointer.cli.migrating import export_command, import_command
 from checkpointer.cli.output import complain, emit, emit_json
-from checkpointer.errors import CheckpointerError, CheckpointerWarning, CheckpointNotFoundError, ConfigError
-from checkpointer.version import __version__
 
 if TYPE_CHECKING:
     from checkpointer.cli.gather import Row
     from checkpointer.cli.render import Table
     from checkpointer.notes import Note
 
-FINE, PROBLEM, USAGE, NOTHING_THERE, INTERRUPTED = 0, 1, 2, 3, 130
 
-_EPILOG = """\b
-Exit codes:
-  0  fine
-  1  a problem was found: damaged, locked by another job, or failed
-  2  usage: bad arguments or a bad configuration
-  3  nothing there: no such run root, no checkpoints, no such step
-  130  interrupted
-Errors are one line on stderr, and then stdout holds no JSON document.
-"""
-
-_CODES: Mapping[type[BaseException], int] = {
-    CheckpointNotFoundError: NOTHING_THERE,
-    ConfigError: USAGE,
-    click.ClickException: USAGE,
-    click.Abort: INTERRUPTED,
-    KeyboardInterrupt: INTERRUPTED,
-    CheckpointerError: PROBLEM,
-    OSError: PROBLEM,
-    RecursionError: PROBLEM,
-}
-"""The exit code for an error is that of the first class here that it belongs to."""
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class _Cli(click.Group):
-    """Turns whatever goes wrong into one line on stderr and the documented exit code."""
-
-    def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
-        """Run and exit. ``args`` default to ``sys.argv``."""
-        given = list(sys.argv[1:] if args is None else args)
-        with _plain_warnings():
-            code = self._run(given or ["--help"])
-        sys.exit(code if given else code or USAGE)
-
-    def _run(self, args: list[str]) -> int:
-        try:
-            code: int | None = super().main(args, prog_name="checkpointer", standalone_mode=False)
-            return code or FINE
-        except tuple(_CODES) as error:
-            complain("error", _message(error))
-            return next(code for kind, code in _CODES.items() if isinstance(error, kind))
-
-
-def _message(error: BaseException) -> str:
-    if isinstance(error, click.UsageError):
-        command = error.ctx.command_path if error.ctx else "checkpointer"
-        return f"{error.format_message().rstrip('.')}; see '{command} --help'"
-    if isinstance(error, click.ClickException):
-        return error.format_message()
-    if isinstance(error, (KeyboardInterrupt, click.Abort)):
-        return "interrupted"
-    if isinstance(error, RecursionError):
-        return "the state is nested too deeply to show; 'checkpointer verify' checks it all the same"
-    from checkpointer.cli.gather import describe
-
-    return describe(error)
-
-
-@contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Our warnings as lines on stderr, other people's not at all."""
-
-    def show(message: Warning | str, *_: object) -> None:
-        complain("warning", str(message))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", CheckpointerWarning)
-        warnings.showwarning = show  # type: ignore[assignment]  # catch_warnings puts the old one back
-        yield
-
-
-# ---------------------------------------------------------------------------------------------------- arguments
-
-
-def _step(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    text = value.removeprefix("checkpoint-")
-    if not (text.isascii() and text.isdigit() and len(text) <= 18):
-        raise click.BadParameter(f"{value!r} is no step: give a whole number from 0 on, such as 500")
-    return int(text)
-
-
-def _metrics(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
-    return dict(map(_metric, values))
-
-
-def _metric(text: str) -> tuple[str, float]:
-    name, _, number = text.rpartition("=")
-    try:
-        if not name:
-            raise ValueError
-        return name, float(number)
-    except ValueError:
-        raise click.BadParameter(f"{text!r} must look like val_loss=0.25") from None
-
-
-def _storage_options(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
-    """``client_kwargs.endpoint_url=…`` and its like as nested mappings. Values may be secret: none is repeated."""
-    options: dict[str, Any] = {}
-    for text in values:
-        dotted, equals, value = text.partition("=")
-        *outer, last = dotted.split(".")
-        if not equals or not all([*outer, last]):
-            raise click.BadParameter("must look like key=value, or outer.inner=value for nested keys")
-        inner = options
-        for key in outer:
-            inner = inner.setdefault(key, {})
-            if not isinstance(inner, dict):
-                raise click.BadParameter(f"{dotted}: {key} has a value already")
-        inner[last] = _json_or_text(value)
-    return options
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _common(function: F) -> F:
-    """The options that every command takes."""
-    decorators = (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON document for machines (see above)."),
-        click.option(
-            "--storage-option",
-            "storage_options",
-            multiple=True,
-            metavar="KEY=VALUE",
-            callback=_storage_options,
-            help="Option for fsspec, for remote run roots; repeatable. Dots nest (client_kwargs.endpoint_url=URL), "
-            "values are JSON where they can be.",
-        ),
-    )
-    for decorator in reversed(decorators):
-        function = decorator(function)
-    return function
-
-
-# ----------------------------------------------------------------------------------------------------- commands
-
-
-@click.group(cls=_Cli, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="checkpointer")
-def cli() -> None:
-    """Look at, check and tidy the checkpoints of a training run.
-
-    ROOT is a run root: the directory or URL that holds one run's checkpoints. On a terminal the output is a table,
-    in a pipe it is plain aligned text, complete and without colours. NO_COLOR and COLUMNS are honoured.
-    """
+for _command in (diff_command, export_command, import_command):
+    cli.add_command(_command)
 
 
 @cli.command("ls", short_help="List all checkpoints, damaged ones too.")
 @click.argument("root")
-@_common
+@common
 def list_command(*, root: str, as_json: bool, storage_options: Mapping[str, object]) -> int:
     r"""List all checkpoints in commit order; damaged ones too.
 
@@ -209,8 +55,8 @@ def list_command(*, root: str, as_json: bool, storage_options: Mapping[str, obje
 
 @cli.command("show", short_help="Show what one checkpoint holds.")
 @click.argument("root")
-@click.argument("step", callback=_step, required=False)
-@_common
+@click.argument("step", callback=step_argument, required=False)
+@common
 def show_command(*, root: str, step: int | None, as_json: bool, storage_options: Mapping[str, object]) -> int:
     r"""Show what one checkpoint holds: its manifest, files, tensors and plain values. Default: the newest.
 
@@ -239,8 +85,8 @@ def show_command(*, root: str, step: int | None, as_json: bool, storage_options:
 
 @cli.command("verify", short_help="Check every byte against its hash.")
 @click.argument("root")
-@click.argument("step", callback=_step, required=False)
-@_common
+@click.argument("step", callback=step_argument, required=False)
+@common
 def verify_command(*, root: str, step: int | None, as_json: bool, storage_options: Mapping[str, object]) -> int:
     r"""Read every byte of one checkpoint, or of all, and compare it with its hash. Prints each problem.
 
@@ -272,7 +118,7 @@ def verify_command(*, root: str, step: int | None, as_json: bool, storage_option
 @click.argument("root")
 @click.option("--config", required=True, metavar="FILE", help="The run's configuration (YAML): keep: says what stays.")
 @click.option("--dry-run", is_flag=True, help="Only print the plan; needs no lock.")
-@_common
+@common
 def prune_command(
     *, root: str, config: str, dry_run: bool, as_json: bool, storage_options: Mapping[str, object]
 ) -> int:
@@ -301,8 +147,8 @@ def prune_command(
 
 @cli.command("pin", short_help="Protect a checkpoint from retention.")
 @click.argument("root")
-@click.argument("step", callback=_step)
-@_common
+@click.argument("step", callback=step_argument)
+@common
 def pin_command(*, root: str, step: int, as_json: bool, storage_options: Mapping[str, object]) -> int:
     """Protect a checkpoint from retention until "unpin". Needs no lock.
 
@@ -315,8 +161,8 @@ def pin_command(*, root: str, step: int, as_json: bool, storage_options: Mapping
 
 @cli.command("unpin", short_help="Take a pin back.")
 @click.argument("root")
-@click.argument("step", callback=_step)
-@_common
+@click.argument("step", callback=step_argument)
+@common
 def unpin_command(*, root: str, step: int, as_json: bool, storage_options: Mapping[str, object]) -> int:
     """Take a pin back. Needs no lock.
 
@@ -329,18 +175,18 @@ def unpin_command(*, root: str, step: int, as_json: bool, storage_options: Mappi
 
 @cli.command("annotate", short_help="Add metrics, tags or a note.")
 @click.argument("root")
-@click.argument("step", callback=_step)
+@click.argument("step", callback=step_argument)
 @click.option(
     "--metric",
     "metrics",
     metavar="NAME=VALUE",
     multiple=True,
-    callback=_metrics,
+    callback=metrics_option,
     help="A metric; replaces one of this name.",
 )
 @click.option("--tag", "tags", multiple=True, help="A word to find the checkpoint by.")
 @click.option("--note", "text", help="Free text; replaces the last note.")
-@_common
+@common
 def annotate_command(
     *,
     root: str,
@@ -390,3 +236,6 @@ def _warn_of_damage(rows: list[Row]) -> None:
 
 def _now() -> datetime:
     return datetime.now(timezone.utc)
+
+
+__all__ = ["cli"]

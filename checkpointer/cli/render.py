@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
     from checkpointer.cli.gather import Checked, Details, Row
-    from checkpointer.cli.tree import Node
     from checkpointer.index import TensorSpec
+    from checkpointer.readable import Node
     from checkpointer.retention import RetentionPlan
 
 NOTHING = "-"
@@ -153,7 +153,7 @@ def _joined(value: Any) -> str:
 
 def components(details: Details) -> Iterator[tuple[str, tuple[Node, ...]]]:
     """A title and the content of each component."""
-    from checkpointer.cli.tree import outline
+    from checkpointer.readable import outline
 
     for name, component in details.components.items():
         size = human_size(sum(spec.nbytes for spec in component.tensors.values()))
@@ -197,7 +197,7 @@ def plain_details(details: Details, now: datetime) -> str:
 
 
 def _plain_leaves(nodes: Iterable[Node]) -> Iterator[str]:
-    from checkpointer.cli.tree import leaves
+    from checkpointer.readable import leaves
 
     found = [(clean(path), node) for path, node in leaves(nodes)]
     names = max((len(path) for path, _ in found), default=0)
