@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from checkpointer.version import __version__
 
 if TYPE_CHECKING:
-    from checkpointer import errors, retention
+    from checkpointer import data, errors, retention, testing
     from checkpointer.config import Config
     from checkpointer.info import CheckpointInfo
     from checkpointer.manager import CheckpointManager
@@ -32,7 +32,7 @@ _HOMES = {
     "load_whole_model": "checkpointer.restoring",
     "register_codec": "checkpointer.state",
 }
-_MODULES = ("errors", "retention")
+_MODULES = ("data", "errors", "retention", "testing")
 
 
 def __getattr__(name: str) -> object:
@@ -61,8 +61,10 @@ __all__ = [
     "Stateful",
     "WholeModel",
     "__version__",
+    "data",
     "errors",
     "load_whole_model",
     "register_codec",
     "retention",
+    "testing",
 ]

@@ -135,6 +135,19 @@ _SECTIONS: Mapping[str, type] = {
 }
 
 
+def load_config(config: object) -> Config:
+    """What users pass as ``config``: a path, a mapping, a :class:`Config`, or ``None`` for the defaults."""
+    if config is None:
+        return Config()
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, Mapping):
+        return Config.from_mapping(dict(config))
+    if isinstance(config, (str, os.PathLike)):
+        return Config.from_yaml(config)
+    raise ConfigError(f"config must be a path, a mapping, a Config or None, got {type(config).__name__}")
+
+
 def _section(policy: type[_Policy], name: str, value: object) -> _Policy:
     """One section as its policy; ``None``, a section whose keys are all commented out, has the defaults."""
     if value is None:

@@ -238,6 +238,12 @@ class ResumableLoader(Generic[T]):
             "inner": self._loader.state_dict() if self._owns_position and self._epoch else None,  # type: ignore[attr-defined]
         }
 
+    def check_state_dict(self, state_dict: object) -> None:
+        """Refuse a state that does not fit, before a restore changes anything; errors as of ``load_state_dict``."""
+        self._refuse_while_iterating()
+        if isinstance(state_dict, dict) and isinstance(state_dict.get("settings"), dict):
+            _check_settings(state_dict["settings"], self._settings())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a position; the next ``iter`` goes on from it.
 

@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from checkpointer.arguments import check_component_names, check_metrics, check_step, check_tags, read_attachments
-from checkpointer.config import Config
+from checkpointer.config import Config, load_config
 from checkpointer.environment import environment, inspect_repository
 from checkpointer.errors import (
     CheckpointerError,
@@ -25,15 +25,13 @@ from checkpointer.notes import Note
 from checkpointer.position import Position
 from checkpointer.pruning import prune
 from checkpointer.repository import Repository
-from checkpointer.restoring import RNG, Restored, Restorer, RestoreRequest
+from checkpointer.restoring import RNG, Restored, RestoreKeywords, Restorer, RestoreRequest, restore_request
 from checkpointer.retention import BestRule, RetentionPlan, rank
 from checkpointer.saving import PendingSave, Saver, finished
 from checkpointer.schedule import due
 from checkpointer.signals import SignalFlag
-from checkpointer.state import Adapter, RestoreOptions, RngState, adapter_for, modules_of
-from checkpointer.state.plan import Adapt, MapLocation, Rename
+from checkpointer.state import Adapter, RngState, adapter_for, modules_of
 from checkpointer.storage import open_storage
-from checkpointer.units import did_you_mean
 from checkpointer.verification import VerifyReport
 from checkpointer.writing import Snapshot
 
@@ -42,18 +40,6 @@ if TYPE_CHECKING:
 
 StepOrInfo: TypeAlias = "int | CheckpointInfo"
 Files: TypeAlias = "Mapping[str, bytes | str | os.PathLike[str]]"
-
-
-class RestoreKeywords(TypedDict, total=False):
-    """The options of every restore; see :meth:`CheckpointManager.restore`."""
-
-    strict: bool
-    components: Iterable[str] | None
-    ignore_keys: Iterable[str]
-    rename: Rename | None
-    adapt: Adapt | None
-    map_location: MapLocation
-    verify: str | None
 
 
 class CheckpointManager:
@@ -99,7 +85,7 @@ class CheckpointManager:
             ConfigError: the configuration, the root or a component's name makes no sense.
             UnsupportedStateError: a component whose state cannot be captured or restored in place.
         """
-        self._config = _load_config(config)
+        self._config = load_config(config)
         check_component_names(components, reserved={RNG})
         modules = modules_of(components)
         adapters: dict[str, Adapter] = {name: adapter_for(name, part, modules) for name, part in components.items()}
@@ -217,7 +203,7 @@ class CheckpointManager:
             IncompatibleStateError: the newest does not fit the live objects, which stay as they are.
             RunLockedError: another job writes to this run.
         """
-        request = self._request(options)
+        request = restore_request(options, self._config.restore.verify, read_only=self._read_only)
         self._open_for_restoring()
         restored = self._restorer.latest(request)
         self._position.restored(restored.checkpoint if restored else None)
@@ -238,7 +224,7 @@ class CheckpointManager:
             CorruptCheckpointError: it is damaged.
             IncompatibleStateError: it does not fit the live objects, which stay as they are.
         """
-        request = self._request(options)
+        request = restore_request(options, self._config.restore.verify, read_only=self._read_only)
         self._open_for_restoring()
         return self._restore_one(self._repository.find(check_step(step)), request)
 
@@ -248,7 +234,7 @@ class CheckpointManager:
         Raises:
             CheckpointNotFoundError: no checkpoint has reported the metric.
         """
-        request = self._request(options)
+        request = restore_request(options, self._config.restore.verify, read_only=self._read_only)
         self._open_for_restoring()
         info = self.best(monitor)
         if info is None:
@@ -450,32 +436,6 @@ class CheckpointManager:
         if self._read_only:
             raise SaveError(f"this CheckpointManager of {self._repository.url} was made with read_only=True")
 
-    def _request(self, options: RestoreKeywords) -> RestoreRequest:
-        """The restore options, checked."""
-        unknown = set(options) - set(RestoreKeywords.__annotations__)
-        if unknown:
-            hint = did_you_mean(min(unknown), RestoreKeywords.__annotations__)
-            raise ConfigError(f"unknown restore option {', '.join(sorted(unknown))}{hint}")
-        verify = options.get("verify") or self._config.restore.verify
-        if verify not in ("stream", "before", "off"):
-            raise ConfigError(f"verify must be 'stream', 'before' or 'off', got {verify!r}")
-        components, ignored = options.get("components"), options.get("ignore_keys", ())
-        if isinstance(components, str) or isinstance(ignored, str):
-            raise ConfigError("components and ignore_keys are lists: write ['model'], not 'model'")
-        return RestoreRequest(
-            components=None if components is None else tuple(components),
-            options=RestoreOptions(
-                strict=options.get("strict", True),
-                ignore_keys=tuple(ignored),
-                rename=options.get("rename"),
-                adapt=options.get("adapt"),
-                map_location=options.get("map_location"),
-                partial=components is not None,
-            ),
-            verify=verify,
-            read_only=self._read_only,
-        )
-
     def _note(self, x: StepOrInfo, note: Note) -> None:
         """Append a note, then make sure that its checkpoint is still there."""
         self._check_usable()
@@ -494,18 +454,6 @@ class CheckpointManager:
                 raise ConfigError("name a metric: best('val_loss'), or configure keep: best")
             return rules[0]
         return next((rule for rule in rules if rule.monitor == monitor), BestRule(monitor=monitor))
-
-
-def _load_config(config: object) -> Config:
-    if config is None:
-        return Config()
-    if isinstance(config, Config):
-        return config
-    if isinstance(config, Mapping):
-        return Config.from_mapping(dict(config))
-    if isinstance(config, (str, os.PathLike)):
-        return Config.from_yaml(config)
-    raise ConfigError(f"config must be a path, a mapping, a Config or None, got {type(config).__name__}")
 
 
 def _chain(error: BaseException, failure: CheckpointerError) -> None:

@@ -916,3 +916,20 @@ def test_verify_finds_a_header_that_tells_stock_tools_another_story(manager: Mak
     assert report.checkpoints[0].damage == (
         "the header of model.safetensors describes other tensors than the index does",
     )
+
+
+def test_a_loader_that_does_not_fit_is_found_before_anything_is_changed(manager: MakeManager) -> None:
+    from torch.utils.data import DataLoader
+
+    from checkpointer.data import ResumableLoader
+
+    model = nn.Linear(2, 2)
+    mgr = manager(model=model, loader=ResumableLoader(DataLoader(range(8), batch_size=2)))
+    saved(mgr, 0)
+    mgr.close()
+    other = nn.Linear(2, 2)
+    before = other.weight.detach().clone()
+    again = manager(model=other, loader=ResumableLoader(DataLoader(range(8), batch_size=4)))
+    with pytest.raises(IncompatibleStateError, match="batch_size: saved 2, live 4"):
+        again.restore_latest()
+    assert torch.equal(other.weight, before)

@@ -37,10 +37,17 @@ class StatefulAdapter:
         return Captured(self.kind, tree, tensors)
 
     def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:
-        """Check the tree and allocate its tensors; ``load_state_dict`` is called by ``apply``."""
+        """Check the tree and allocate its tensors; ``load_state_dict`` is called by ``apply``.
+
+        An object that has ``check_state_dict(state)`` may refuse here, before anything is changed. Where ``state`` has
+        a tensor or an array, it is given a placeholder: the data has not been read yet.
+        """
         check_kind(saved, self.kind, self.live)
         component = saved.component
         value, keys = outline(component.tree, component.tensors, place=self.name)
+        check = getattr(self.live, "check_state_dict", None)
+        if callable(check):
+            check(value)
         places = Places(self.name, component.tensors, options.map_location)
         places.allocate_all(keys)
         restored = [str(key) for key in value] if isinstance(value, dict) else [self.name]
