@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 
-from tests.exact_resume import layers, optimizers, practices, schedulers
+from tests.exact_resume import layers, optimizers, practices, real_models, schedulers
 from tests.exact_resume.runs import Case
 
 
 def _collect() -> dict[str, Case]:
     found: dict[str, Case] = {}
-    for case in itertools.chain(optimizers.cases(), schedulers.cases(), layers.cases(), practices.cases()):
+    homes = (optimizers, schedulers, layers, practices, real_models)
+    for case in itertools.chain.from_iterable(home.cases() for home in homes):
         assert case.name not in found, f"two cases are called {case.name}"
         found[case.name] = case
     return found
