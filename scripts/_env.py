@@ -28,6 +28,8 @@ STAMP = "checkpointer-stamp"
 MARK = "made-by-checkpointer-scripts"
 """A folder without this file is somebody else's, and stays as it is."""
 
+SLOW_IMPORTS = "hypothesis, mlxtend.data, moto.server, s3fs, torch._dynamo, transformers"
+
 TORCH = "torch>=2.6"  # as in pyproject.toml
 TORCH_WHEEL = "torch==2.13.0"  # pinned: a folder of wheels may hold a newer one that is built for CUDA
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -160,8 +162,6 @@ def _install(python: str) -> None:
     """Everything but torch from PyPI, and torch as a CPU build where there is one: CUDA's libraries are gigabytes."""
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
     uv = [python, "-m", "uv", "pip", "install", "--python", python]
-    if sys.dont_write_bytecode:  # then it is now or at each start, which takes seconds with torch's dependencies
-        uv.append("--compile-bytecode")
     try:
         _step("uv", [*pip, "uv"])
         fast = uv
@@ -176,6 +176,8 @@ def _install(python: str) -> None:
             [*fast, TORCH],
         )
     _step("checkpointer and its tools", [*fast, "-e", f"{ROOT}[dev]"])  # keeps the torch that is there
+    if sys.dont_write_bytecode:  # then it is now, or for seconds at each start of each process
+        _step("bytecode", [python, "-c", f"import sys; sys.dont_write_bytecode = False; import {SLOW_IMPORTS}"])
 
 
 def _is_installed(distribution: str, python: str) -> bool:
