@@ -593,8 +593,8 @@ def _no_epoch_start(monkeypatch):
 
 
 def _no_random_numbers_after(monkeypatch):
-    replay = data._Replay
-    monkeypatch.setattr(data, "_Replay", lambda *arguments: replay(*arguments[:4]))
+    replay = data.loader.Replay
+    monkeypatch.setattr(data.loader, "Replay", lambda *arguments: replay(*arguments[:4]))
 
 
 @pytest.mark.parametrize("name", ["shuffled", "shuffled with a generator"])

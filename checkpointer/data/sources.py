@@ -1,0 +1,130 @@
+"""What the order of the data depends on: generators, and the samplers' own states."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from checkpointer.data.checks import NAME, is_stateful
+from checkpointer.errors import CorruptCheckpointError, IncompatibleStateError
+from checkpointer.index import Component
+from checkpointer.state import Adapter, RestoreOptions, RestorePlan, RngState, SavedState
+from checkpointer.state.codec import encode
+from checkpointer.state.decoding import decode
+from checkpointer.state.rng import GENERATORS, GeneratorAdapter, generator_state
+from checkpointer.state.tensors import spec_of
+
+_SAMPLER_LINKS = ("batch_sampler", "sampler")
+_DATA_LINKS = ("dataset", "transform")
+
+
+class Sources:
+    """Everything that the order of the data depends on: global generators, those of samplers and dataset, samplers.
+
+    Looked up anew each time, as attributes may be replaced. Only those that a DataLoader fixes are kept: while an
+    iterator is built, its index sampler is our stand-in.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+        self._fixed = SimpleNamespace(batch_sampler=loader.batch_sampler, sampler=loader.sampler)
+
+    @property
+    def samplers(self) -> dict[str, Any]:
+        """The loader's samplers, inner ones too, by the path of attributes that leads to them."""
+        return {} if isinstance(self._loader.dataset, IterableDataset) else _reachable(self._fixed, _SAMPLER_LINKS)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All states, copied."""
+        rng = RngState().capture()
+        return {
+            "rng": decode(rng.tree, rng.tensors),
+            "generators": {name: generator_state(name, live) for name, live in self._generators().items()},
+            "samplers": {name: sampler.state_dict() for name, sampler in self._stateful_samplers().items()},
+            "epochs": {name: sampler.epoch for name, sampler in self._samplers_with_epoch().items()},
+        }
+
+    def check(self, snapshot: Mapping[str, Any]) -> None:
+        """Raise unless :meth:`snapshot` could have made it here. Changes nothing."""
+        parts = {"generators": self._generators(), "samplers": self._stateful_samplers()}
+        for part, live in {**parts, "epochs": self._samplers_with_epoch()}.items():
+            saved = snapshot.get(part)
+            if not isinstance(saved, dict):
+                raise CorruptCheckpointError(f"{NAME}: not the state of a ResumableLoader: no {part}")
+            if set(saved) != set(live):
+                names = f"{part} {sorted(saved)} were saved, live are {sorted(live)}"
+                raise IncompatibleStateError(f"the loader is not the one that was saved: {names}")
+        _plan(RngState(), snapshot.get("rng"))
+        for name, live in self._generators().items():
+            _plan(GeneratorAdapter(name, live), snapshot["generators"][name])
+
+    def set_random(self, snapshot: Mapping[str, Any]) -> None:
+        """Set the global generators, and those of samplers and dataset."""
+        _plan(RngState(), snapshot["rng"]).apply()
+        self.set_generators(snapshot)
+
+    def set_generators(self, snapshot: Mapping[str, Any]) -> None:
+        """Set the generators of samplers and dataset."""
+        for name, live in self._generators().items():
+            _plan(GeneratorAdapter(name, live), snapshot["generators"][name]).apply()
+
+    def set_samplers(self, snapshot: Mapping[str, Any]) -> None:
+        """Set the samplers' own states and epoch numbers."""
+        for name, sampler in self._stateful_samplers().items():
+            sampler.load_state_dict(snapshot["samplers"][name])
+        for name, sampler in self._samplers_with_epoch().items():
+            sampler.set_epoch(snapshot["epochs"][name])
+
+    def _generators(self) -> dict[str, Any]:
+        owners = {"": self._loader, **self.samplers, **_reachable(self._loader, _DATA_LINKS)}
+        found: dict[int, tuple[str, Any]] = {}
+        for path, owner in owners.items():
+            for name, value in getattr(owner, "__dict__", {}).items():
+                if isinstance(value, GENERATORS) and not isinstance(value, random.SystemRandom):
+                    found.setdefault(id(value), (f"{path}.{name}".lstrip("."), value))
+        return dict(found.values())
+
+    def _stateful_samplers(self) -> dict[str, Any]:
+        """Those that know where they are. A distributed one depends on its epoch number alone."""
+        samplers = self.samplers.items()
+        return {
+            name: sampler
+            for name, sampler in samplers
+            if is_stateful(sampler) and not isinstance(sampler, DistributedSampler)
+        }
+
+    def _samplers_with_epoch(self) -> dict[str, Any]:
+        return {
+            name: sampler
+            for name, sampler in self.samplers.items()
+            if callable(getattr(sampler, "set_epoch", None)) and type(getattr(sampler, "epoch", None)) is int
+        }
+
+
+def _reachable(root: Any, links: tuple[str, ...]) -> dict[str, Any]:
+    """Every object that attributes named in ``links`` lead to from ``root``, by path; each once."""
+    found: dict[str, Any] = {}
+    waiting = [("", root)]
+    while waiting:
+        path, owner = waiting.pop(0)
+        for name in links:
+            value = getattr(owner, "__dict__", {}).get(name)
+            if value is not None and all(value is not other for other in found.values()):
+                found[f"{path}.{name}".lstrip(".")] = value
+                waiting.append((f"{path}.{name}", value))
+    return found
+
+
+def _plan(adapter: Adapter, value: Any) -> RestorePlan:
+    """The checked and filled plan that sets what ``adapter`` stands for to ``value``."""
+    name = NAME
+    tree, tensors = encode(value, name)
+    component = Component(adapter.kind, tree, {key: spec_of(tensor) for key, tensor in tensors.items()})
+    plan = adapter.prepare(SavedState(name, component), RestoreOptions())
+    for key, target in plan.reads.items():
+        target.copy_(tensors[key])
+    return plan
