@@ -336,9 +336,9 @@ def test_a_tree_in_a_restore_changed_anywhere_is_a_typed_error_or_harmless(check
         forged["components"][name]["tree"] = mutated({"tree": trees[name]}, data).get("tree")
         forge_index(checkpoint, lambda _: forged)
         live = at(1, frozen=True)
-        with CheckpointManager(checkpoint.parent, read_only=True, **live.components) as mgr:
-            with contextlib.suppress(CheckpointerError):
-                mgr.restore(1)
+        mgr = CheckpointManager(checkpoint.parent, read_only=True, **live.components)
+        with contextlib.suppress(CheckpointerError):
+            mgr.restore(1)
 
     check()
 
@@ -381,7 +381,8 @@ def test_nothing_in_a_checkpoint_is_ever_imported(checkpoint: Path, tmp_path: Pa
         {"$custom": "trap_module.Evil", "value": 1},
         {"$subclass": "trap_module.Evil", "inner": {}, "ctx": None},
     ):
-        forge_index(checkpoint, lambda raw, tag=tag: raw["components"]["progress"].update(tree={"x": tag}))
+        tree = {"x": tag}
+        forge_index(checkpoint, lambda raw: raw["components"]["progress"].update(tree=tree))  # noqa: B023  called at once
         refused_or_unsupported = at(0, frozen=True)
         with (
             CheckpointManager(checkpoint.parent, read_only=True, **refused_or_unsupported.components) as mgr,
