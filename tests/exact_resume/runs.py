@@ -16,11 +16,13 @@ from torch import nn
 
 from checkpointer import Gradients
 
-TORCH_DEPRECATIONS = (
+TOLERATED = (
     r"`torch.nn.utils.weight_norm` is deprecated",
     r"`torch.nn.utils.spectral_norm` is deprecated",
     r"The epoch parameter in `scheduler.step\(\)` was not necessary",  # torch's own SequentialLR passes it
     r"Lazy modules are a new feature",
+    r"This DataLoader will create",  # more workers than the machine has cores
+    r".*use of fork",  # of its workers, since Python 3.12
 )
 
 
@@ -47,10 +49,10 @@ class Case:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Warnings are errors, but for what torch itself has deprecated and is tested here all the same."""
+    """Warnings are errors, but for what torch says of itself: what it has deprecated is tested all the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for message in TORCH_DEPRECATIONS:
+        for message in TOLERATED:
             warnings.filterwarnings("ignore", message=message)
         yield
 
