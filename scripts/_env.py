@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ class SetupError(Exception):
 
 def exit_with(program: Callable[[Sequence[str]], int]) -> None:
     """Run ``program`` on the command line's arguments and leave with the status that it returns."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: child processes end too
     try:
         sys.exit(program(sys.argv[1:]))
     except SetupError as error:
