@@ -26,8 +26,8 @@ from torch import nn
 from checkpointer import CheckpointManager, strictjson
 from checkpointer.cli import render
 from checkpointer.cli.commands import cli
-from checkpointer.readable import leaves, outline
 from checkpointer.index import Component, TensorSpec
+from checkpointer.readable import leaves, outline
 from checkpointer.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
