@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from checkpointer.data import ResumableLoader
 from checkpointer.errors import ConfigError
 from checkpointer.testing import _compare_runs, _do, _Lab, _Part, _Record, assert_resume_exact
 
@@ -66,6 +68,19 @@ def good() -> Made:
         return loss
 
     return {"model": model, "optimizer": optimizer, "scheduler": scheduler, "data": data}, step
+
+
+def good_loader() -> Made:
+    """A shuffled DataLoader, taken up in the middle of its second epoch; its iterator is made by the first step."""
+    model, optimizer, _, data = parts()
+    loader = ResumableLoader(DataLoader(TensorDataset(data.rows), batch_size=16, shuffle=True))
+
+    def endless() -> Iterator[torch.Tensor]:
+        while True:
+            yield from (batch for (batch,) in loader)
+
+    batches = endless()
+    return {"model": model, "optimizer": optimizer, "loader": loader}, lambda _: learn(model, optimizer, next(batches))
 
 
 class Trainer:
@@ -232,7 +247,7 @@ def test_a_defect_fails_with_its_cause():
         assert_resume_exact(average_not_registered, steps=STEPS, interrupt_at=CUT)
 
 
-@pytest.mark.parametrize("make_run", [good, good_object])
+@pytest.mark.parametrize("make_run", [good, good_object, good_loader])
 @pytest.mark.parametrize("cuts", [(0,), (4,), (0, 1, 2, 3, 4)])
 def test_a_run_that_resumes_exactly_shows_no_difference(make_run, cuts, tmp_path):
     assert not _compare_runs(SameProcess(make_run, tmp_path, STEPS, cuts))
