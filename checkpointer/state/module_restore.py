@@ -184,7 +184,9 @@ class ModuleRestore:
             self.report.changed.append(f"training flag of {where} is {not saved} and was {saved}: left as it is")
 
     def _grad_differences(self) -> list[tuple[str, nn.Parameter, bool]]:
-        frozen: Any = self.component.meta.get("frozen", [])
+        frozen: Any = self.component.meta.get("frozen")
+        if frozen is None:  # an imported checkpoint: no state_dict knows the flags
+            return []
         known = set(frozen)
         found: dict[int, tuple[str, nn.Parameter, bool]] = {}
         for name, parameter in self.names.parameters():
@@ -195,7 +197,9 @@ class ModuleRestore:
         return list(found.values())
 
     def _mode_differences(self) -> list[tuple[str, nn.Module, bool]]:
-        saved: Any = self.component.meta.get("eval", [])
+        saved: Any = self.component.meta.get("eval")
+        if saved is None:
+            return []
         known = set(saved)
         found: dict[int, tuple[str, nn.Module, bool]] = {}
         for path, module in self.names.modules:
