@@ -41,6 +41,7 @@ class WriterLock:
         self._lock: FileLock | None = None
         self._pid = os.getpid()
         self._identity: tuple[int, int] | None = None
+        self._warned = False
 
     @property
     def held(self) -> bool:
@@ -83,17 +84,12 @@ class WriterLock:
         status = os.stat(self._path)
         self._identity = (status.st_dev, status.st_ino)
         self._write_owner()
-        if not self._inside_root and not self._url.startswith("memory://"):
+        if not self._inside_root and not self._url.startswith("memory://") and not self._warned:
             self._warn_unprotected("its storage has no lock that a dead owner frees")
 
     def check(self) -> None:
         """Raise RunLockedError unless the lock file is still the one that was locked."""
-        try:
-            status = os.stat(self._path)
-            ours = (status.st_dev, status.st_ino) == self._identity
-        except FileNotFoundError:
-            ours = False
-        if not self.held or not ours:
+        if not self.held or not self._in_place():
             raise RunLockedError(
                 f"the writer's lock of {self._url} is no longer ours: {self._path} was removed or replaced. "
                 "Another job may be writing to this run; nothing was committed"
@@ -102,9 +98,18 @@ class WriterLock:
     def release(self) -> None:
         """Free the lock; does nothing where this process does not hold it."""
         if self.held and self._lock is not None:
-            self._owner_path.unlink(missing_ok=True)
+            if self._in_place():  # else the name is that of another owner
+                self._owner_path.unlink(missing_ok=True)
             self._lock.release()
         self._lock = None
+
+    def _in_place(self) -> bool:
+        """Whether the lock file is still the one that was locked."""
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self._identity
 
     def _fall_back(self) -> None:
         self._warn_unprotected("its file system has no working OS locks")
@@ -114,6 +119,7 @@ class WriterLock:
         self.acquire()
 
     def _warn_unprotected(self, reason: str) -> None:
+        self._warned = True
         warnings.warn(
             f"{self._url}: {reason}, so only jobs of this user on this host are kept from writing to the same run; "
             "make sure that no other host does",
