@@ -18,7 +18,6 @@ EXCLUDED = {
     "RNNBase": "the base class of RNN, LSTM and GRU",
     "RNNCellBase": "the base class of the cells",
 }
-EXCLUDED_PARAMETRIZATIONS: dict[str, str] = {}
 
 
 def classes() -> dict[str, type[nn.Module]]:

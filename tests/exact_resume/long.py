@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -15,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from tests.exact_resume import layers, optimizers, schedulers
 from tests.exact_resume.cases import CASES
 from tests.exact_resume.engine import check, resume, save, task_for, uninterrupted
-from tests.exact_resume.optimizers import EXCLUDED_CLASSES, EXCLUDED_FLAGS
 
 CUTS, STEPS = (0, 4, 9), 14
 
@@ -80,7 +81,8 @@ def _report(names: Sequence[str], jobs: int) -> int:
             print(f"{outcome.name:<{width}}  {group:<10}  {outcome.seconds:4.0f}  {result}", flush=True)
             for difference in outcome.differences:
                 print("    " + difference.strip().replace("\n", "\n    "), flush=True)
-    for name, reason in {**EXCLUDED_CLASSES, **EXCLUDED_FLAGS}.items():
+    left_out = (optimizers.EXCLUDED_CLASSES, optimizers.EXCLUDED_FLAGS, schedulers.EXCLUDED, layers.EXCLUDED)
+    for name, reason in itertools.chain.from_iterable(table.items() for table in left_out):
         print(f"{name:<{width}}  left out: {reason}")
     print(f"\n{len(names) - failed} of {len(names)} cases are identical in every bit, from {len(CUTS)} cut points each")
     return 1 if failed or not names else 0
