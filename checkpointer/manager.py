@@ -155,7 +155,7 @@ class CheckpointManager:
         if preempted and handle is not None:
             handle.result()
             self._stop_ready = True
-        self._saver.raise_errors()
+        self._saver.raise_errors(begun=handle is not None and handle is not last)
         return handle
 
     def should_save(self, step: int, *, epoch: int | None = None) -> bool:

@@ -129,9 +129,13 @@ class Saver:
             self._background = self._executor().submit(self._write_and_follow_up, snapshot, future)
         return handle
 
-    def raise_errors(self) -> None:
-        """Raise, once, the errors of background work that nobody has asked for."""
-        self._collect()
+    def raise_errors(self, *, begun: bool = False) -> None:
+        """Raise, once, the errors of background work that nobody has asked for.
+
+        ``begun``: not yet that of the save that was just begun: whoever gets its handle may ask that.
+        """
+        if not begun:
+            self._collect()
         with self._guard:
             errors, self._errors = self._errors, []
         for extra in errors[1:]:
