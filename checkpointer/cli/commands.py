@@ -29,7 +29,7 @@ for _command in (diff_command, export_command, import_command):
 @click.argument("root")
 @common
 def list_command(*, root: str, as_json: bool, storage_options: Mapping[str, object]) -> int:
-    r"""List all checkpoints in commit order; damaged ones too.
+    """List all checkpoints in commit order; damaged ones too.
 
     Those whose manifest cannot be read have no order: they come last.
 
@@ -58,7 +58,7 @@ def list_command(*, root: str, as_json: bool, storage_options: Mapping[str, obje
 @click.argument("step", callback=step_argument, required=False)
 @common
 def show_command(*, root: str, step: int | None, as_json: bool, storage_options: Mapping[str, object]) -> int:
-    r"""Show what one checkpoint holds: its manifest, files, tensors and plain values. Default: the newest.
+    """Show what one checkpoint holds: its manifest, files, tensors and plain values. Default: the newest.
 
     \b
     --json: as one of the checkpoints of "ls", and "world_size", "environment",
@@ -88,7 +88,7 @@ def show_command(*, root: str, step: int | None, as_json: bool, storage_options:
 @click.argument("step", callback=step_argument, required=False)
 @common
 def verify_command(*, root: str, step: int | None, as_json: bool, storage_options: Mapping[str, object]) -> int:
-    r"""Read every byte of one checkpoint, or of all, and compare it with its hash. Prints each problem.
+    """Read every byte of one checkpoint, or of all, and compare it with its hash. Prints each problem.
 
     \b
     --json: {"root", "ok", "checkpoints": [{"step", "path", "status", "problems",
@@ -122,7 +122,7 @@ def verify_command(*, root: str, step: int | None, as_json: bool, storage_option
 def prune_command(
     *, root: str, config: str, dry_run: bool, as_json: bool, storage_options: Mapping[str, object]
 ) -> int:
-    r"""Apply retention now: print which checkpoints stay and which go, with the reasons, and remove the latter.
+    """Apply retention now: print which checkpoints stay and which go, with the reasons, and remove the latter.
 
     Takes the writer's lock, so it is refused while a job trains. Damaged checkpoints are never removed.
 

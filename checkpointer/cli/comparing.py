@@ -30,7 +30,7 @@ ABSENT = "(none)"
 def diff_command(
     *, root: str, a: int, b: int, everything: bool, as_json: bool, storage_options: Mapping[str, object]
 ) -> int:
-    r"""Compare the checkpoints of steps A and B: environment, settings, tensors (largest difference first).
+    """Compare the checkpoints of steps A and B: environment, settings, tensors (largest difference first).
 
     Tensors with the same hashes are not read, the others are read in blocks.
 

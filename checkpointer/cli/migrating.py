@@ -62,7 +62,7 @@ def import_command(
     as_json: bool,
     storage_options: Mapping[str, object],
 ) -> int:
-    r"""Make a checkpoint of FILE, which torch.save (or safetensors) wrote, in the run root ROOT.
+    """Make a checkpoint of FILE, which torch.save (or safetensors) wrote, in the run root ROOT.
 
     The usual names (model_state_dict, net, optim, lr_scheduler, global_step, …), bare state dicts and Lightning's
     .ckpt are recognized. FILE is never unpickled in a way that could run code. Takes the writer's lock.
@@ -130,7 +130,7 @@ def export_command(
     as_json: bool,
     storage_options: Mapping[str, object],
 ) -> int:
-    r"""Write the checkpoint of STEP to the local file OUT; every byte is checked against its hash on the way.
+    """Write the checkpoint of STEP to the local file OUT; every byte is checked against its hash on the way.
 
     OUT ends in .safetensors (the tensors of one component), .pt or .pth (what torch.save makes of its state_dict, or
     without --component of {"model": …, "optimizer": …, "step": …}, the random generators left out).
