@@ -20,8 +20,8 @@ from checkpointer.errors import CorruptCheckpointError, FormatVersionError
 FORMAT = "checkpointer-index"
 VERSION = 1
 MAX_DIMENSIONS = 64
-MAX_CUT_DIMENSIONS = 8
-"""Dimensions along which one tensor may be cut into chunks: checking them takes time 2 ** dimensions."""
+MAX_CUT_DIMENSIONS = 4
+"""Dimensions along which one tensor may be cut into chunks: checking a chunk takes time and memory 2 ** dimensions."""
 
 Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
 

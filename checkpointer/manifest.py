@@ -78,7 +78,7 @@ class Manifest:
         """The file's content: sealed JSON.
 
         Raises:
-            SaveError: larger than 64 KiB.
+            SaveError: larger than 64 KiB, or no reader would accept it.
         """
         fields: dict[str, object] = {
             "format": FORMAT,
@@ -104,6 +104,10 @@ class Manifest:
                 f"the manifest would take {len(data)} bytes, at most {layout.MANIFEST_LIMIT} are allowed: "
                 f"pass fewer or shorter metrics, tags or attached files ({len(self.files)} files)"
             )
+        try:
+            parse_manifest(data, "the new manifest")
+        except CorruptCheckpointError as error:  # a forged sequence, for one, can make the next one impossible
+            raise SaveError(f"this checkpoint could not be read back, so it is not committed: {error}") from error
         return data
 
 
