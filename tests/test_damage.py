@@ -207,6 +207,11 @@ def by_link_to_a_copy(path: Path) -> None:
     path.symlink_to(copy)
 
 
+def by_link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
 def by_dangling_link(path: Path) -> None:
     path.unlink()
     path.symlink_to("/nowhere/at/all")
@@ -226,6 +231,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
     "deleted": Path.unlink,
     "replaced by a directory": by_directory,
     "replaced by a link to its copy": by_link_to_a_copy,
+    "replaced by a link to itself": by_link_to_itself,
     "replaced by a dangling link": by_dangling_link,
     "replaced by a pipe": by_pipe,
     "zeroed": lambda path: overwrite(path, bytes(path.stat().st_size)),
@@ -445,6 +451,36 @@ def test_damage_on_an_object_store_is_detected_too(object_root, file, change):
             restored = reading.restore_latest()
     assert restored is not None
     assert (restored.step, live["value"], [skipped.step for skipped in restored.skipped]) == (1, 1, [2])
+
+
+@pytest.mark.filterwarnings("ignore:.*has no lock that a dead owner frees")
+def test_damage_on_an_object_store_is_found_and_survived(object_root: Root) -> None:
+    run = training.at(1, frozen=True)
+    with CheckpointManager(object_root.url, storage_options=object_root.options, **run.components) as mgr:
+        mgr.save(1)
+        run.step()
+        mgr.save(2)
+    storage = mgr._repository.storage
+    objects = [path for path in storage.fs.find(f"{storage._path}/checkpoint-2") if not path.endswith("manifest.json")]
+    assert len(objects) == 6
+    for path in objects:
+        whole = storage.fs.cat_file(path)
+        for data in (whole[:-1], bytes([whole[0] ^ 1]) + whole[1:], whole[:-1] + bytes([whole[-1] ^ 128])):
+            storage.fs.pipe_file(path, data)
+            live = training.at(4, frozen=True)
+            reader = CheckpointManager(
+                object_root.url, storage_options=object_root.options, read_only=True, **live.components
+            )
+            with pytest.raises(CorruptCheckpointError):
+                reader.restore(2)
+        assert not reader.verify(2).ok
+        with pytest.warns(CheckpointerWarning, match="skipping"):
+            restored = reader.restore_latest()
+        assert restored is not None
+        assert restored.step == 1
+        training.assert_at(live, 1, frozen=True)
+        storage.fs.pipe_file(path, whole)
+    assert reader.verify(2).ok
 
 
 def test_a_module_that_is_all_frozen_is_protected_like_any_other(tmp_path):
