@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,3 +247,20 @@ def test_a_pin_that_was_accepted_holds_whenever_it_comes(request, stride, kind, 
                 assert kept[info.id].pinned, what
         again()
     assert accepted > 0
+
+
+@pytest.mark.timeout(1200)  # with --thorough
+@pytest.mark.parametrize("scenario", ["a save that prunes", "an overwriting save", "a save beside a pinned checkpoint"])
+def test_a_kill_before_any_request_to_an_object_store_loses_no_checkpoint(s3, stride, scenario):
+    options = json.dumps(s3.options)
+    step = 1 if stride == 1 else 4 * stride + 1  # each child takes a second to make its first request
+    program = [sys.executable, "-W", "ignore", "-m", "tests.crash.kill_operations"]
+    done = subprocess.run(
+        [*program, scenario, s3.url, options, "7", str(step)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[-1]) * step > 20
