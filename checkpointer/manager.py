@@ -297,6 +297,7 @@ class CheckpointManager:
 
     def prune(self, *, dry_run: bool = False) -> RetentionPlan:
         """Apply retention now; ``dry_run`` only says what it would do, and why."""
+        self._check_usable()
         if not dry_run:
             self._check_writable()
             self._saver.wait()
