@@ -188,19 +188,20 @@ def _parse_spec(entry: Mapping[str, object], what: str) -> TensorSpec:
     spec = TensorSpec(dtype, shape, parsed, strictjson.string(entry.get("device", "cpu"), f"device of {what}"))
     if prod(size for size in shape if size) >= 2**63:  # zero-size tensors too: torch refuses what int64 cannot count
         raise CorruptCheckpointError(f"{what} has impossible shape {str(shape)[:100]}")
-    if parsed is not None and not _is_dense(shape, parsed):
+    if parsed is not None and not is_dense(shape, parsed):
         raise CorruptCheckpointError(f"{what} has strides {str(parsed)[:100]}, which leave gaps or overlap")
     return spec
 
 
-def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether ``strides`` are those of a row-major tensor whose dimensions were permuted."""
+def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether ``strides`` visit each of ``prod(shape)`` consecutive elements exactly once, in some order of dims."""
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
     return True
 
 

@@ -28,7 +28,6 @@ INDEX_LIMIT = 512 * 1024 * 1024
 
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,18})(?:-([0-9a-f]{8}))?")
 _ID = re.compile(r"[0-9a-f]{32}")
-_INDEX = re.compile(r"index(-[0-9]{1,6})?\.json")
 _PATH_LIMIT = 1024
 
 
@@ -52,11 +51,6 @@ def is_second_name(name: str) -> bool:
 def is_id(text: object) -> bool:
     """Whether ``text`` is 32 lower-case hexadecimal digits."""
     return isinstance(text, str) and _ID.fullmatch(text) is not None
-
-
-def is_index(path: str) -> bool:
-    """Whether a file of a checkpoint is an index (``index.json``, or one of several ranks' ``index-<rank>.json``)."""
-    return _INDEX.fullmatch(path) is not None
 
 
 def check_relative(path: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,10 @@ import torch
 
 from checkpointer.index import Chunk, Json, TensorSpec
 from checkpointer.state.plan import Captured
-from checkpointer.state.tensors import as_bytes, spec_of
+from checkpointer.state.tensors import CARRIERS, as_bytes, spec_of
 
 ALIGNMENT = 64
 """Bytes. Staged tensors start on cache lines."""
-
-_RAW_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -142,14 +140,9 @@ def _raw(tensor: torch.Tensor) -> torch.Tensor:
     plain = tensor.detach().resolve_conj().resolve_neg()
     if plain.dtype == torch.complex128:
         return torch.view_as_real(plain).view(torch.int64)
-    return plain.view(_RAW_DTYPES[plain.element_size()])
+    return plain.view(CARRIERS[plain.element_size()])
 
 
 def _memory(flat: torch.Tensor) -> memoryview:
     array: Any = flat.numpy()
     return memoryview(array)
-
-
-def blocks(view: memoryview, size: int) -> Iterator[memoryview]:
-    """``view`` cut into pieces of at most ``size`` bytes."""
-    return (view[start : start + size] for start in range(0, len(view), size))

@@ -16,8 +16,8 @@ from checkpointer.index import Chunk, Component, Index, Json
 from checkpointer.info import CheckpointInfo
 from checkpointer.manifest import Manifest
 from checkpointer.repository import Repository
-from checkpointer.staging import StagedComponent, StagedTensor, blocks
-from checkpointer.storage import Buffer
+from checkpointer.staging import StagedComponent, StagedTensor
+from checkpointer.storage import Buffer, blocks
 from checkpointer.tensorfile import SHARD_LIMIT, ComponentTensors, TensorFile, plan_files, shard_indexes
 
 WRITE_BLOCK = 8 << 20

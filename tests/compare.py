@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpointer.state.tensors import as_bytes, is_dense, sparse_parts
+from checkpointer.index import is_dense
+from checkpointer.state.tensors import as_bytes, sparse_parts
 
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 

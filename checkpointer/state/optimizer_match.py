@@ -37,7 +37,6 @@ class Matched:
     kept: list[torch.Tensor] = field(default_factory=list)
     """Live parameters that keep the state they have: ignored, or (not strict) not in the checkpoint."""
     problems: list[str] = field(default_factory=list)
-    by_name: bool = False
 
 
 def saved_parameters(name: str, groups: Any, meta: Any) -> list[list[SavedParameter]]:
@@ -85,7 +84,6 @@ def match_parameters(
     saved_names = _renamed(flat_saved, {item for item in flat_names if item is not None}, options)
     keys = _comparable(list(saved_names), flat_names) if _usable(saved_names, flat_saved) else None
     if keys is not None:
-        matched.by_name = True
         flat_live = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         named = dict(zip(keys[0], saved_names.values(), strict=True))
         live = dict(zip(keys[1], flat_live, strict=True))

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from checkpointer.index import ITEM_SIZES, TensorSpec
+from checkpointer.index import ITEM_SIZES, TensorSpec, is_dense
 from checkpointer.state.plan import MapLocation
 
 #: Every torch dtype by its name without ``torch.``.
@@ -50,18 +50,6 @@ def contiguous_strides(shape: Iterable[int]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
-
-
-def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether ``strides`` visit each of ``prod(shape)`` consecutive elements exactly once, in some order of dims."""
-    expected = 1
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _same_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -179,11 +167,6 @@ def overlaps(tensor: torch.Tensor) -> bool:
     return False
 
 
-def bit_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two strided tensors of one dtype and shape hold the same bits."""
-    return bool(torch.equal(as_bytes(a), as_bytes(b)))
-
-
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The elements in row-major order as a flat uint8 tensor on the CPU (a view where possible)."""
     plain = tensor.detach().resolve_conj().resolve_neg()
@@ -195,12 +178,12 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
     """A row-major copy, by way of an integer dtype: torch cannot copy the sub-byte dtypes."""
-    carrier = _CARRIERS.get(tensor.element_size())
+    carrier = CARRIERS.get(tensor.element_size())
     if carrier is None or tensor.ndim == 0:
         return tensor.contiguous()
     return tensor.view(carrier).contiguous().view(tensor.dtype)

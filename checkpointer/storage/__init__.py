@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 
 from checkpointer.errors import ConfigError
-from checkpointer.storage.base import Buffer, Entry, ReadFile, Storage
+from checkpointer.storage.base import Buffer, Entry, ReadFile, Storage, blocks
 from checkpointer.storage.local import LocalStorage
 
 
@@ -41,4 +41,4 @@ def _open_remote(url: str, options: dict[str, object]) -> Storage:
     return FsspecStorage(fs, path, url, options)
 
 
-__all__ = ["Buffer", "Entry", "LocalStorage", "ReadFile", "Storage", "open_storage"]
+__all__ = ["Buffer", "Entry", "LocalStorage", "ReadFile", "Storage", "blocks", "open_storage"]

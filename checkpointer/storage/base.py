@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
+
+
+def blocks(view: memoryview, size: int) -> Iterator[memoryview]:
+    """``view`` cut into pieces of at most ``size`` bytes."""
+    return (view[start : start + size] for start in range(0, len(view), size))
 
 
 class Entry(NamedTuple):

@@ -18,7 +18,7 @@ from fsspec.asyn import AsyncFileSystem
 
 from checkpointer import layout
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError
-from checkpointer.storage.base import Buffer, Entry
+from checkpointer.storage.base import Buffer, Entry, blocks
 
 READ_BLOCK = 16 << 20
 """Bytes asked for in one request at most."""
@@ -126,7 +126,7 @@ class FsspecStorage:
         try:
             written = 0
             for piece in pieces:
-                for block in _blocks(memoryview(piece).cast("B")):
+                for block in blocks(memoryview(piece).cast("B"), READ_BLOCK):
                     written += len(block)
                     file.write(block)
             if written != size:
@@ -333,10 +333,6 @@ def _option_secrets(options: Mapping[str, object], *, inherited: bool = False) -
             yield from _option_secrets(value, inherited=secret)
         elif secret and isinstance(value, str) and len(value) > 2:
             yield value
-
-
-def _blocks(view: memoryview) -> Iterator[memoryview]:
-    return (view[start : start + READ_BLOCK] for start in range(0, len(view), READ_BLOCK))
 
 
 def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
