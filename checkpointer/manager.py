@@ -148,7 +148,7 @@ class CheckpointManager:
         self._position.check_order(step, last.step if last else None)
         if last is not None and step == last.step and not overwrite:
             handle = last if force or preempted else None
-        elif force or overwrite or self.should_save(step, epoch=epoch):
+        elif force or overwrite or self._is_due(step, epoch, last):
             handle = self._begin_save(step, epoch, check_metrics(metrics), check_tags(tags), read_attachments(files))
         else:
             handle = None
@@ -161,21 +161,8 @@ class CheckpointManager:
     def should_save(self, step: int, *, epoch: int | None = None) -> bool:
         """Whether ``save`` would find a save due at this step. Does nothing."""
         self._check_usable()
-        if self._signal.requested:
-            return True
-        last = self._last()
-        last_created = None
-        if self._config.save.every is not None:
-            last_created = last.created if last and not last.done() else self._position.newest_created
-        reasons = due(
-            self._config.save,
-            step=check_step(step),
-            epoch=None if epoch is None else check_step(epoch, "epoch"),
-            last_epoch=last.epoch if last else None,
-            last_created=last_created,
-            now=datetime.now(timezone.utc),
-        )
-        return bool(reasons)
+        epoch = None if epoch is None else check_step(epoch, "epoch")
+        return self._is_due(check_step(step), epoch, self._last())
 
     def wait(self) -> None:
         """Wait until every save begun is durable, and raise the error of one that failed, once."""
@@ -342,6 +329,22 @@ class CheckpointManager:
         return f"<CheckpointManager {self._repository.url} components={', '.join(self._adapters)}>"
 
     # ------------------------------------------------------------------------------------------------ private
+
+    def _is_due(self, step: int, epoch: int | None, last: PendingSave | None) -> bool:
+        if self._signal.requested:
+            return True
+        last_created = None
+        if self._config.save.every is not None:
+            last_created = last.created if last and not last.done() else self._position.newest_created
+        reasons = due(
+            self._config.save,
+            step=step,
+            epoch=epoch,
+            last_epoch=last.epoch if last else None,
+            last_created=last_created,
+            now=datetime.now(timezone.utc),
+        )
+        return bool(reasons)
 
     def _begin_save(
         self, step: int, epoch: int | None, metrics: dict[str, float], tags: tuple[str, ...], files: dict[str, bytes]

@@ -219,6 +219,8 @@ class Saver:
                     self._errors.append(failure)
 
     def _prune(self) -> None:
+        if not (self._config.keep.has_rules or self._config.keep.max_size):
+            return  # everything is kept: there is nothing to list for
         try:
             prune(self._repository, self._config.keep)
         except Exception as error:  # noqa: BLE001  the save is durable: training must go on
