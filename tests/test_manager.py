@@ -427,7 +427,7 @@ def test_a_closed_manager_says_so_and_closing_twice_is_fine(manager: MakeManager
     mgr = manager()
     mgr.close()
     mgr.close()
-    for call in (lambda: mgr.save(0), mgr.restore_latest, mgr.wait, mgr.__enter__):
+    for call in (lambda: mgr.save(0), mgr.restore_latest, mgr.wait, mgr.prune, mgr.__enter__):
         with pytest.raises(SaveError, match="closed"):
             call()
 
@@ -763,12 +763,14 @@ def test_a_forked_child_cannot_use_the_manager_of_its_parent(manager: MakeManage
     saved(mgr, 0)
     child = os.fork()
     if child == 0:  # pragma: no cover
-        try:
-            mgr.save(1)
-        except SaveError as error:
-            mgr.close()
-            os._exit(0 if "forked child" in str(error) else 2)
-        os._exit(1)
+        refused = 0
+        for call in (lambda: mgr.save(1), mgr.prune, mgr.restore_latest, mgr.wait):
+            try:
+                call()
+            except SaveError as error:
+                refused += "forked child" in str(error)
+        mgr.close()
+        os._exit(0 if refused == 4 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     saved(mgr, 1)
     assert steps(mgr) == [0, 1]
