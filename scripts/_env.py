@@ -178,13 +178,38 @@ def _install(python: str) -> None:
             [*fast, TORCH],
         )
     _step("checkpointer and its tools", [*fast, "-e", f"{ROOT}[dev]"])  # keeps the torch that is there
+    _install_torchvision(python, pip, fast)
     if sys.dont_write_bytecode:  # then it is now, or for seconds at each start of each process
         _step("bytecode", [python, "-c", f"import sys; sys.dont_write_bytecode = False; import {SLOW_IMPORTS}"])
 
 
+def _install_torchvision(python: str, pip: Sequence[str], fast: Sequence[str]) -> None:
+    """The torchvision that was made for this torch: each release names one, and the newest may ask for another.
+
+    Asking for the installed torch by its whole version ("2.13.0+cpu") keeps it: no index holds another of that name.
+    Where there is none (a torch built at night) only the tests that need it fail.
+    """
+    wanted = ["torchvision", f"torch=={_installed_version('torch', python)}"]
+    try:
+        _step(
+            "torchvision",
+            [*pip, "--no-index", *wanted],  # a configured folder of wheels; else fails at once
+            [*fast, "--index-url", TORCH_CPU_INDEX, *wanted],
+            [*fast, *wanted],  # its compiled operators may be for CUDA; the tests do without them
+        )
+    except SetupError as error:
+        print(f"   {error}\n   going on: the tests with a torchvision model will fail", flush=True)
+
+
 def _is_installed(distribution: str, python: str) -> bool:
-    ask = f"import importlib.metadata as m; m.version({distribution!r})"
-    return subprocess.call([python, "-c", ask], stderr=subprocess.DEVNULL) == 0
+    return bool(_installed_version(distribution, python))
+
+
+def _installed_version(distribution: str, python: str) -> str:
+    """Empty if it is not there."""
+    ask = f"import importlib.metadata as m; print(m.version({distribution!r}))"
+    answer = subprocess.run([python, "-c", ask], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    return answer.stdout.decode().strip()
 
 
 def _step(what: str, *alternatives: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 from checkpointer import CheckpointManager
+from tests.vision import make_importable
 
 SYNC = {"write": {"mode": "sync"}}
 
@@ -232,6 +233,7 @@ def test_from_pretrained_reads_a_checkpoint_bit_for_bit(tmp_path, monkeypatch, k
     """GPT-2 ties its head to the embedding, Llama here does not."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pytest.importorskip("transformers")
+    make_importable()
     model = language_model(kind)
     if frozen:
         model.get_input_embeddings().requires_grad_(requires_grad=False)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from checkpointer.data import ResumableLoader
 from tests.exact_resume.runs import Case, Run
+from tests.vision import import_resnet, make_importable
 
 WIDTH = 32
 
@@ -44,6 +45,7 @@ def _gpt2() -> Run:
     """Dropout on, tied weights, weight decay for matrices alone, warm-up, clipped gradients."""
     from pydoc_data.topics import topics
 
+    make_importable()
     from transformers import GPT2Config, GPT2LMHeadModel
 
     data = Characters("\n".join(topics[name] for name in sorted(topics))[:8000])
@@ -60,17 +62,15 @@ def _gpt2() -> Run:
 
 def _resnet() -> Run:
     """Batch normalization, momentum, a cosine schedule."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    settings = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_channels": 1, "num_labels": 10}
-    model = ResNetForImageClassification(ResNetConfig(**settings, layer_type="basic"))
+    resnet = import_resnet()
+    model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=10, zero_init_residual=True)
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
 
     def loss(batch: Any) -> torch.Tensor:
         images, labels = batch
-        found: torch.Tensor = nn.functional.cross_entropy(model(pixel_values=images).logits, labels)
+        found: torch.Tensor = nn.functional.cross_entropy(model(images.expand(-1, 3, -1, -1)), labels)
         return found
 
     return _fed(model, optimizer, cosine, TensorDataset(*_digits()), loss)
