@@ -27,7 +27,7 @@ from checkpointer.storage import open_storage
 if TYPE_CHECKING:
     import torch
 
-UNCOMPARED_META = frozenset({"inner", "shapes", "devices"})
+UNCOMPARED_META = frozenset({"inner", "shapes", "devices", "dtypes"})
 """Of a component's meta: what follows from its tensors, or from the machine."""
 
 

@@ -358,7 +358,7 @@ def test_damage_that_was_found_is_remembered_so_that_retention_does_not_count_on
     live = training.make(7, frozen=True)
     with silenced(), CheckpointManager(run, config={**SETTINGS, "keep": {"last": 1}}, **live.components) as manager:
         assert manager.restore_latest() is not None
-        damaged, = [info for info in manager.checkpoints() if info.step == 2]
+        (damaged,) = [info for info in manager.checkpoints() if info.step == 2]
         assert damaged.damaged is not None
         assert "state.safetensors" in damaged.damaged
         kept = [info.step for info, _ in manager.prune(dry_run=True).keep]

@@ -112,6 +112,21 @@ def test_a_silent_cast_is_refused_and_a_wanted_one_is_reported(root):
     assert torch.equal(half[0].weight, model[0].weight.bfloat16())
 
 
+def test_training_goes_on_in_another_dtype_after_an_unstrict_restore(root):
+    _, optimizer = saved_run(root)
+    half = conv().bfloat16()
+    restored_optimizer = adam(half)
+    with pytest.raises(IncompatibleStateError, match="saved as float32, live is bfloat16"):
+        restore(root, live={"model": half, "optimizer": restored_optimizer})
+    assert not restored_optimizer.state
+    restored = restore(root, live={"model": half, "optimizer": restored_optimizer}, strict=False)
+    assert ("model.0.weight.exp_avg", "float32 -> bfloat16") in restored.report.components["optimizer"].cast
+    before = optimizer.param_groups[0]["params"][0]
+    assert_identical(optimizer.state[before]["exp_avg"].bfloat16(), restored_optimizer.state[half[0].weight]["exp_avg"])
+    half(torch.randn(3, 1, 4, 4).bfloat16()).square().sum().backward()
+    restored_optimizer.step()
+
+
 def test_one_component_is_restored_and_the_others_stay(root):
     model, _ = saved_run(root)
     target = conv()

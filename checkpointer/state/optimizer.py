@@ -20,6 +20,7 @@ from checkpointer.state.optimizer_restore import OptimizerRestore
 from checkpointer.state.places import check_kind
 from checkpointer.state.plan import Captured, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.stateful import StatefulAdapter
+from checkpointer.state.tensors import dtype_name
 
 
 class OptimizerAdapter:
@@ -36,7 +37,7 @@ class OptimizerAdapter:
         """Refer to the live tensors of ``state_dict()``.
 
         Meta, each a list of groups with an entry for each parameter: ``params`` (``"component.name"``, or null where
-        no registered module holds it), ``shapes`` and ``devices``. Raises :class:`UnsupportedStateError`.
+        no registered module holds it), ``shapes``, ``devices`` and ``dtypes``. Raises :class:`UnsupportedStateError`.
         """
         state = self.live.state_dict()
         tree, tensors = encode(state, self.name)
@@ -48,6 +49,7 @@ class OptimizerAdapter:
             "params": [list(names) for names in live_names(self.live, self.modules)],
             "shapes": [[list(parameter.shape) for parameter in group] for group in groups],
             "devices": [[devices[parameter.device] for parameter in group] for group in groups],
+            "dtypes": [[dtype_name(parameter.dtype) for parameter in group] for group in groups],
         }
         return Captured(self.kind, tree, tensors, meta)
 

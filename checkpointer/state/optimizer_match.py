@@ -12,6 +12,7 @@ import torch
 from checkpointer.errors import CorruptCheckpointError
 from checkpointer.state.places import nearest
 from checkpointer.state.plan import ComponentReport, RestoreOptions
+from checkpointer.state.tensors import DTYPES, dtype_name
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class SavedParameter:
     name: str | None
     shape: tuple[int, ...]
     device: torch.device
+    dtype: torch.dtype | None
+    """``None`` where the checkpoint does not say: it is of a time before dtypes were recorded."""
 
 
 @dataclass
@@ -43,24 +46,25 @@ def saved_parameters(name: str, groups: Any, meta: Any) -> list[list[SavedParame
     """The saved parameters by group. Raises :class:`CorruptCheckpointError` where groups and meta disagree."""
     found: list[list[SavedParameter]] = []
     try:
-        for number, group in enumerate(groups):
-            rows = zip(
-                group["params"], meta["params"][number], meta["shapes"][number], meta["devices"][number], strict=True
-            )
-            found.append([_parameter(number, *row) for row in rows])
-        if not len(meta["params"]) == len(meta["shapes"]) == len(meta["devices"]) == len(found):
+        dtypes = meta.get("dtypes", [[None] * len(group["params"]) for group in groups])
+        columns = [meta["params"], meta["shapes"], meta["devices"], dtypes]
+        if any(len(column) != len(groups) for column in columns):
             raise ValueError("groups differ in number")
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        for number, group in enumerate(groups):
+            rows = zip(group["params"], *(column[number] for column in columns), strict=True)
+            found.append([_parameter(number, row) for row in rows])
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         raise CorruptCheckpointError(f"{name}: the parameter groups are not well formed: {error}") from error
     return found
 
 
-def _parameter(group: int, index: Any, name: Any, shape: Any, device: Any) -> SavedParameter:
+def _parameter(group: int, row: tuple[Any, ...]) -> SavedParameter:
+    index, name, shape, device, dtype = row
     if type(index) is not int or not (name is None or type(name) is str) or type(shape) is not list:
         raise TypeError("not a parameter")
     if not all(type(size) is int for size in shape):
         raise TypeError("not a shape")
-    return SavedParameter(index, group, name, tuple(shape), _device(device))
+    return SavedParameter(index, group, name, tuple(shape), _device(device), None if dtype is None else DTYPES[dtype])
 
 
 @functools.cache
@@ -91,6 +95,7 @@ def match_parameters(
     else:
         _by_position(matched, saved, optimizer, names, report)
     _check_shapes(matched, options, report)
+    _check_dtypes(matched, options)
     _match_groups(matched, saved, optimizer, report)
     return matched
 
@@ -192,6 +197,16 @@ def _check_shapes(matched: Matched, options: RestoreOptions, report: ComponentRe
         report.changed.append(f"state not restored: {problem}")
         matched.pairs.remove(row)
         matched.kept.append(live)
+
+
+def _check_dtypes(matched: Matched, options: RestoreOptions) -> None:
+    """State follows its parameter to another dtype, which has to be asked for."""
+    if options.adapt is not None:
+        return
+    for saved, live, label in matched.pairs:
+        if saved.dtype is not None and saved.dtype != live.dtype:
+            names = dtype_name(saved.dtype), dtype_name(live.dtype)
+            matched.problems.append(f"parameter {label!r}: saved as {names[0]}, live is {names[1]}")
 
 
 def _match_groups(

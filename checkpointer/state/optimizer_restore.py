@@ -14,7 +14,7 @@ from checkpointer.state.module_match import refusal
 from checkpointer.state.optimizer_match import Matched, SavedParameter, match_parameters, saved_parameters
 from checkpointer.state.places import Places
 from checkpointer.state.plan import ComponentReport, RestoreOptions, RestorePlan, SavedState
-from checkpointer.state.tensors import device_for
+from checkpointer.state.tensors import DTYPES, device_for, dtype_name
 
 _HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -48,6 +48,7 @@ class OptimizerRestore:
         self.match: Matched = match_parameters(name, self.saved, live, names, options=options, report=self.report)
         self.places = Places(name, self.component.tensors)
         self.direct = loads_plainly(live)
+        self.casts: dict[str, torch.dtype] = {}
 
     def plan(self) -> RestorePlan:
         """Choose destinations; nothing live is changed."""
@@ -57,7 +58,7 @@ class OptimizerRestore:
         for parameter, tensor, label in self.match.pairs:
             slots = self.value["state"].get(parameter.index)
             if slots is not None:
-                self._place_slots(parameter, tensor, slots, seen)
+                self._place_slots(parameter, tensor, label, slots, seen)
                 self.report.restored.append(label)
         if self.direct:
             for number, source in self.match.groups.items():
@@ -66,7 +67,9 @@ class OptimizerRestore:
             self.places.allocate(key, self.options.map_location)
         return RestorePlan(self.places.reads, self._apply, self.report)
 
-    def _place_slots(self, parameter: SavedParameter, tensor: torch.Tensor, slots: Any, seen: set[int]) -> None:
+    def _place_slots(
+        self, parameter: SavedParameter, tensor: torch.Tensor, label: str, slots: Any, seen: set[int]
+    ) -> None:
         """State of one parameter: into live state where it fits, else new, next to the live parameter."""
         reshaped = parameter.shape != tuple(tensor.shape)
         if self.direct and not reshaped and tensor in self.live.state:
@@ -74,7 +77,17 @@ class OptimizerRestore:
         group = self.value["param_groups"][parameter.group]
         for slot, leaf in _leaves(slots):
             if leaf.kind == "tensor" and leaf.spec is not None:
+                if _follows(slot, leaf.spec, parameter, tensor) and not self._keeps(slot, leaf.spec, tensor):
+                    self.casts[leaf.key] = tensor.dtype
+                    change = f"{leaf.spec.dtype} -> {dtype_name(tensor.dtype)}"
+                    self.report.cast.append((f"{label}.{slot}", change))
                 self.places.allocate(leaf.key, _slot_device(slot, leaf.spec, parameter, tensor, group))
+
+    def _keeps(self, slot: Any, spec: TensorSpec, tensor: torch.Tensor) -> bool:
+        """Whether the live optimizer itself has this state in the saved dtype, whatever its parameter's is."""
+        slots = self.live.state.get(tensor)
+        live = slots.get(slot) if isinstance(slots, dict) else None
+        return isinstance(live, torch.Tensor) and live.dtype == DTYPES[spec.dtype]
 
     def _place_group(self, saved: dict[str, Any], live: dict[str, Any], seen: set[int]) -> None:
         for key, value in saved.items():
@@ -84,7 +97,7 @@ class OptimizerRestore:
     # Applying
 
     def _apply(self) -> None:
-        state = decode(self.component.tree, self.places.tensors(), place=self.name, specs=self.component.tensors)
+        state = decode(self.component.tree, self._tensors(), place=self.name, specs=self.component.tensors)
         with torch.no_grad():
             slots = self._slots(state["state"])
             if self.direct:
@@ -92,6 +105,11 @@ class OptimizerRestore:
                 self._put_groups(state["param_groups"])
             else:
                 self._load(slots, state)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What was read; state that follows its parameter to another dtype in that."""
+        read = self.places.tensors()
+        return {**read, **{key: read[key].to(dtype) for key, dtype in self.casts.items()}}
 
     def _slots(self, state: dict[Any, Any]) -> list[tuple[torch.Tensor, Any]]:
         """(live parameter, its saved state) in the order of the checkpoint, adapted where it was reshaped."""
@@ -206,6 +224,18 @@ def _leaves(value: Any, slot: Any = None) -> list[tuple[Any, Leaf]]:
     if isinstance(value, (list, tuple)):
         return [pair for item in value for pair in _leaves(item, slot)]
     return []
+
+
+def _follows(slot: Any, spec: TensorSpec, saved: SavedParameter, live: torch.Tensor) -> bool:
+    """Whether state had its parameter's dtype, which is another one here, because it was the parameter's.
+
+    What was kept in another dtype on purpose stays in that. Counters have a dtype of their own, which only happens to
+    be the parameter's: ``step``, and numbers that are kept as tensors without dimensions (NAdam's ``mu_product``).
+    """
+    if saved.dtype is None or saved.dtype == live.dtype or DTYPES[spec.dtype] != saved.dtype or slot == "step":
+        return False
+    same_kind = live.dtype.is_floating_point == saved.dtype.is_floating_point
+    return same_kind and (len(spec.shape) > 0 or not saved.shape)
 
 
 def _slot_device(

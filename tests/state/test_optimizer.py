@@ -277,6 +277,94 @@ def test_fp32_state_of_bf16_parameters_stays_fp32(cls, fresh):
     assert_identical(state_of(source, optimizer), state_of(target, restored))
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("fresh", [True, False])
+def test_state_follows_its_parameters_to_another_dtype_and_training_goes_on(name, dtypes, fresh):
+    sparse = name == "SparseAdam"
+    source, target = model(0, sparse).to(dtypes[0]), model(1, sparse).to(dtypes[1])
+    optimizer, restored = make(name, source), make(name, target)
+    train(source, optimizer, range(3))
+    if not fresh:
+        train(target, restored, range(1))
+    modules = ({"model": source}, {"model": target})
+    with pytest.raises(IncompatibleStateError, match=r"'model.0.weight': saved as (float32|bfloat16), live is"):
+        carry(optimizer, restored, modules)
+    report = carry(optimizer, restored, modules, strict=False)
+    followed = 0
+    for before, after in zip(source.parameters(), target.parameters(), strict=True):
+        saved, found = optimizer.state.get(before, {}), restored.state.get(after, {})
+        assert saved.keys() == found.keys()
+        for slot, value in saved.items():
+            if isinstance(value, list):  # of LBFGS
+                continue
+            follows = isinstance(value, torch.Tensor) and value.ndim > 0 and value.dtype == dtypes[0]
+            assert_identical(value.to(dtypes[1]) if follows else value, found[slot])
+            followed += follows and isinstance(value, torch.Tensor)
+    casts = [change for _, change in report.cast]
+    assert len(casts) >= followed
+    assert set(casts) <= {f"{str(dtypes[0])[6:]} -> {str(dtypes[1])[6:]}"}
+    train(target, restored, range(3, 5))  # raises where dtypes differ
+
+
+def test_a_cast_of_state_is_named_in_the_report():
+    source, target = model(0), model(1).bfloat16()
+    optimizer, restored = make("Adam", source), make("Adam", target)
+    train(source, optimizer, range(1))
+    report = carry(optimizer, restored, ({"model": source}, {"model": target}), strict=False)
+    assert ("model.0.weight.exp_avg", "float32 -> bfloat16") in report.cast
+    assert not [key for key, _ in report.cast if key.endswith(".step")]
+    assert restored.state[target[0].weight]["step"].dtype == torch.float32
+
+
+def test_adapted_state_takes_the_dtype_of_its_parameter_too():
+    source, target = nn.Linear(2, 2), nn.Linear(2, 3).bfloat16()
+    optimizer, restored = make("Adam", source), make("Adam", target)
+    source(torch.ones(2)).sum().backward()
+    optimizer.step()
+
+    def adapt(key, saved, live):
+        return torch.cat([saved, torch.zeros(1, *saved.shape[1:])])
+
+    report = carry(optimizer, restored, ({"m": source}, {"m": target}), adapt=adapt)
+    assert ("m.weight.exp_avg", "float32 -> bfloat16") in report.cast
+    assert restored.state[target.weight]["exp_avg"].dtype == torch.bfloat16
+    target(torch.ones(2, dtype=torch.bfloat16)).sum().backward()
+    restored.step()
+
+
+@pytest.mark.parametrize("cls", [Fp32State, Overriding, hooked])
+def test_fp32_state_stays_fp32_whatever_becomes_of_its_bf16_parameters(cls):
+    source, target = model(0).bfloat16(), model(1).double()
+    optimizer, restored = cls(source.parameters()), cls(target.parameters())
+    train(source, optimizer, range(2))
+    report = carry(optimizer, restored, ({"model": source}, {"model": target}), strict=False)
+    assert_identical(optimizer.state[source[0].weight]["m"], restored.state[target[0].weight]["m"])
+    assert not report.cast
+
+
+@pytest.mark.parametrize("cls", [Fp32State, Overriding, hooked])
+def test_state_that_a_live_optimizer_keeps_in_fp32_is_not_cast(cls):
+    source, target = model(0), model(1).bfloat16()
+    optimizer, restored = cls(source.parameters()), cls(target.parameters())
+    train(source, optimizer, range(2))
+    train(target, restored, range(1))
+    report = carry(optimizer, restored, ({"model": source}, {"model": target}), strict=False)
+    assert_identical(optimizer.state[source[0].weight]["m"], restored.state[target[0].weight]["m"])
+    assert not [key for key, _ in report.cast if key.endswith(".m")]
+
+
+def test_optimizers_saved_without_dtypes_are_restored_as_before():
+    source, target = model(0), model(1).bfloat16()
+    optimizer, restored = make("Adam", source), make("Adam", target)
+    train(source, optimizer, range(1))
+    saved, data = save(adapter_for("it", optimizer, {"model": source}))
+    del saved.component.meta["dtypes"]
+    report = restore(adapter_for("it", restored, {"model": target}), (saved, data))
+    assert not report.cast
+    assert_identical(optimizer.state[source[0].weight], restored.state[target[0].weight])
+
+
 @pytest.mark.parametrize("cls", [torch.optim.Adam, Overriding])
 def test_group_keys_that_only_the_live_optimizer_has_are_kept(cls):
     source, target = model(0), model(1)
@@ -314,6 +402,10 @@ def test_damaged_optimizer_entries_are_typed_errors():
         ({**tree, "param_groups": []}, good.meta),
         (tree, {**good.meta, "shapes": [[[4, 4]]]}),
         (tree, {**good.meta, "devices": [["toaster", "cpu"]]}),
+        (tree, {**good.meta, "dtypes": [["toaster", "float32"]]}),
+        (tree, {**good.meta, "dtypes": [["float32"]]}),
+        (tree, {**good.meta, "dtypes": [[3, []]]}),
+        (tree, {**good.meta, "dtypes": 3}),
         (tree, {**good.meta, "params": 3}),
         (tree, {**good.meta, "params": [[3, 4]]}),
     ]:
