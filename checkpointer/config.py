@@ -15,7 +15,17 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from checkpointer.errors import ConfigError
 from checkpointer.retention import KeepPolicy
 from checkpointer.schedule import SavePolicy
-from checkpointer.units import FieldError, boolean, choice, count, format_duration, format_size, refuse_unknown, shown
+from checkpointer.units import (
+    FieldError,
+    boolean,
+    choice,
+    count,
+    format_duration,
+    format_fraction,
+    format_size,
+    refuse_unknown,
+    shown,
+)
 
 Mode: TypeAlias = Literal["sync", "async"]
 Verify: TypeAlias = Literal["stream", "before", "off"]
@@ -174,6 +184,8 @@ def _plain(name: str, value: Any) -> Any:
         return format_duration(value)
     if name == "max_size" and value is not None:
         return format_size(value)
+    if name == "max_overhead" and value is not None:
+        return format_fraction(value)
     return value
 
 

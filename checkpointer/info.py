@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from typing import Any
 
 EPOCH_START = datetime.fromtimestamp(0, tz=timezone.utc)
 
@@ -42,6 +43,8 @@ class CheckpointInfo:
     """Where the checkpoint lies: a local path, or a URL without credentials."""
     note: str | None = None
     """The last free-text note annotated."""
+    statistics: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What the save cost, for humans: seconds and bytes by name."""
     damaged: str | None = None
     """Why a restore or ``verify`` found this checkpoint damaged; ``None`` while nothing is known against it."""
 

@@ -22,6 +22,7 @@ from checkpointer.errors import (
 )
 from checkpointer.info import CheckpointInfo
 from checkpointer.notes import Note
+from checkpointer.pacing import Pace
 from checkpointer.position import Position
 from checkpointer.pruning import prune
 from checkpointer.repository import Repository
@@ -96,6 +97,7 @@ class CheckpointManager:
         self._saver = Saver(self._repository, self._config, on_commit)
         self._restorer = Restorer(self._repository, adapters)
         self._position = Position(self._repository, require_resume=self._config.require_resume)
+        self._pace = Pace(self._config.save)
         self._closed = False
         self._stop_ready = False
         self._warned_of_epoch = False
@@ -333,9 +335,11 @@ class CheckpointManager:
     def _is_due(self, step: int, epoch: int | None, last: PendingSave | None) -> bool:
         if self._signal.requested:
             return True
-        last_created = None
+        writing = last is not None and not last.done()
+        last_created = interval = None
         if self._config.save.every is not None:
-            last_created = last.created if last and not last.done() else self._position.newest_created
+            last_created = last.created if last and writing else self._position.newest_created
+            interval = self._pace.interval(self._position.recent)
         reasons = due(
             self._config.save,
             step=step,
@@ -343,6 +347,8 @@ class CheckpointManager:
             last_epoch=last.epoch if last else None,
             last_created=last_created,
             now=datetime.now(timezone.utc),
+            interval=interval,
+            writing=writing,
         )
         return bool(reasons)
 

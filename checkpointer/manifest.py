@@ -72,6 +72,7 @@ class Manifest:
             size=self.size,
             finite=self.finite,
             path=path,
+            statistics=dict(self.statistics),
         )
 
     def to_bytes(self) -> bytes:

@@ -6,7 +6,8 @@ from datetime import datetime
 
 from checkpointer.errors import RunNotEmptyError, StepOrderError
 from checkpointer.info import CheckpointInfo
-from checkpointer.repository import Listing, Repository
+from checkpointer.repository import Repository
+from checkpointer.schedule import RECENT
 
 
 class Position:
@@ -21,15 +22,20 @@ class Position:
         self.tip: CheckpointInfo | None = None
         self.restored_from: CheckpointInfo | None = None
         """Protected from retention until the first own commit."""
-        self._newest_created: datetime | None = None
+        self._recent: tuple[CheckpointInfo, ...] = ()
+
+    @property
+    def recent(self) -> tuple[CheckpointInfo, ...]:
+        """The newest commits of the run, as many as the schedule goes by, in commit order."""
+        if self._seen is None:
+            return self._repository.list_checkpoints().checkpoints[-RECENT:]
+        return self._recent
 
     @property
     def newest_created(self) -> datetime | None:
         """When the newest commit of the run was captured; ``None`` if there is none."""
-        if self._seen is None:
-            newest = self._newest(self._repository.list_checkpoints())
-            return newest.created if newest else None
-        return self._newest_created
+        recent = self.recent
+        return recent[-1].created if recent else None
 
     def restored(self, info: CheckpointInfo | None) -> None:
         """A restore has ended; ``None``: the run was empty."""
@@ -41,7 +47,7 @@ class Position:
     def committed(self, info: CheckpointInfo) -> None:
         """A save of this manager is durable."""
         self.tip, self.restored_from = info, None
-        self._newest_created = info.created
+        self._recent = (*self._recent, info)[-RECENT:]
         self._seen = info.sequence
 
     def check_first_save(self) -> None:
@@ -84,11 +90,7 @@ class Position:
     def _look(self) -> tuple[CheckpointInfo | None, bool]:
         """The newest checkpoint, and whether the run is empty; remembers its sequence."""
         listing = self._repository.list_checkpoints()
-        newest = self._newest(listing)
+        self._recent = listing.checkpoints[-RECENT:]
+        newest = self._recent[-1] if self._recent else None
         self._seen = newest.sequence if newest else 0
-        self._newest_created = newest.created if newest else None
         return newest, listing.empty
-
-    @staticmethod
-    def _newest(listing: Listing) -> CheckpointInfo | None:
-        return listing.checkpoints[-1] if listing.checkpoints else None

@@ -24,10 +24,10 @@ from checkpointer.info import CheckpointInfo
 from checkpointer.notes import Note
 from checkpointer.reading import CheckpointReader, ChunkRead
 from checkpointer.repository import Repository
-from checkpointer.staging import TensorTarget
 from checkpointer.state import Adapter, ComponentReport, RestoreOptions, RestorePlan, SavedState, WholeModelLoader
 from checkpointer.state.plan import Adapt, MapLocation, Rename
 from checkpointer.storage import open_storage
+from checkpointer.targets import TensorTarget
 from checkpointer.units import did_you_mean
 
 RNG = "rng"

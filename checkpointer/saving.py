@@ -15,7 +15,7 @@ from checkpointer.errors import CheckpointerError, CheckpointerWarning, SaveErro
 from checkpointer.info import CheckpointInfo
 from checkpointer.pruning import prune
 from checkpointer.repository import Repository
-from checkpointer.staging import Arena, StagedComponent, stage_copies, stage_live
+from checkpointer.staging import Staged, Stager
 from checkpointer.state import Captured
 from checkpointer.writing import Snapshot, write_checkpoint
 
@@ -85,7 +85,7 @@ class Saver:
         self._repository = repository
         self._config = config
         self._on_commit = on_commit
-        self._arena = Arena()
+        self._stager = Stager()
         self._pool: ThreadPoolExecutor | None = None
         self._current: PendingSave | None = None
         self._background: Future[None] | None = None
@@ -111,11 +111,11 @@ class Saver:
             logger.info("waiting for the save of step %d, which is still being written", handle.step)
             handle.error()
 
-    def stage(self, captured: Mapping[str, Captured]) -> dict[str, StagedComponent]:
+    def stage(self, captured: Mapping[str, Captured]) -> Staged:
         """Make state ready for writing: in ``sync`` mode by reference, else by a copy."""
         if self._config.write.mode == "sync":
-            return {name: stage_live(part) for name, part in captured.items()}
-        return stage_copies(captured, self._arena)
+            return self._stager.live(captured)
+        return self._stager.copies(captured)
 
     def submit(self, snapshot: Snapshot) -> PendingSave:
         """Write ``snapshot``: at once in ``sync`` mode, else in the background."""
@@ -156,7 +156,7 @@ class Saver:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
-        self._arena.free()
+        self._stager.close()
 
     def _executor(self) -> ThreadPoolExecutor:
         # The interpreter joins an executor's threads at exit, so a script that ends during a save still commits it.

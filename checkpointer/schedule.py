@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Literal, TypeAlias
 
-from checkpointer.units import FieldError, count, did_you_mean, duration, format_duration, optional, shown
+from checkpointer.cost import SaveCost
+from checkpointer.units import (
+    FieldError,
+    count,
+    did_you_mean,
+    duration,
+    format_duration,
+    format_fraction,
+    fraction,
+    optional,
+    roughly,
+    shown,
+)
+
+Every: TypeAlias = "timedelta | Literal['auto']"
+
+RECENT = 5
+"""Saves whose cost decides: their median is blind to a first one that had its memory to allocate, and to one hiccup."""
+
+_MAX_OVERHEAD = 0.01
+_MTBF = timedelta(hours=12)
+_NEVER = timedelta(days=36_500)
 
 # The system never delivers the first two; for the rest a Python handler that returns lets the fault happen again.
 _UNCATCHABLE = frozenset({"SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT"})
@@ -25,8 +48,13 @@ class SavePolicy:
     """Due at steps divisible by N."""
     every_n_epochs: int | None
     """Due once in each epoch that is divisible by N, at its first call."""
-    every: timedelta | None
-    """Due this long after the newest commit was created, so that the clock survives restarts."""
+    every: Every | None
+    """Due this long after the newest commit was created, so that the clock survives restarts. ``"auto"``: as long as
+    :func:`choose_interval` says."""
+    max_overhead: float | None
+    """With ``every="auto"``: the part of the time that saves may take from training at most; 0.01 unless given."""
+    mtbf: timedelta | None
+    """With ``every="auto"``: the mean time between failures of the job; 12 h unless given."""
     on_signal: tuple[str, ...]
     """Names of the signals that request a save and a stop, such as ``"SIGTERM"``."""
 
@@ -36,16 +64,60 @@ class SavePolicy:
         every_n_steps: int | None = None,
         every_n_epochs: int | None = None,
         every: timedelta | str | None = None,
+        max_overhead: float | str | None = None,
+        mtbf: timedelta | str | None = None,
         on_signal: str | Sequence[str] | None = None,
     ) -> None:
         values = {
             "every_n_steps": optional(count, "every_n_steps", every_n_steps),
             "every_n_epochs": optional(count, "every_n_epochs", every_n_epochs),
-            "every": optional(duration, "every", every),
+            "every": optional(_every, "every", every),
+            "max_overhead": optional(fraction, "max_overhead", max_overhead),
+            "mtbf": optional(duration, "mtbf", mtbf),
             "on_signal": _signal_names(on_signal),
         }
+        for name, default in (("max_overhead", _MAX_OVERHEAD), ("mtbf", _MTBF)):
+            if values["every"] == "auto":
+                values[name] = values[name] or default
+            elif values[name] is not None:
+                raise FieldError((name,), "has a meaning only for an interval that is measured: add every: auto")
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How long ``every: auto`` waits between two saves, and why."""
+
+    every: timedelta
+    reason: str
+
+
+def choose_interval(costs: Sequence[SaveCost], *, max_overhead: float, mtbf: timedelta) -> Interval | None:
+    """The interval that loses the least time to saves and to failures together; ``None`` while no cost is known.
+
+    ``costs`` are those of the newest commits, in commit order. Young's and Daly's first-order optimum for a save that
+    costs C seconds of training is sqrt(2 C MTBF). The interval is never shorter than C / ``max_overhead``, and never
+    shorter than the time until a save is durable: the next one would only wait for it.
+    """
+    recent = [cost for cost in costs if cost.to_training is not None][-RECENT:]
+    if not recent:
+        return None
+    cost = _median([cost.to_training or 0.0 for cost in recent])
+    durable = _median([cost.to_durable or 0.0 for cost in recent])
+    candidates = (
+        (math.sqrt(2 * cost * mtbf.total_seconds()), f"best for a failure every {format_duration(mtbf)}"),
+        (cost / max_overhead, f"so that they take no more than {format_fraction(max_overhead)} of the time"),
+        (durable, f"the {roughly(durable)} until they are durable"),
+    )
+    seconds, why = max(candidates, key=lambda candidate: candidate[0])
+    every = timedelta(microseconds=math.ceil(seconds * 1e6)) if seconds < _NEVER.total_seconds() else _NEVER
+    return Interval(every, f"every {roughly(seconds)}: saves hold training for {roughly(cost)}; {why}")
+
+
+def _median(values: Sequence[float]) -> float:
+    """The upper one of two in the middle."""
+    return sorted(values)[len(values) // 2]
 
 
 def due(
@@ -56,18 +128,23 @@ def due(
     last_epoch: int | None,
     last_created: datetime | None,
     now: datetime,
+    interval: Interval | None = None,
+    writing: bool = False,
 ) -> tuple[str, ...]:
     """Why a save is due at ``step``; empty where none is.
 
     ``last_epoch`` and ``last_created`` (aware) are those of the newest commit, ``None`` where there is none;
-    ``now`` is the current time (aware).
+    ``now`` is the current time (aware). For ``every: auto``: ``interval`` is what :func:`choose_interval` says, and
+    ``writing`` whether a save is still being written.
     """
     if policy.every_n_steps is None and policy.every_n_epochs is None and policy.every is None:
         return ("every call",)
     fired = (
         _by_step(policy.every_n_steps, step),
         _by_epoch(policy.every_n_epochs, epoch, last_epoch),
-        _by_time(policy.every, last_created, now),
+        _by_cost(interval, last_created, now, writing=writing)
+        if policy.every == "auto"
+        else _by_time(policy.every, last_created, now),
     )
     return tuple(reason for reason in fired if reason is not None)
 
@@ -94,6 +171,25 @@ def _by_time(every: timedelta | None, last_created: datetime | None, now: dateti
     return f"every {format_duration(every)}" if now - last_created >= every else None
 
 
+def _by_cost(interval: Interval | None, last_created: datetime | None, now: datetime, *, writing: bool) -> str | None:
+    if writing:  # one that is not durable yet has no cost yet, and the next would wait for it
+        return None
+    if interval is None:
+        return "every auto: no save has been measured yet"
+    return f"auto: {interval.reason}" if _by_time(interval.every, last_created, now) else None
+
+
+def _every(key: str, value: object) -> Every:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, str) and value.strip().isalpha():
+        hint = did_you_mean(value.strip().lower(), ("auto",))
+        raise FieldError(
+            (key,), f"must be auto, or a positive number and a unit such as 30min, got {shown(value)}{hint}"
+        )
+    return duration(key, value)
+
+
 def _signal_names(value: object) -> tuple[str, ...]:
     if value is None:
         return ()
@@ -117,4 +213,4 @@ def _signal_name(key: tuple[str | int, ...], value: object) -> str:
     return value
 
 
-__all__ = ["SavePolicy", "due"]
+__all__ = ["RECENT", "Interval", "SavePolicy", "choose_interval", "due"]

@@ -1,148 +1,173 @@
-"""Between tensors and bytes: staging state into host memory, and filling state from bytes. No storage, no files."""
+"""From live tensors to the bytes of files: copies in host memory, or live memory itself. No storage, no disk."""
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import torch
+import xxhash
 
-from checkpointer.index import Chunk, Json, TensorSpec
+from checkpointer.arena import Arena, Copy
+from checkpointer.index import Component
+from checkpointer.memory import page_aligned
 from checkpointer.state.plan import Captured
-from checkpointer.state.tensors import CARRIERS, as_bytes, spec_of
+from checkpointer.state.tensors import host_bytes, spec_of
+from checkpointer.tensorfile import ComponentTensors, Slot, TensorFile, plan_files
 
-ALIGNMENT = 64
-"""Bytes. Staged tensors start on cache lines."""
+BLOCK = 1 << 20
+"""Bytes hashed and handed on at a time: they stay in the processor's cache in between."""
+
+DEVICE_BLOCK = 8 << 20
+"""Bytes fetched from another device, or put in row-major order, at a time."""
+
+
+class Source(Protocol):
+    """The bytes of one file's tensors."""
+
+    @property
+    def steady(self) -> bool:
+        """Whether what ``pieces`` gives stays as it is until the save has ended."""
+
+    def pieces(self, hashes: list[str]) -> Iterator[memoryview]:
+        """All bytes behind the header, in order; the xxh3-128 of each slot is appended to ``hashes`` on the way."""
+
+
+class StagedFile(NamedTuple):
+    """A file that is about to be written."""
+
+    file: TensorFile
+    source: Source
 
 
 @dataclass(frozen=True)
-class StagedTensor:
-    """A tensor that is about to be written. ``bytes`` gives its row-major bytes, from live memory or a copy."""
+class Staged:
+    """The state of one save, ready to be written."""
 
-    spec: TensorSpec
-    bytes: Callable[[], memoryview]
-
-
-@dataclass(frozen=True)
-class StagedComponent:
-    """One component, ready to be written."""
-
-    kind: str
-    tree: Json
-    meta: Mapping[str, Json]
-    tensors: Mapping[str, StagedTensor]
-    aliases: Mapping[str, str]
-    frozen: frozenset[str]
+    components: Mapping[str, Component]
+    parts: Mapping[str, ComponentTensors]
+    files: Sequence[StagedFile]
 
 
-class Arena:
-    """Host memory that staged state is copied into: reused, grown when needed, left out of forked children.
-
-    A child (each DataLoader worker is one) that shared these pages would turn the next copy into page faults.
-    """
+class Stager:
+    """Stages the components of a manager, save after save, in memory that it keeps."""
 
     def __init__(self) -> None:
-        self._memory: torch.Tensor | None = None
-        self._used = 0
+        self._arena = Arena()
+        self._parts: dict[str, ComponentTensors] = {}
+        self._files: list[TensorFile] = []
 
-    def reset(self, size: int) -> None:
-        """Make room for ``size`` bytes; whatever was handed out before is overwritten from now on."""
-        self._used = 0
-        if self._memory is None or self._memory.numel() < size:
-            self._memory = None  # let go of the old one first
-            region = mmap.mmap(-1, max(size, mmap.PAGESIZE))
-            if hasattr(mmap, "MADV_DONTFORK"):
-                region.madvise(mmap.MADV_DONTFORK)
-            self._memory = torch.frombuffer(region, dtype=torch.uint8)
+    def live(self, captured: Mapping[str, Captured]) -> Staged:
+        """Refer to live memory: for a writer that finishes before the state may change."""
+        files = self._plan(captured)
+        return self._staged(captured, [StagedFile(file, _LiveTensors(_tensors(file, captured))) for file in files])
 
-    def copy(self, tensor: torch.Tensor) -> memoryview:
-        """The row-major bytes of ``tensor``, copied."""
-        raw = _raw(tensor)
-        if self._memory is None or not raw.numel():
-            return memoryview(b"")
-        size = raw.numel() * raw.element_size()
-        target = self._memory[self._used : self._used + size]
-        self._used += aligned(size)
-        target.view(raw.dtype).view(raw.shape).copy_(raw)
-        return _memory(target)
+    def copies(self, captured: Mapping[str, Captured]) -> Staged:
+        """Copy all tensors; when this returns, training may go on. Overwrites what was staged before."""
+        files = self._plan(captured)
+        starts = []
+        size = 0
+        for file in files:
+            starts.append(size)
+            size += page_aligned(file.data_size)
+        pinned = any(tensor.is_cuda for part in captured.values() for tensor in part.tensors.values())
+        memory = self._arena.reserve(size, pinned=pinned)
+        self._arena.fill(
+            Copy(captured[slot.component].tensors[slot.key], start + slot.begin, slot.end - slot.begin)
+            for file, start in zip(files, starts, strict=True)
+            for slot in file.slots
+        )
+        staged = [
+            StagedFile(file, _Image(memory[start : start + file.data_size], file.slots))
+            for file, start in zip(files, starts, strict=True)
+        ]
+        return self._staged(captured, staged)
 
-    def free(self) -> None:
+    def close(self) -> None:
         """Give the memory back."""
-        self._memory = None
+        self._arena.free()
 
-
-def stage_live(captured: Captured) -> StagedComponent:
-    """Refer to live memory: for a writer that finishes before the state may change."""
-    tensors = {
-        key: StagedTensor(spec_of(tensor), lambda tensor=tensor: host_bytes(tensor))  # type: ignore[misc]
-        for key, tensor in captured.tensors.items()
-    }
-    return _staged(captured, tensors)
-
-
-def stage_copies(captured: Mapping[str, Captured], arena: Arena) -> dict[str, StagedComponent]:
-    """Copy all tensors into ``arena``; when this returns, training may go on."""
-    specs = {name: {key: spec_of(t) for key, t in part.tensors.items()} for name, part in captured.items()}
-    arena.reset(sum(aligned(spec.nbytes) for part in specs.values() for spec in part.values()))
-    staged = {}
-    for name, part in captured.items():
-        views = {key: arena.copy(tensor) for key, tensor in part.tensors.items()}
-        tensors = {
-            key: StagedTensor(specs[name][key], lambda view=view: view)  # type: ignore[misc]
-            for key, view in views.items()
+    def _plan(self, captured: Mapping[str, Captured]) -> list[TensorFile]:
+        """Which tensor goes where. The plan of the last save serves again while names, shapes and dtypes stay."""
+        parts = {
+            name: ComponentTensors(
+                part.kind, {key: spec_of(tensor) for key, tensor in part.tensors.items()}, part.frozen, part.aliases
+            )
+            for name, part in captured.items()
         }
-        staged[name] = _staged(part, tensors)
-    return staged
+        if parts != self._parts:
+            self._parts, self._files = parts, plan_files(parts)
+        return self._files
+
+    def _staged(self, captured: Mapping[str, Captured], files: Sequence[StagedFile]) -> Staged:
+        components = {
+            name: Component(kind=part.kind, tree=part.tree, tensors=self._parts[name].specs, meta=part.meta)
+            for name, part in captured.items()
+        }
+        return Staged(components, self._parts, files)
 
 
-def host_bytes(tensor: torch.Tensor) -> memoryview:
-    """The row-major bytes of a tensor: a view of its memory where it has that form, else a copy."""
-    return _memory(as_bytes(tensor))
+class _Image:
+    """A file's tensors as they lie in the arena, one behind the other as in the file."""
+
+    steady = True
+
+    def __init__(self, memory: memoryview, slots: Sequence[Slot]) -> None:
+        self._memory = memory
+        self._slots = slots
+
+    def pieces(self, hashes: list[str]) -> Iterator[memoryview]:
+        """Whole blocks, whatever lies in them: the tensors' borders matter to the hashes alone."""
+        slots = iter(self._slots)
+        slot = next(slots, None)
+        hasher = xxhash.xxh3_128()
+        for start in range(0, len(self._memory), DEVICE_BLOCK):
+            end = min(start + DEVICE_BLOCK, len(self._memory))
+            while slot is not None and slot.begin < end:
+                hasher.update(self._memory[max(slot.begin, start) : min(slot.end, end)])
+                if slot.end > end:
+                    break
+                hashes.append(hasher.hexdigest())
+                slot = next(slots, None)
+                hasher.reset()
+            yield self._memory[start:end]
+        while slot is not None:  # without elements, at the end
+            hashes.append(xxhash.xxh3_128_hexdigest(b""))
+            slot = next(slots, None)
 
 
-class TensorTarget:
-    """One chunk of a tensor as the target of a read: its own memory where the chunk is contiguous there."""
+class _LiveTensors:
+    """A file's tensors where they are."""
 
-    def __init__(self, tensor: torch.Tensor, chunk: Chunk) -> None:
-        box = tensor.detach()
-        for dimension, (offset, length) in enumerate(zip(chunk.offsets, chunk.lengths, strict=True)):
-            if length != box.shape[dimension]:
-                box = box.narrow(dimension, offset, length)
-        self._box = _raw(box)
-        self._bounce: torch.Tensor | None = None
+    steady = False
 
-    def open(self) -> memoryview:
-        box = self._box
-        if box.device.type != "cpu" or not box.is_contiguous():
-            box = self._bounce = torch.empty(box.shape, dtype=box.dtype)
-        return host_bytes(box)
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = tensors
 
-    def finish(self) -> None:
-        if self._bounce is not None:
-            with torch.no_grad():
-                self._box.copy_(self._bounce)
-            self._bounce = None
+    def pieces(self, hashes: list[str]) -> Iterator[memoryview]:
+        for tensor in self._tensors:
+            hasher = xxhash.xxh3_128()
+            for block in row_major_blocks(tensor):
+                hasher.update(block)
+                yield block
+            hashes.append(hasher.hexdigest())
 
 
-def aligned(size: int) -> int:
-    """``size`` rounded up so that the next tensor starts on a cache line."""
-    return size + -size % ALIGNMENT
+def row_major_blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The row-major bytes of a tensor in blocks: views of its memory where it has that form, else small copies."""
+    if tensor.is_cpu and tensor.is_contiguous():
+        memory = host_bytes(tensor)
+        for start in range(0, len(memory), BLOCK):
+            yield memory[start : start + BLOCK]
+    elif tensor.numel() * tensor.element_size() <= DEVICE_BLOCK:
+        yield host_bytes(tensor)
+    else:
+        row = tensor.element_size() * (tensor.numel() // len(tensor))
+        rows = max(DEVICE_BLOCK // row, 1)
+        for start in range(0, len(tensor), rows):
+            yield from row_major_blocks(tensor[start] if rows == 1 else tensor[start : start + rows])
 
 
-def _staged(captured: Captured, tensors: Mapping[str, StagedTensor]) -> StagedComponent:
-    return StagedComponent(captured.kind, captured.tree, captured.meta, tensors, captured.aliases, captured.frozen)
-
-
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` as integers of the same size: few operators know the rarer dtypes, and bits are all that counts."""
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    if plain.dtype == torch.complex128:
-        return torch.view_as_real(plain).view(torch.int64)
-    return plain.view(CARRIERS[plain.element_size()])
-
-
-def _memory(flat: torch.Tensor) -> memoryview:
-    array: Any = flat.numpy()
-    return memoryview(array)
+def _tensors(file: TensorFile, captured: Mapping[str, Captured]) -> list[torch.Tensor]:
+    return [captured[slot.component].tensors[slot.key] for slot in file.slots]

@@ -10,6 +10,8 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from checkpointer import layout, strictjson
@@ -22,8 +24,9 @@ SHARD_LIMIT = 50 * 10**9
 SMALL_COMPONENT = 1 << 20
 """Bytes. Smaller components other than modules and optimizers share ``state.safetensors``."""
 
-HEADER_ALIGNMENT = 64
-"""Bytes. Headers are padded with spaces so that the data of every file starts on a cache line."""
+PAGE = 4096
+"""Bytes. Headers are padded with spaces up to a multiple of it, so that a whole file can be written past the page cache
+from page-aligned memory, whatever its header says."""
 
 _ALWAYS_OWN_FILE = frozenset({"module", "optimizer"})
 
@@ -48,7 +51,7 @@ class ComponentTensors:
 
 
 class Slot(NamedTuple):
-    """One tensor's place: ``begin`` to ``end`` are byte offsets from the start of the file."""
+    """One tensor's place: ``begin`` to ``end`` are byte offsets from the start of the data, behind the header."""
 
     component: str
     key: str
@@ -61,16 +64,39 @@ class TensorFile:
     """A safetensors file before its tensors' bytes are known."""
 
     path: str
-    header: bytes
     slots: tuple[Slot, ...]
+    names: tuple[str, ...]
+    """The name of each slot's tensor in the file."""
+    specs: tuple[TensorSpec, ...]
+    metadata: Mapping[str, str]
+    frozen: bool
+    """Whether nothing in it is expected ever to change, so that it is worth comparing with an earlier checkpoint's."""
+
+    @cached_property
+    def header(self) -> bytes:
+        """The header's bytes. Made when asked for: with 10,000 tensors it takes longer than a ``save`` call may."""
+        entries: dict[str, object] = {"__metadata__": dict(self.metadata)}
+        for slot, name, spec in zip(self.slots, self.names, self.specs, strict=True):
+            entries[_free_name(name, entries)] = _entry(spec, slot.begin)
+        return _pad(strictjson.dumps(entries).encode("ascii"))
+
+    @property
+    def data_size(self) -> int:
+        """Bytes of all tensors."""
+        return self.slots[-1].end if self.slots else 0
 
     @property
     def size(self) -> int:
-        return self.slots[-1].end if self.slots else len(self.header)
+        """Bytes of the whole file."""
+        return len(self.header) + self.data_size
 
 
-def plan_files(components: Mapping[str, ComponentTensors], shard_limit: int = SHARD_LIMIT) -> list[TensorFile]:
-    """Distribute all tensors over files. The result depends on nothing but its arguments."""
+def plan_files(components: Mapping[str, ComponentTensors], shard_limit: int | None = None) -> list[TensorFile]:
+    """Distribute all tensors over files of at most ``shard_limit`` (default ``SHARD_LIMIT``) bytes of tensors.
+
+    The result depends on nothing but its arguments.
+    """
+    limit = SHARD_LIMIT if shard_limit is None else shard_limit
     files: list[TensorFile] = []
     small: list[tuple[str, str]] = []
     for name, component in components.items():
@@ -79,7 +105,7 @@ def plan_files(components: Mapping[str, ComponentTensors], shard_limit: int = SH
         if _shares_file(component):
             small += [(name, key) for key in component.specs]
             continue
-        shards = _shards(component, shard_limit)
+        shards = _shards(component, limit)
         for number, keys in enumerate(shards, start=1):
             path = layout.tensor_file(name, number, len(shards))
             files.append(_build(path, [(name, key, key) for key in keys], components))
@@ -162,17 +188,17 @@ def _build(
 ) -> TensorFile:
     """A file of ``(component, key, name in the file)``; wide elements first, so that each one lies aligned."""
     ordered = sorted(tensors, key=lambda item: -ITEM_SIZES[components[item[0]].specs[item[1]].dtype])
-    entries: dict[str, object] = {"__metadata__": _metadata(ordered, components)}
-    offset = 0
-    spans: list[tuple[str, str, int, int]] = []
-    for component, key, name in ordered:
-        spec = components[component].specs[key]
-        entries[_free_name(name, entries)] = _entry(spec, offset)
-        spans.append((component, key, offset, offset + spec.nbytes))
-        offset += spec.nbytes
-    header = _pad(strictjson.dumps(entries).encode("ascii"))
-    slots = tuple(Slot(component, key, len(header) + begin, len(header) + end) for component, key, begin, end in spans)
-    return TensorFile(path, header, slots)
+    specs = tuple(components[component].specs[key] for component, key, _ in ordered)
+    ends = list(accumulate((spec.nbytes for spec in specs), initial=0))
+    slots = tuple(Slot(item[0], item[1], *span) for item, span in zip(ordered, pairwise(ends), strict=True))
+    return TensorFile(
+        path=path,
+        slots=slots,
+        names=tuple(name for _, _, name in ordered),
+        specs=specs,
+        metadata=_metadata(ordered, components),
+        frozen=all(key in components[component].frozen for component, key, _ in ordered),
+    )
 
 
 def _free_name(name: str, taken: Mapping[str, object]) -> str:
@@ -203,5 +229,5 @@ def _metadata(tensors: Sequence[tuple[str, str, str]], components: Mapping[str, 
 
 
 def _pad(header: bytes) -> bytes:
-    length = len(header) + -(8 + len(header)) % HEADER_ALIGNMENT
+    length = len(header) + -(8 + len(header)) % PAGE
     return struct.pack("<Q", length) + header.ljust(length, b" ")

@@ -1,4 +1,4 @@
-"""Checked values of the configuration: counts, durations such as ``"30min"``, sizes such as ``"500GB"``.
+"""Checked values of the configuration: counts, durations such as ``"30min"``, sizes such as ``"500GB"``, ``"1%"``.
 
 Pure. A check takes the key that the value stands under and returns the value in the type that the rest of the
 package uses, or raises :class:`FieldError`, which remembers the key so that the line in a file can be found.
@@ -40,6 +40,7 @@ _LEAVE_OUT = "leave the rule out (null) to switch it off"
 
 # ASCII digits only, and few enough of them that arithmetic stays cheap whatever the file says.
 _QUANTITY = re.compile(r"\s*(?P<number>[0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?P<unit>[A-Za-z]*)\s*")
+_PERCENT = re.compile(r"\s*(?P<number>[0-9]{1,20}(?:\.[0-9]{1,20})?)\s*%\s*")
 
 
 class FieldError(ConfigError):
@@ -132,6 +133,25 @@ def duration(key: str, value: object) -> timedelta:
     return timedelta(microseconds=_in_range(key, microseconds, value, _LARGEST_DURATION, _LEAVE_OUT))
 
 
+def fraction(key: str, value: object) -> float:
+    """A part of a whole, from text such as ``"1%"`` or a number such as 0.01: more than zero, less than all of it."""
+    if isinstance(value, str):
+        number = _percent(key, value)
+    elif isinstance(value, float) and math.isfinite(value):
+        number = value
+    elif isinstance(value, int) and not isinstance(value, bool):
+        _in_range(key, value, value, _LARGEST, _LEAVE_OUT)
+        raise FieldError((key,), f"{shown(value)} has no unit; write {shown(value)}%, or a number below 1")
+    else:
+        raise FieldError((key,), f"must be a percentage such as 1%, got {shown(value)}")
+    if number == 0:
+        raise FieldError((key,), _ZERO.format(instead=_LEAVE_OUT))
+    if not 0 < number < 1:
+        hint = f"; did you mean {shown(value)}%?" if isinstance(value, float) and 1 <= number < 100 else ""
+        raise FieldError((key,), f"must be more than 0% and less than 100%, got {shown(value)}{hint}")
+    return number
+
+
 def size(key: str, value: object) -> int:
     """Bytes, from a whole number of bytes or text such as ``"500GB"`` or ``"1.5TiB"``: more than zero."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -157,6 +177,31 @@ def format_size(value: int) -> str:
     """Text that :func:`size` reads back exactly, with the smallest whole number: ``"500GB"``, ``"64MiB"``."""
     unit = max((unit for unit in SIZE_UNITS if value % SIZE_UNITS[unit] == 0), key=lambda unit: SIZE_UNITS[unit])
     return f"{value // SIZE_UNITS[unit]}{unit}"
+
+
+def format_fraction(value: float) -> str | float:
+    """What :func:`fraction` reads back exactly: ``"1%"`` where that is possible, else the number."""
+    text = f"{value * 100:.6f}".rstrip("0").rstrip(".") + "%"
+    return text if value >= 1e-8 and _percent("", text) == value else value
+
+
+def roughly(seconds: float) -> str:
+    """Time passed, for people: ``12.3ms``, ``4.56s``, ``9.28min``."""
+    if seconds < 1:
+        return f"{seconds * 1000:.3g}ms"
+    for unit, length, limit in (("s", 1, 100), ("min", 60, 6000), ("h", 3600, 360_000)):
+        if seconds < limit:
+            return f"{seconds / length:.3g}{unit}"
+    return f"{seconds / 86400:.3g}d"
+
+
+def _percent(key: str, text: str) -> float:
+    match = _PERCENT.fullmatch(text)
+    if match is None:
+        raise FieldError((key,), f"must be a percentage such as 1% or 0.5%, got {shown(text)}")
+    whole, _, decimals = str(match["number"]).partition(".")
+    scale: int = 100 * 10 ** len(decimals)
+    return int(whole + decimals) / scale  # of integers: rounded once
 
 
 def _in_range(key: str, number: int, value: object, largest: int, instead: str) -> int:
@@ -214,9 +259,12 @@ __all__ = [
     "dotted",
     "duration",
     "format_duration",
+    "format_fraction",
     "format_size",
+    "fraction",
     "optional",
     "refuse_unknown",
+    "roughly",
     "shown",
     "size",
 ]

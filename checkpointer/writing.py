@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 
 import xxhash
 
 from checkpointer import layout
 from checkpointer.commit import Attempt
-from checkpointer.index import Chunk, Component, Index, Json
+from checkpointer.index import Chunk, Index, Json
 from checkpointer.info import CheckpointInfo
 from checkpointer.manifest import Manifest
 from checkpointer.repository import Repository
-from checkpointer.staging import StagedComponent, StagedTensor
-from checkpointer.storage import Buffer, blocks
-from checkpointer.tensorfile import SHARD_LIMIT, ComponentTensors, TensorFile, plan_files, shard_indexes
-
-WRITE_BLOCK = 8 << 20
-"""Bytes hashed and handed to the storage at a time."""
+from checkpointer.staging import Staged, StagedFile
+from checkpointer.storage import Buffer
+from checkpointer.tensorfile import shard_indexes
 
 logger = logging.getLogger("checkpointer")
 
@@ -35,26 +32,31 @@ class Snapshot:
     created: datetime
     metrics: Mapping[str, float]
     tags: tuple[str, ...]
-    components: Mapping[str, StagedComponent]
+    staged: Staged
     attachments: Mapping[str, bytes]
     parent: str | None
     environment: Mapping[str, Json]
-    statistics: Mapping[str, Json] = field(default_factory=dict)
+    mode: str = "sync"
+    wait_seconds: float = 0.0
+    """How long ``save`` waited for the one before."""
+    stall_seconds: float = 0.0
+    """How long ``save`` held training from then on, up to here."""
 
 
-def write_checkpoint(repository: Repository, snapshot: Snapshot, shard_limit: int = SHARD_LIMIT) -> CheckpointInfo:
+def write_checkpoint(repository: Repository, snapshot: Snapshot) -> CheckpointInfo:
     """Write and commit; durable when this returns. On any error nothing is visible and what was written is removed."""
-    tensors = {name: _tensors_of(component) for name, component in snapshot.components.items()}
-    files = plan_files(tensors, shard_limit)
-    small = _small_files(snapshot, files, tensors)
     began = time.perf_counter()
-    size = sum(file.size for file in files) + sum(map(len, small.values()))
+    files = snapshot.staged.files
+    small = _small_files(snapshot)
+    size = sum(file.size for file, _ in files) + sum(map(len, small.values()))
     attempt = repository.begin(snapshot.step, size)
     try:
-        chunks = _write_tensors(attempt, files, snapshot.components)
+        chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {}
+        for item in files:
+            chunks.update(_write_tensors(attempt, item))
         for path, data in small.items():
             attempt.write(path, [data], len(data))
-        index = _index(snapshot, files, chunks).to_bytes()
+        index = _index(snapshot.staged, chunks).to_bytes()
         attempt.write(layout.INDEX, [index], len(index))
         manifest = _manifest(repository, snapshot, attempt, time.perf_counter() - began)
         return repository.commit(attempt, manifest)
@@ -71,61 +73,34 @@ def _abandon(repository: Repository, attempt: Attempt) -> None:
         logger.warning("could not remove the unfinished %s; the next writer will", attempt.directory, exc_info=True)
 
 
-def _tensors_of(component: StagedComponent) -> ComponentTensors:
-    specs = {key: tensor.spec for key, tensor in component.tensors.items()}
-    return ComponentTensors(component.kind, specs, component.frozen, component.aliases)
-
-
-def _small_files(
-    snapshot: Snapshot, files: Sequence[TensorFile], tensors: Mapping[str, ComponentTensors]
-) -> dict[str, bytes]:
+def _small_files(snapshot: Snapshot) -> dict[str, bytes]:
     attached = {f"{layout.ATTACHMENTS}/{name}": data for name, data in snapshot.attachments.items()}
-    return {**shard_indexes(files, tensors), **attached}
+    staged = snapshot.staged
+    return {**shard_indexes([file for file, _ in staged.files], staged.parts), **attached}
 
 
-def _write_tensors(
-    attempt: Attempt, files: Sequence[TensorFile], components: Mapping[str, StagedComponent]
-) -> dict[tuple[str, str], tuple[Chunk, ...]]:
-    chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {}
-    for file in files:
-        hashes: list[str] = []
-        attempt.write(file.path, _file_pieces(file, components, hashes), file.size)
-        for slot, xxh3 in zip(file.slots, hashes, strict=True):
-            shape = components[slot.component].tensors[slot.key].spec.shape
-            chunk = Chunk((0,) * len(shape), shape, file.path, slot.begin, slot.end, xxh3)
-            chunks[slot.component, slot.key] = (chunk,)
-    return chunks
-
-
-def _file_pieces(file: TensorFile, components: Mapping[str, StagedComponent], hashes: list[str]) -> Iterator[Buffer]:
-    """Header and tensors of one file, in order; the hash of each tensor is appended to ``hashes`` as it passes."""
-    yield file.header
-    for slot in file.slots:
-        yield from _hashed(components[slot.component].tensors[slot.key], hashes)
-
-
-def _hashed(tensor: StagedTensor, hashes: list[str]) -> Iterator[memoryview]:
-    hasher = xxhash.xxh3_128()
-    for block in blocks(tensor.bytes(), WRITE_BLOCK):
-        hasher.update(block)
-        yield block
-    hashes.append(hasher.hexdigest())
-
-
-def _index(
-    snapshot: Snapshot, files: Sequence[TensorFile], chunks: Mapping[tuple[str, str], tuple[Chunk, ...]]
-) -> Index:
-    components = {
-        name: Component(
-            kind=component.kind,
-            tree=component.tree,
-            tensors={key: tensor.spec for key, tensor in component.tensors.items()},
-            meta=component.meta,
+def _write_tensors(attempt: Attempt, item: StagedFile) -> dict[tuple[str, str], tuple[Chunk, ...]]:
+    """Write one tensor file; returns the chunks that it holds."""
+    file, source = item
+    hashes: list[str] = []
+    attempt.write(file.path, _file_pieces(item, hashes), file.size, steady=source.steady)
+    start = len(file.header)
+    return {
+        (slot.component, slot.key): (
+            Chunk((0,) * len(spec.shape), spec.shape, file.path, start + slot.begin, start + slot.end, xxh3),
         )
-        for name, component in snapshot.components.items()
+        for slot, spec, xxh3 in zip(file.slots, file.specs, hashes, strict=True)
     }
-    headers = {file.path: (len(file.header), xxhash.xxh3_128_hexdigest(file.header)) for file in files}
-    return Index(components, chunks, headers)
+
+
+def _file_pieces(item: StagedFile, hashes: list[str]) -> Iterator[Buffer]:
+    yield item.file.header
+    yield from item.source.pieces(hashes)
+
+
+def _index(staged: Staged, chunks: Mapping[tuple[str, str], tuple[Chunk, ...]]) -> Index:
+    headers = {file.path: (len(file.header), xxhash.xxh3_128_hexdigest(file.header)) for file, _ in staged.files}
+    return Index(dict(staged.components), chunks, headers)
 
 
 def _manifest(repository: Repository, snapshot: Snapshot, attempt: Attempt, seconds: float) -> Manifest:
@@ -141,5 +116,19 @@ def _manifest(repository: Repository, snapshot: Snapshot, attempt: Attempt, seco
         data=attempt.data,
         files=dict(attempt.files),
         environment=snapshot.environment,
-        statistics={**snapshot.statistics, "write_seconds": round(seconds, 6)},
+        statistics=_statistics(snapshot, attempt, seconds),
     )
+
+
+def _statistics(snapshot: Snapshot, attempt: Attempt, seconds: float) -> dict[str, Json]:
+    """What the save has cost; where it is written before ``save`` returns, that holds training too."""
+    held = seconds if snapshot.mode == "sync" else 0.0
+    return {
+        "mode": snapshot.mode,
+        "wait_seconds": round(snapshot.wait_seconds, 6),
+        "stall_seconds": round(snapshot.stall_seconds + held, 6),
+        "write_seconds": round(seconds, 6),
+        "fsync_seconds": round(attempt.fsync_seconds, 6),
+        "bytes_written": sum(record.size for record in attempt.files.values()),
+        "bytes_shared": 0,
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -58,8 +59,8 @@ def _breaking(kind: type[Any]) -> type[Any]:
     """A subclass of a storage whose operations go through ``self.fault``."""
 
     def method(name: str) -> Callable[..., Any]:
-        def operation(self: Any, *arguments: Any) -> Any:
-            function = getattr(super(made, self), name)
+        def operation(self: Any, *arguments: Any, **keywords: Any) -> Any:
+            function = functools.partial(getattr(super(made, self), name), **keywords)
             return self.fault.call(name, function, arguments)
 
         return operation

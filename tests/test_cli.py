@@ -157,6 +157,38 @@ def test_ls_lists_a_checkpoint_with_a_damaged_manifest_last_and_says_why(run_roo
     assert "checksum" in row["reason"]
 
 
+def test_ls_with_stats_says_what_each_save_cost(run_root):
+    statistics = {
+        "wait_seconds": 0.0,
+        "stall_seconds": 0.0123,
+        "write_seconds": 2.5,
+        "fsync_seconds": 0.5,
+        "bytes_written": 1_500_000,
+        "bytes_shared": 31_000,
+        "mode": "async",
+    }
+    forge_statistics(run_root / "checkpoint-100" / "manifest.json", statistics)
+    forge_statistics(run_root / "checkpoint-200" / "manifest.json", {"stall_seconds": "soon"})
+    flip_byte(run_root / "checkpoint-300" / "manifest.json", 50)
+
+    result = invoke("ls", run_root, "--stats")
+    header, *lines = (line.split() for line in result.stdout.splitlines())
+    assert header == ["STEP", "MODE", "WAIT", "STALL", "WRITE", "FSYNC", "SIZE", "WRITTEN", "SHARED", "STATUS"]
+    assert [*lines[0][:6], *lines[0][7:]] == ["100", "async", "0ms", "12.3ms", "2.5s", "500ms", "1.5MB", "31.0kB", "ok"]
+    assert [*lines[1][:6], *lines[1][7:]] == ["200", "-", "-", "-", "-", "-", "-", "-", "ok"]
+    assert lines[2] == ["300", *["-"] * 8, "damaged"]
+
+    rows = document("ls", run_root, "--stats")["checkpoints"]
+    assert [row["statistics"] for row in rows] == [statistics, {"stall_seconds": "soon"}, None]
+    assert "statistics" not in document("ls", run_root)["checkpoints"][0]
+
+
+def forge_statistics(path: Path, statistics: dict[str, Any]) -> None:
+    fields = strictjson.unseal(path.read_bytes(), "")
+    del fields["checksum"]
+    path.write_bytes(strictjson.seal({**fields, "statistics": statistics}))
+
+
 def test_ls_calls_a_checkpoint_of_a_newer_format_unsupported(run_root):
     path = run_root / "checkpoint-200" / "manifest.json"
     fields = strictjson.unseal(path.read_bytes(), "")

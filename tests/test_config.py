@@ -115,6 +115,12 @@ def test_several_best_rules_are_a_list(load):
     assert load(text).keep.best == (BestRule(monitor="loss"), BestRule(monitor="acc", mode="max"))
 
 
+@pytest.mark.parametrize("spelling", ["1%", "0.01", "'1 %'", "1.0%", "1.0e-2"])
+def test_an_overhead_is_a_percentage_or_a_number(load, spelling):
+    save = load(f"save:\n  every: auto\n  max_overhead: {spelling}\n  mtbf: 1d\n").save
+    assert save == SavePolicy(every="auto", max_overhead=0.01, mtbf=timedelta(days=1))
+
+
 @pytest.mark.parametrize("spelling", ["off", '"off"', "false", "no"])
 def test_verify_off_needs_no_quotes_although_yaml_makes_it_a_boolean(load, spelling):
     assert load(f"restore:\n  verify: {spelling}\n").restore.verify == "off"
@@ -143,7 +149,11 @@ def test_every_shipped_file_is_valid_and_survives_a_round_trip(path):
 
 def test_the_shipped_files_are_the_documented_ones():
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert names >= {"default", "laptop", "pretraining", "preemptible", "lora", "sweep"}
+    assert names >= {"auto", "default", "laptop", "pretraining", "preemptible", "lora", "sweep"}
+
+
+def test_the_file_for_a_measured_interval_says_what_the_defaults_are():
+    assert Config.from_yaml(CONFIGS / "auto.yaml").save == SavePolicy(every="auto", on_signal=["SIGTERM"])
 
 
 def test_the_default_file_shows_every_key_with_its_default():
@@ -163,6 +173,8 @@ def test_to_yaml_is_readable():
         "  every_n_steps: null\n"
         "  every_n_epochs: null\n"
         "  every: 30min\n"
+        "  max_overhead: null\n"
+        "  mtbf: null\n"
         "  on_signal:\n"
         "  - SIGTERM\n"
         "keep:\n"
@@ -188,14 +200,13 @@ def test_to_yaml_is_readable():
 counts = st.none() | st.integers(1, 2**63 - 1)
 durations = st.none() | st.timedeltas(min_value=timedelta(microseconds=1))
 monitors = st.text(min_size=1).filter(str.isprintable) | st.sampled_from(["yes", "null", "1:30", " x ", "0", "~", "#"])
+signals = st.lists(st.sampled_from(["SIGTERM", "SIGINT"]))
+fractions = st.floats(0, 1, exclude_min=True, exclude_max=True) | st.sampled_from([0.01, 0.005, 0.5, 0.0725])
 configs = st.builds(
     Config,
-    save=st.builds(
-        SavePolicy,
-        every_n_steps=counts,
-        every_n_epochs=counts,
-        every=durations,
-        on_signal=st.lists(st.sampled_from(["SIGTERM", "SIGINT"])),
+    save=st.builds(SavePolicy, every_n_steps=counts, every_n_epochs=counts, every=durations, on_signal=signals)
+    | st.builds(
+        SavePolicy, every=st.just("auto"), max_overhead=st.none() | fractions, mtbf=durations, on_signal=signals
     ),
     keep=st.builds(
         KeepPolicy,
@@ -249,7 +260,7 @@ def test_a_configuration_can_be_pickled_and_hashed():
         ("save:\n  <<: {every: 1h}\n", "2: save.<<: unknown key"),
         (
             "save:\n  on: [SIGTERM]\n",
-            "2: save.on: unknown key (known: every_n_steps, every_n_epochs, every, on_signal)",
+            "2: save.on: unknown key (known: every_n_steps, every_n_epochs, every, max_overhead, mtbf, on_signal)",
         ),
         ("~: 1\n", "1: ~: unknown key"),
         # wrong types
@@ -269,7 +280,27 @@ def test_a_configuration_can_be_pickled_and_hashed():
         ("require_resume:\n", "1: require_resume: must be true or false, got null"),
         ("save:\n  on_signal: [TERM]\n", "2: save.on_signal[0]: this system has no signal 'TERM'; did you mean SIGTER"),
         ("save:\n  on_signal:\n  - SIGTERM\n  - SIGKILL\n", "4: save.on_signal[1]: SIGKILL cannot be handled"),
+        (
+            "save:\n  every: atuo\n",
+            "2: save.every: must be auto, or a positive number and a unit such as 30min, got 'at",
+        ),
+        ("save:\n  every: auto\n  max_overhead: 1\n", "3: save.max_overhead: 1 has no unit; write 1%"),
+        (
+            "save:\n  every: auto\n  max_overhead: 1.5\n",
+            "3: save.max_overhead: must be more than 0% and less than 100%",
+        ),
+        (
+            "save:\n  every: auto\n  max_overhead: little\n",
+            "3: save.max_overhead: must be a percentage such as 1% or 0",
+        ),
+        (
+            "save:\n  every: auto\n  max_overhead: -1%\n",
+            "3: save.max_overhead: must be a percentage such as 1% or 0.5%",
+        ),
+        ("save:\n  every: auto\n  mtbf: 12\n", "3: save.mtbf: 12 has no unit; write 12s, 12min, 12h or 12d"),
+        ("save:\n  every: 1h\n  mtbf: 12h\n", "3: save.mtbf: has a meaning only for an interval that is measured"),
         # zero
+        ("save:\n  every: auto\n  max_overhead: 0%\n", "3: save.max_overhead: 0 is refused"),
         ("keep:\n  last: 0\n", "2: keep.last: 0 is refused: frameworks disagree on its meaning"),
         ("keep:\n  max_size: 0GB\n", "2: keep.max_size: 0 is refused"),
         ("save:\n  every: 0min\n", "2: save.every: 0 is refused"),

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from checkpointer import CheckpointManager
+from checkpointer import CheckpointManager, tensorfile
 from checkpointer.errors import CheckpointerWarning
 from checkpointer.state.tensors import as_bytes
 from tests.compare import assert_identical
@@ -128,12 +128,7 @@ def test_tied_weights_are_stored_once_and_come_back_tied(local: Root) -> None:
 
 
 def test_a_model_above_the_size_limit_is_sharded_and_comes_back(local: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    from checkpointer import saving, writing
-
-    def write_in_small_shards(repository: Any, snapshot: Any) -> Any:
-        return writing.write_checkpoint(repository, snapshot, shard_limit=100_000)
-
-    monkeypatch.setattr(saving, "write_checkpoint", write_in_small_shards)
+    monkeypatch.setattr(tensorfile, "SHARD_LIMIT", 100_000)
     model = nn.Sequential(*(nn.Linear(100, 100) for _ in range(7)))
     expected = [parameter.detach().clone() for parameter in model.parameters()]
     with managers(local, local.url, {}, model=model) as mgr:

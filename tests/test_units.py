@@ -17,7 +17,10 @@ from checkpointer.units import (
     dotted,
     duration,
     format_duration,
+    format_fraction,
     format_size,
+    fraction,
+    roughly,
     shown,
     size,
 )
@@ -141,6 +144,60 @@ def test_what_would_round_to_zero_is_refused(check, text):
 )
 def test_absurdly_large_values_are_refused(check, value):
     assert "too large" in problem(check, value)
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [("1%", 0.01), ("0.5%", 0.005), (" 12.5 % ", 0.125), ("99.99%", 0.9999), (0.01, 0.01), (0.3, 0.3)],
+)
+def test_a_fraction_is_a_percentage_or_a_number(value, expected):
+    assert fraction("key", value) == expected
+
+
+@pytest.mark.parametrize(
+    "value", ["100%", "250%", 1.0, 2.5, 1e300, -0.01, "0.01", "1 percent", "%", "1%%", True, None, []]
+)
+def test_what_is_no_part_of_a_whole_is_refused(value):
+    assert problem(fraction, value).startswith("key: must be ")
+
+
+@pytest.mark.parametrize("value", [0, 0.0, "0%", "0.00%"])
+def test_a_fraction_of_nothing_is_refused_with_the_way_out(value):
+    assert "leave the rule out (null)" in problem(fraction, value)
+
+
+def test_a_percentage_without_its_sign_is_asked_for_it():
+    assert problem(fraction, 1) == "key: 1 has no unit; write 1%, or a number below 1"
+    assert problem(fraction, 1.5).endswith("did you mean 1.5%?")
+
+
+@pytest.mark.parametrize(
+    "value, text", [(0.01, "1%"), (0.005, "0.5%"), (0.125, "12.5%"), (1 / 3, 1 / 3), (1e-12, 1e-12)]
+)
+def test_fractions_are_written_as_percentages_where_that_is_exact(value, text):
+    assert format_fraction(value) == text
+
+
+@given(st.floats(0, 1, exclude_min=True, exclude_max=True))
+def test_every_fraction_reads_back_as_it_was_written(value):
+    assert fraction("key", format_fraction(value)) == value
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0ms"),
+        (0.0123, "12.3ms"),
+        (2, "2s"),
+        (99, "99s"),
+        (300, "5min"),
+        (5400, "90min"),
+        (36_000, "10h"),
+        (864_000, "10d"),
+    ],
+)
+def test_times_for_people_have_three_digits_and_a_unit(seconds, text):
+    assert roughly(seconds) == text
 
 
 @pytest.mark.parametrize("value", [True, False, 3.0, "3", None, [3]])

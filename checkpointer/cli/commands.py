@@ -27,11 +27,15 @@ for _command in (diff_command, export_command, import_command):
 
 @cli.command("ls", short_help="List all checkpoints, damaged ones too.")
 @click.argument("root")
+@click.option("--stats", is_flag=True, help="What each save has cost, instead.")
 @common
-def list_command(*, root: str, as_json: bool, storage_options: Mapping[str, object]) -> int:
+def list_command(*, root: str, stats: bool, as_json: bool, storage_options: Mapping[str, object]) -> int:
     """List all checkpoints in commit order; damaged ones too.
 
     Those whose manifest cannot be read have no order: they come last.
+
+    --stats: seconds that the call waited for the previous save, that it held training (stall), that writing took, and
+    fsync in it; bytes written, and bytes shared with an earlier checkpoint.
 
     \b
     --json: {"root", "checkpoints": [{"step", "epoch", "sequence", "id", "parent",
@@ -39,16 +43,17 @@ def list_command(*, root: str, as_json: bool, storage_options: Mapping[str, obje
       "status", "reason"}]}
     Times are ISO 8601 in UTC, sizes bytes, metrics numbers or "nan", "inf", "-inf".
     "status" is "ok", "damaged", or "unsupported" for a newer format; only
-    "step", "path", "status" and "reason" are never null then.
+    "step", "path", "status" and "reason" are never null then. With --stats each
+    has "statistics" too, as FORMAT.md describes them, or null.
     """
     from checkpointer.cli import gather, render
 
     with gather.opened(root, storage_options) as repository:
         rows = gather.listing(repository)
     if as_json:
-        emit_json({"root": repository.url, "checkpoints": [row.to_json() for row in rows]})
+        emit_json({"root": repository.url, "checkpoints": [row.to_json(statistics=stats) for row in rows]})
     else:
-        _print_table(render.listing_table(rows, _now()))
+        _print_table(render.statistics_table(rows) if stats else render.listing_table(rows, _now()))
         _warn_of_damage(rows)
     return FINE
 

@@ -43,8 +43,9 @@ class Row:
     reason: str | None = None
     """Why the status is not ``ok``."""
 
-    def to_json(self) -> Json:
+    def to_json(self, *, statistics: bool = False) -> Json:
         info = self.info
+        cost: Json = {"statistics": dict(info.statistics) if info else None} if statistics else {}
         return {
             "step": self.step,
             "epoch": info.epoch if info else None,
@@ -61,6 +62,7 @@ class Row:
             "path": self.path,
             "status": self.status,
             "reason": self.reason,
+            **cost,
         }
 
 

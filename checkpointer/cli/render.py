@@ -8,6 +8,8 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
 
 from checkpointer.cli.output import clean, color_system
+from checkpointer.cost import SaveCost
+from checkpointer.units import roughly
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -80,6 +82,35 @@ def _listing_cells(row: Row, now: datetime) -> list[str | tuple[str, ...]]:
         info.tags or NOTHING,
         "yes" if info.pinned else NOTHING,
         NOTHING if info.finite is None else yes_no(value=info.finite),
+        row.status,
+    ]
+
+
+def statistics_table(rows: Iterable[Row]) -> Table:
+    """What each save has cost."""
+    columns = (
+        Column("step", "right"),
+        Column("mode"),
+        Column("wait", "right"),
+        Column("stall", "right"),
+        Column("write", "right"),
+        Column("fsync", "right"),
+        Column("size", "right"),
+        Column("written", "right"),
+        Column("shared", "right"),
+        Column("status"),
+    )
+    return Table(columns, [_statistics_cells(row) for row in rows])
+
+
+def _statistics_cells(row: Row) -> list[str | tuple[str, ...]]:
+    cost = SaveCost.from_statistics(row.info.statistics if row.info else {})
+    return [
+        str(row.step),
+        cost.mode or NOTHING,
+        *(NOTHING if time is None else roughly(time) for time in (cost.wait, cost.stall, cost.write, cost.fsync)),
+        human_size(row.info.size) if row.info else NOTHING,
+        *(NOTHING if size is None else human_size(size) for size in (cost.written, cost.shared)),
         row.status,
     ]
 

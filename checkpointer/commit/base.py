@@ -36,11 +36,14 @@ class Attempt:
     data: str | None
     """The manifest's ``data``."""
     files: dict[str, FileRecord] = field(default_factory=dict)
+    fsync_seconds: float = 0.0
+    """Spent so far in making its files durable."""
 
-    def write(self, path: str, pieces: Iterable[Buffer], size: int) -> FileRecord:
-        """Write one durable file of ``size`` bytes and record its hash."""
+    def write(self, path: str, pieces: Iterable[Buffer], size: int, *, steady: bool = False) -> FileRecord:
+        """Write one durable file of ``size`` bytes and record its hash; ``steady`` as for :meth:`Storage.write`."""
         hasher = xxhash.xxh3_128()
-        self.storage.write(f"{self.directory}/{path}", _hashed(pieces, hasher), size)
+        hashed = _hashed(pieces, hasher)
+        self.fsync_seconds += self.storage.write(f"{self.directory}/{path}", hashed, size, steady=steady)
         record = self.files[path] = FileRecord(size, hasher.hexdigest())
         return record
 

@@ -25,7 +25,6 @@ from checkpointer.index import Component
 from checkpointer.info import CheckpointInfo
 from checkpointer.reading import CheckpointReader, ChunkRead
 from checkpointer.repository import Repository
-from checkpointer.staging import TensorTarget
 from checkpointer.state import SavedState
 from checkpointer.state.decoding import decode, outline
 from checkpointer.state.module import check_meta
@@ -33,6 +32,7 @@ from checkpointer.state.module_match import saved_entries
 from checkpointer.state.places import Places
 from checkpointer.state.tensors import is_plain
 from checkpointer.storage import open_storage
+from checkpointer.targets import TensorTarget
 from checkpointer.units import did_you_mean
 
 SAFETENSORS = ".safetensors"

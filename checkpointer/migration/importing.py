@@ -30,7 +30,7 @@ from checkpointer.errors import (
 from checkpointer.info import CheckpointInfo
 from checkpointer.migration.naming import ImportPlan, Naming, Part, plan_import
 from checkpointer.repository import Repository
-from checkpointer.staging import stage_live
+from checkpointer.staging import Stager
 from checkpointer.state import Captured
 from checkpointer.state.codec import encode
 from checkpointer.state.module import ModuleAdapter
@@ -210,7 +210,7 @@ def _snapshot(plan: ImportPlan, name: str, metrics: Mapping[str, float]) -> Snap
         created=datetime.now(timezone.utc),
         metrics=metrics,
         tags=(),
-        components={part: stage_live(state) for part, state in captured.items()},
+        staged=Stager().live(captured),
         attachments={VALUES: values} if plan.values else {},
         parent=None,
         environment={"checkpointer": __version__, "imported_from": name[:200]},  # what it was trained with is not known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -63,11 +64,14 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
 
     Expanded, overlapping and gapped tensors are described as row-major: that is how they come back.
     """
-    shape, strides = tuple(tensor.shape), tuple(tensor.stride())
-    keep = tensor.numel() > 0 and not _same_order(shape, strides) and is_dense(shape, strides)
-    return TensorSpec(
-        dtype=_NAMES[tensor.dtype], shape=shape, strides=strides if keep else None, device=str(tensor.device)
-    )
+    return _spec(tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+
+
+@functools.lru_cache(maxsize=1 << 16)  # the same few for all the tensors of a model, save after save
+def _spec(dtype: torch.dtype, size: torch.Size, strides: tuple[int, ...], device: torch.device) -> TensorSpec:
+    shape = tuple(size)
+    keep = 0 not in shape and not _same_order(shape, strides) and is_dense(shape, strides)
+    return TensorSpec(dtype=_NAMES[dtype], shape=shape, strides=strides if keep else None, device=str(device))
 
 
 def device_for(spec: TensorSpec, map_location: MapLocation) -> torch.device:
@@ -175,6 +179,20 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     if plain.numel() == 0:
         return torch.empty(0, dtype=torch.uint8)
     return plain.cpu().as_strided((plain.numel(),), (1,)).view(torch.uint8)
+
+
+def host_bytes(tensor: torch.Tensor) -> memoryview:
+    """The row-major bytes of a tensor: a view of its memory where it has that form, else a copy."""
+    array: Any = as_bytes(tensor).numpy()
+    return memoryview(array)
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as integers of the same size: few operators know the rarer dtypes, and bits are all that counts."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    if plain.dtype == torch.complex128:
+        return torch.view_as_real(plain).view(torch.int64)
+    return plain.view(CARRIERS[plain.element_size()])
 
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)

@@ -76,8 +76,12 @@ class Storage(Protocol):
 
     def open(self, path: str) -> ReadFile: ...
 
-    def write(self, path: str, pieces: Iterable[Buffer], size: int) -> None:
-        """Create a file of ``size`` bytes from ``pieces``; missing directories are made. It MUST NOT exist."""
+    def write(self, path: str, pieces: Iterable[Buffer], size: int, *, steady: bool = False) -> float:
+        """Create a file of ``size`` bytes from ``pieces``; missing directories are made. It MUST NOT exist.
+
+        A piece is done with when the next one is asked for; ``steady`` promises that all stay as they are until this
+        returns. Returns the seconds that it took to make what was written durable.
+        """
 
     def put(self, path: str, data: bytes) -> None:
         """Create or replace a small file atomically; missing directories are made."""

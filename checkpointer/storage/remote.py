@@ -121,7 +121,7 @@ class FsspecStorage:
         return RemoteFile(self, self._full(path), int(details["size"]), self.place(path))
 
     @_as_os_errors
-    def write(self, path: str, pieces: Iterable[Buffer], size: int) -> None:
+    def write(self, path: str, pieces: Iterable[Buffer], size: int, *, steady: bool = False) -> float:  # noqa: ARG002
         file = self._open_for_writing(path)
         try:
             written = 0
@@ -137,7 +137,9 @@ class FsspecStorage:
             with contextlib.suppress(AttributeError):  # in memory it is written already
                 file.closed = True  # or its finalizer would complete the upload
             raise
+        began = time.perf_counter()
         file.close()
+        return time.perf_counter() - began
 
     @_as_os_errors
     def put(self, path: str, data: bytes) -> None:

@@ -1,0 +1,133 @@
+"""Host memory that staged state is copied into: page-aligned, reused by every save, filled at memory speed."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from checkpointer.memory import Region
+from checkpointer.state.tensors import raw
+
+THREADS = 2
+"""Threads that copy: one alone does not reach the memory's speed. None uses OpenMP, whose barriers wait for a thread
+that has lost its core."""
+
+LARGE = 256 << 10
+"""Bytes. From here on it pays to share a copy with another thread."""
+
+PIECE = 4 << 20
+"""Bytes of a large copy that one thread takes at a time."""
+
+
+class Copy(NamedTuple):
+    """The row-major bytes of a tensor, and where in the arena they go."""
+
+    tensor: torch.Tensor
+    offset: int
+    size: int
+
+
+class Arena:
+    """Memory that grows when it has to and shrinks never, until it is freed."""
+
+    def __init__(self) -> None:
+        self._region: Region | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._pinned = False
+
+    @property
+    def size(self) -> int:
+        """Bytes that it holds."""
+        return self._region.size if self._region is not None else 0
+
+    def reserve(self, size: int, *, pinned: bool = False) -> memoryview:
+        """At least ``size`` bytes; whatever was there before is overwritten from now on.
+
+        ``pinned``: registered with CUDA, so that copies from the GPU run at the bus's speed.
+        """
+        if self._region is None or self._region.size < size:
+            self._drop()  # first: both at once may be more than the machine has
+            self._region = Region(size)
+        if pinned and not self._pinned:
+            self._pinned = _register(self._region)
+        return self._region.view
+
+    def fill(self, copies: Iterable[Copy]) -> None:
+        """Carry out all ``copies``; when this returns the tensors may change."""
+        assert self._region is not None
+        small: list[tuple[int, int, int]] = []
+        pieces: deque[tuple[int, int, int]] = deque()
+        others: list[Copy] = []
+        for copy in copies:
+            tensor, offset, size = copy
+            if not size:
+                continue
+            if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+                others.append(copy)
+            elif size < LARGE:
+                small.append((self._region.address + offset, tensor.data_ptr(), size))
+            else:
+                target, source = self._region.address + offset, tensor.data_ptr()
+                pieces += ((target + at, source + at, min(PIECE, size - at)) for at in range(0, size, PIECE))
+        helpers = [self._helpers().submit(_copy_pieces, pieces) for _ in range(THREADS - 1)] if len(pieces) > 1 else []
+        for target, source, size in small:
+            ctypes.memmove(target, source, size)
+        self._fill_from_elsewhere(others)
+        _copy_pieces(pieces)
+        for helper in helpers:
+            helper.result()
+
+    def free(self) -> None:
+        """Give the memory and the threads back."""
+        self._drop()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def _fill_from_elsewhere(self, copies: Iterable[Copy]) -> None:
+        """From other devices, and from memory that is not row-major."""
+        assert self._region is not None
+        devices = set()
+        for tensor, offset, size in copies:
+            bits = raw(tensor)
+            target = torch.frombuffer(self._region.view, dtype=torch.uint8, count=size, offset=offset)
+            target.view(bits.dtype).view(bits.shape).copy_(bits, non_blocking=self._pinned)
+            if tensor.is_cuda:
+                devices.add(tensor.device)
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
+
+    def _helpers(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(THREADS - 1, thread_name_prefix="checkpointer-copy")
+        return self._pool
+
+    def _drop(self) -> None:
+        if self._pinned and self._region is not None:
+            _unregister(self._region)
+        self._pinned = False
+        self._region = None
+
+
+def _copy_pieces(pieces: deque[tuple[int, int, int]]) -> None:
+    """Copy until none is left; memmove releases the GIL."""
+    while True:
+        try:
+            target, source, size = pieces.popleft()
+        except IndexError:
+            return
+        ctypes.memmove(target, source, size)
+
+
+def _register(region: Region) -> bool:
+    """Pin the region for CUDA; where the driver refuses, copies are only slower."""
+    return int(torch.cuda.cudart().cudaHostRegister(region.address, region.size, 0)) == 0
+
+
+def _unregister(region: Region) -> None:
+    torch.cuda.cudart().cudaHostUnregister(region.address)

@@ -1,0 +1,195 @@
+"""Writing large files at the speed of the disk: past the page cache where the file system allows it.
+
+Bytes are gathered in a small ring of aligned blocks, and a few threads write them; where the caller's memory is aligned
+and stays as it is, it is written from there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from checkpointer.memory import PAGE, Region, page_aligned
+
+BLOCK = 8 << 20
+"""Bytes of one write."""
+
+THREADS = 2
+"""As many writes are under way at a time. More gain nothing where one device takes them."""
+
+IN_FLIGHT = 3
+"""Blocks that are being written or wait for it. With the one being filled: the extra memory of a save."""
+
+O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+_SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2)
+
+
+def open_direct(path: str, flags: int) -> int:
+    """Open for writing past the page cache; through it where the file system refuses."""
+    try:
+        return os.open(path, flags | O_DIRECT, 0o666)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return os.open(path, flags, 0o666)
+
+
+def write_blocks(fd: int, pieces: Iterable[bytes | bytearray | memoryview], size: int, *, steady: bool) -> int:
+    """Write ``pieces``, ``size`` bytes in all, to an empty file; returns how many bytes there were.
+
+    Each piece is done with when the next one is asked for, unless ``steady``: then all stay as they are until this
+    returns, and those in page-aligned memory are written from where they are.
+    """
+    _preallocate(fd, size)
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpointer-disk") as pool:
+        written = _Blocks(fd, pool, size).write(pieces, steady=steady)
+    os.ftruncate(fd, written)  # the last block was filled up
+    return written
+
+
+class _Blocks:
+    """One file on its way to the disk."""
+
+    def __init__(self, fd: int, pool: ThreadPoolExecutor, size: int) -> None:
+        self._fd = fd
+        self._pool = pool
+        self._block = min(BLOCK, page_aligned(size))
+        ring = np.frombuffer(Region(self._block * (IN_FLIGHT + 1)).view, dtype=np.uint8)
+        self._free = [ring[start : start + self._block] for start in range(0, len(ring), self._block)]
+        self._flight: deque[tuple[Future[None], np.ndarray[Any, Any] | None]] = deque()
+        self._offset = 0
+        """Where the block that is being filled goes."""
+        self._filled = 0
+
+    def write(self, pieces: Iterable[bytes | bytearray | memoryview], *, steady: bool) -> int:
+        current: np.ndarray[Any, Any] | None = None
+        for piece in pieces:
+            rest = np.frombuffer(piece, dtype=np.uint8)
+            if steady and not self._filled and len(rest) >= PAGE and _address(rest) % PAGE == 0:
+                whole = len(rest) - len(rest) % PAGE
+                self._submit(rest[:whole], None)
+                rest = rest[whole:]
+            while len(rest):
+                if current is None:
+                    current = self._next_block()
+                count = min(len(rest), self._block - self._filled)
+                np.copyto(current[self._filled : self._filled + count], rest[:count])  # without the GIL
+                self._filled += count
+                rest = rest[count:]
+                if self._filled == self._block or (steady and not len(rest) and self._filled % PAGE == 0):
+                    self._submit(current[: self._filled], current)
+                    current, self._filled = None, 0
+        end = self._offset + self._filled
+        if current is not None:
+            padded = page_aligned(self._filled)
+            current[self._filled : padded] = 0
+            self._submit(current[:padded], current)
+        while self._flight:
+            self._land()
+        return end
+
+    def _next_block(self) -> np.ndarray[Any, Any]:
+        while not self._free:
+            self._land()
+        return self._free.pop()
+
+    def _submit(self, block: np.ndarray[Any, Any], owner: np.ndarray[Any, Any] | None) -> None:
+        if len(self._flight) == IN_FLIGHT:
+            self._land()
+        self._flight.append((self._begin(block.data), owner))
+        self._offset += len(block)
+
+    def _begin(self, view: memoryview) -> Future[None]:
+        try:
+            return self._pool.submit(_write_at, self._fd, view, self._offset)
+        except RuntimeError:  # the interpreter is about to exit and starts no threads any more
+            done: Future[None] = Future()
+            _write_at(self._fd, view, self._offset)
+            done.set_result(None)
+            return done
+
+    def _land(self) -> None:
+        """Wait for the oldest block; what went wrong with it ends the file."""
+        future, owner = self._flight.popleft()
+        future.result()
+        if owner is not None:
+            self._free.append(owner)
+
+
+def _write_at(fd: int, view: memoryview, offset: int) -> None:
+    position = 0
+    while position < len(view):
+        try:
+            count = os.pwrite(fd, view[position:], offset + position)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not _stop_direct(fd):
+                raise
+            continue
+        position += count
+        if position < len(view):
+            position -= position % PAGE  # a short write: the rest has to be aligned again
+            if count < PAGE:
+                raise OSError(errno.EIO, f"only {count} of {len(view) - position} bytes were taken")
+    if not _is_direct(fd):
+        _start_write_back(fd, offset, len(view))
+
+
+def _is_direct(fd: int) -> bool:
+    import fcntl
+
+    return bool(O_DIRECT and fcntl.fcntl(fd, fcntl.F_GETFL) & O_DIRECT)
+
+
+def _stop_direct(fd: int) -> bool:
+    """Go on through the page cache; ``False`` if that is where the writes go already."""
+    import fcntl
+
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if not (O_DIRECT and flags & O_DIRECT):
+        return False
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~O_DIRECT)
+    return True
+
+
+def _preallocate(fd: int, size: int) -> None:
+    """Reserve the blocks of the whole file: a full disk is noticed at once, and the file lies in few extents."""
+    call = _system_call("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if call is None or call(fd, 0, 0, page_aligned(size)) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in _UNSUPPORTED:
+        raise OSError(code, os.strerror(code))
+
+
+def _start_write_back(fd: int, offset: int, size: int) -> None:
+    """Let the kernel begin to write what it holds, so that the fsync at the end finds little left. Only a hint."""
+    call = _system_call("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    if call is not None:
+        call(fd, offset, size, _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _system_call(name: str, *types: Any) -> Callable[..., int] | None:
+    """A function of Linux's C library; ``None`` elsewhere. Without posix_fallocate: that one writes zeros instead."""
+    if sys.platform != "linux":
+        return None
+    function: Any = getattr(ctypes.CDLL(None, use_errno=True), name, None)
+    if function is not None:
+        function.argtypes = types
+    found: Callable[..., int] | None = function
+    return found
+
+
+def _address(array: np.ndarray[Any, Any]) -> int:
+    return int(array.__array_interface__["data"][0])
