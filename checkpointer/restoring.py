@@ -227,7 +227,7 @@ class Restorer:
         options = request.options
         if report.missing or report.unexpected:
             options = replace(options, partial=True)
-        plans = self._prepare(reader, names, options)
+        plans = self._prepare(reader, names, replace(options, rng=RNG in names))
         if request.verify != "off":
             reader.check_metadata()
         if request.verify == "before":

@@ -449,6 +449,48 @@ def test_what_is_drawn_between_restore_and_the_first_iterator_changes_nothing(tm
     assert_same(whole, resumed(make, tmp_path / "run", step, disturb=scramble), step)
 
 
+def random_states():
+    return random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", ["shuffled", "a batch sampler", "iterable"])
+def test_a_restore_that_does_not_name_rng_leaves_it_alone_at_the_first_iterator_too(name, workers, tmp_path):
+    def make():
+        if name == "iterable":
+            return StatefulDataLoader(Stream(), 4, num_workers=workers)
+        return MAP_STYLE[name](Items(), workers)
+
+    whole = uninterrupted(make, tmp_path / "run")
+    step = places(whole)["middle"]
+    run = new_run(make)
+    with CheckpointManager(tmp_path / "run", config=CONFIG, read_only=True, **run.components) as mgr:
+        mgr.restore(step)  # lets the first iterator set the generators, unless another restore comes between
+        mgr.restore(step, components=["model", "loader"])
+    scramble()
+    before = random_states()
+    iterator = iter(run.loader)
+    first = next(iterator, None)
+    assert_identical(random_states(), before)
+    rest = [entry[0] for entry in whole.trace[whole.saved_at[step] :]]
+    for batch in [] if first is None else [first, *iterator]:
+        assert_identical(batch, rest.pop(0))
+    assert type(rest[0]) is str  # the epoch is over
+
+
+def test_a_restore_that_names_rng_sets_it_at_the_first_iterator(tmp_path):
+    make = lambda: MAP_STYLE["shuffled"](Items(), 0)
+    whole = uninterrupted(make, tmp_path / "run")
+    step = places(whole)["middle"]
+    run = new_run(make)
+    with CheckpointManager(tmp_path / "run", config=CONFIG, read_only=True, **run.components) as mgr:
+        mgr.restore(step, components=["loader", "rng"])
+        restored = random_states()
+    scramble()
+    iter(run.loader)
+    assert_identical(random_states(), restored)
+
+
 def test_a_resume_of_a_resume_is_exact(tmp_path):
     make = lambda: MAP_STYLE["several passes"](Augmented(), 0)
     whole = uninterrupted(make, tmp_path / "run")

@@ -29,7 +29,7 @@ from checkpointer.errors import CheckpointerWarning, IncompatibleStateError, Uns
 
 T = TypeVar("T")
 
-#: Restored loaders whose epoch has not been taken up again.
+#: Loaders restored together with the global generators, whose epoch has not been taken up again.
 _WAITING: weakref.WeakSet[ResumableLoader[Any]] = weakref.WeakSet()
 
 
@@ -197,6 +197,10 @@ class ResumableLoader(Generic[T]):
         self._set_epoch = state_dict["set_epoch"]
         self._restored = dict(state_dict)
         _WAITING.add(self)
+
+    def leave_rng(self) -> None:
+        """Called after a restore without the global generators: the next ``iter`` leaves them as they are too."""
+        _WAITING.discard(self)
 
     # ------------------------------------------------------------------------------------------- beginning, resuming
 

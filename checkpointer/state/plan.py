@@ -61,6 +61,8 @@ class RestoreOptions:
     """Device of newly created tensors."""
     partial: bool = False
     """Only some components are restored: live ``requires_grad`` and training flags stay, and are reported."""
+    rng: bool = True
+    """Whether the global random generators are among the components that are restored."""
 
     def ignored(self, component: str, key: str) -> bool:
         """Whether ``key`` of ``component`` matches one of the globs of ``ignore_keys``."""

@@ -40,7 +40,8 @@ class StatefulAdapter:
         """Check the tree and allocate its tensors; ``load_state_dict`` is called by ``apply``.
 
         An object that has ``check_state_dict(state)`` may refuse here, before anything is changed. Where ``state`` has
-        a tensor or an array, it is given a placeholder: the data has not been read yet.
+        a tensor or an array, it is given a placeholder: the data has not been read yet. One that would set the global
+        random generators later on, and has ``leave_rng()``, is told so where they are not to be restored.
         """
         check_kind(saved, self.kind, self.live)
         component = saved.component
@@ -54,6 +55,9 @@ class StatefulAdapter:
 
         def apply() -> None:
             self._load(decode(component.tree, places.reads, place=self.name, specs=component.tensors))
+            leave_rng = getattr(self.live, "leave_rng", None)
+            if callable(leave_rng) and not options.rng:
+                leave_rng()
 
         return RestorePlan(places.reads, apply, ComponentReport(self.name, restored))
 
