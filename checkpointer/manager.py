@@ -361,21 +361,20 @@ class CheckpointManager:
         settled = time.perf_counter()
         created = datetime.now(timezone.utc)
         self._last()
-        components = self._saver.stage({name: adapter.capture() for name, adapter in self._adapters.items()})
+        staged = self._saver.stage({name: adapter.capture() for name, adapter in self._adapters.items()})
         snapshot = Snapshot(
             step=step,
             epoch=epoch,
             created=created,
             metrics=metrics,
             tags=tags,
-            components=components,
+            staged=staged,
             attachments=files,
             parent=self._position.tip.id if self._position.tip else None,
             environment=environment(),
-            statistics={
-                "wait_seconds": round(settled - began, 6),
-                "staging_seconds": round(time.perf_counter() - settled, 6),
-            },
+            mode=self._config.write.mode,
+            wait_seconds=settled - began,
+            stall_seconds=time.perf_counter() - settled,
         )
         handle = self._saver.submit(snapshot)
         if self._config.write.mode == "sync":
