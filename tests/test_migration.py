@@ -29,8 +29,11 @@ from checkpointer.errors import (
 from checkpointer.migration import export_checkpoint, import_checkpoint, plan_import
 from tests import training
 from tests.compare import assert_identical
+from tests.exact_resume.cases import CASES
+from tests.exact_resume.engine import build
 from tests.test_cli import document, error_of, flip_byte, invoke
 
+OPTIMIZERS = [name for name, case in CASES.items() if case.group == "optimizers" and not case.long]
 NO_RNG = "holds no state of the random generators"
 
 
@@ -116,6 +119,77 @@ def test_an_imported_run_goes_on_and_restores_completely_after_its_next_save(tmp
         again = manager.restore_latest()
     assert again is not None
     assert (again.step, again.report.missing) == (8, [])
+
+
+def _grouped(run):
+    return torch.optim.AdamW([{"params": [parameter]} for parameter in run.model.parameters()])
+
+
+def _fewer(run):
+    return torch.optim.AdamW([*run.model.parameters()][:-1])
+
+
+def _backwards(run):
+    return torch.optim.AdamW([*run.model.parameters()][::-1])
+
+
+def _other_class(run):
+    return torch.optim.SGD(run.model.parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    "make, complaint",
+    [
+        (_grouped, "1 parameter groups were saved, live are"),
+        (_fewer, "group 0: . parameters were saved, live are"),
+        (_backwards, r"group 0, position 0: 'exp_avg' was saved with shape \[.*\], the live parameter has"),
+        (_other_class, "group 0 was saved without 'momentum'.*was it another class of optimizer"),
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_optimizer_that_an_import_does_not_fit_is_refused_before_anything_changes(tmp_path, make, complaint, strict):
+    import_checkpoint(states(), tmp_path, step=1)
+    run = training.make(9)
+    optimizer = make(run)
+    before = run.snapshot()
+    manager = CheckpointManager(tmp_path, model=run.model, optimizer=optimizer, scheduler=run.scheduler)
+    with manager, pytest.raises(IncompatibleStateError, match=f"(?s)^optimizer: .*{complaint}"):
+        manager.restore_latest(strict=strict)
+    assert_identical(run.snapshot(), before)
+    assert not optimizer.state
+
+
+def test_an_optimizer_that_loads_in_its_own_way_judges_an_import_itself(tmp_path):
+    class Lenient(torch.optim.AdamW):
+        def load_state_dict(self, state_dict):
+            self.loaded = state_dict
+
+    import_checkpoint({"optimizer": states()["optimizer"]}, tmp_path, step=1)
+    optimizer = Lenient([torch.ones(2)])
+    with CheckpointManager(tmp_path, optimizer=optimizer) as manager, pytest.warns(CheckpointerWarning, match=NO_RNG):
+        manager.restore_latest()
+    assert len(optimizer.loaded["param_groups"]) == 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_imported_file_of_every_optimizer_fits_one_of_its_class(name, tmp_path):
+    run, fresh = build(name, 1), build(name, 2)
+    for number in range(2):
+        run.step(number)
+    state = {part: run.components[part].state_dict() for part in ("model", "optimizer")}
+    import_checkpoint(state, tmp_path, step=1)
+    parts = {part: fresh.components[part] for part in state}
+    with CheckpointManager(tmp_path, **parts) as manager, pytest.warns(CheckpointerWarning, match=NO_RNG):
+        manager.restore_latest()
+    assert_identical(fresh.components["optimizer"].state_dict(), state["optimizer"])
+
+
+def test_an_imported_file_of_an_old_torch_lacks_settings_that_have_defaults_now(tmp_path):
+    state = states()
+    known = ("lr", "betas", "eps", "weight_decay", "amsgrad", "params", "initial_lr")
+    groups = [{key: group[key] for key in known} for group in state["optimizer"]["param_groups"]]
+    import_checkpoint({**state, "optimizer": {**state["optimizer"], "param_groups": groups}}, tmp_path, step=1)
+    restored(tmp_path).advance(1)
 
 
 def test_a_prefix_that_every_key_has_is_removed_and_said(tmp_path):

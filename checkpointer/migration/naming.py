@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from checkpointer.errors import ConfigError
-from checkpointer.state.optimizer import has_usual_form
+from checkpointer.state.optimizer_misfits import has_usual_form
 from checkpointer.units import did_you_mean
 
 Naming: TypeAlias = "Mapping[str, str | None] | Callable[[str], str | None]"

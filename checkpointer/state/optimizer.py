@@ -7,16 +7,18 @@ still gets the right moments. State is restored with the dtypes it was saved wit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
-from checkpointer.errors import CorruptCheckpointError
+from checkpointer.errors import CorruptCheckpointError, IncompatibleStateError
 from checkpointer.index import Json
 from checkpointer.state.codec import encode
+from checkpointer.state.decoding import outline
+from checkpointer.state.module_match import SHOWN
 from checkpointer.state.names import parameter_names
-from checkpointer.state.optimizer_restore import OptimizerRestore
+from checkpointer.state.optimizer_misfits import has_usual_form, misfits
+from checkpointer.state.optimizer_restore import OptimizerRestore, loads_plainly
 from checkpointer.state.places import check_kind
 from checkpointer.state.plan import Captured, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.stateful import StatefulAdapter
@@ -66,17 +68,30 @@ class OptimizerAdapter:
 
 
 class _AsStateful(StatefulAdapter):
-    """An optimizer whose ``state_dict`` has a form of its own, known only to its ``load_state_dict``."""
+    """An optimizer saved without the names of its parameters, for its ``load_state_dict`` to make sense of.
+
+    It was imported, or its ``state_dict`` has a form of its own.
+    """
 
     kind = "optimizer"
 
+    def __init__(self, name: str, live: torch.optim.Optimizer) -> None:
+        super().__init__(name, live)
+        self.optimizer = live
 
-def has_usual_form(state: Any) -> bool:
-    """Whether a ``state_dict`` is ``{"state": {index: …}, "param_groups": [{"params": [index, …], …}, …]}``."""
-    if type(state) is not dict or set(state) != {"state", "param_groups"} or not isinstance(state["state"], dict):
-        return False
-    groups = state["param_groups"]
-    return isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups)
+    def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:
+        """As of :class:`StatefulAdapter`. What torch's own ``load_state_dict`` would refuse later is refused now."""
+        if loads_plainly(self.optimizer):
+            state, _ = outline(saved.component.tree, saved.component.tensors, place=self.name)
+            problems = misfits(state, self.optimizer)
+            if problems:
+                raise IncompatibleStateError(
+                    f"{self.name}: the checkpoint does not fit the live {type(self.optimizer).__qualname__}, nothing "
+                    "was changed:" + "".join(f"\n  {problem}" for problem in problems[:SHOWN]) + "\nits parameters "
+                    "have no names there (an imported file), so they must be the same in the same order; or restore "
+                    "the other components alone: components=[...]"
+                )
+        return super().prepare(saved, options)
 
 
 def live_names(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> list[list[str | None]]:
