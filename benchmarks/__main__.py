@@ -1,4 +1,4 @@
-"""Measure, and write the report: ``scripts/bench``, or ``python -m benchmarks`` in an environment that has the peers."""
+"""Measure, and write the report: ``scripts/bench``, or ``python -m benchmarks`` where the peers are installed."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     run = {
-        "scale": options.scale, "rounds": options.rounds, "seed": options.seed, "loader workers": options.loader_workers,
-    }  # fmt: skip
+        "scale": options.scale,
+        "rounds": options.rounds,
+        "seed": options.seed,
+        "loader workers": options.loader_workers,
+    }
     options.dir.mkdir(parents=True, exist_ok=True)
     about = {"environment": environment.describe(options.dir), "run": run}
     results = {}
@@ -64,9 +67,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="size of the state; 1 is 1.5 GB of GPT")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the order in each round, and of the data")
-    parser.add_argument("--loader-workers", type=int, default=0, help="forked workers of a DataLoader, alive in every save")
+    parser.add_argument(
+        "--loader-workers", type=int, default=0, help="forked workers of a DataLoader, alive in every save"
+    )
     parser.add_argument("--dir", type=Path, default=Path("runs/bench/work"), help="on the file system to measure")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="for results.md, results.json and the plots")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), help="for results.md, results.json and the plots"
+    )
     parser.add_argument("--against-goals", action="store_true", help="say of each goal of the project whether it holds")
     parser.add_argument("--strict", action="store_true", help="the same, with exit status 1 where one does not")
     return parser.parse_args(arguments)

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -32,6 +32,7 @@ from benchmarks.pagecache import sync
 from benchmarks.workloads import Training
 from checkpointer import CheckpointManager
 from checkpointer.errors import ConfigError
+from tests.vision import make_importable
 
 Restore = Callable[[], object]
 
@@ -64,21 +65,27 @@ class Contender(ABC):
     """What ``--only`` selects by."""
     title: ClassVar[str]
     requires: ClassVar[str] = ""
-    """The package that it needs."""
+    """The module of the package that it needs."""
     fsyncs: ClassVar[bool] = True
     """Whether what it calls done is on the disk. If not, the benchmark fsyncs after it, for the time to durable."""
     times_saves: ClassVar[bool] = True
     """``False``: saves like another contender, and is here for the way that it restores."""
 
     def __init__(self, folder: Path, training: Training, *, keep_all: bool = False) -> None:
-        if self.requires and importlib.util.find_spec(self.requires) is None:
-            raise Unavailable("not installed")
         self.folder = folder
         self.training = training
         self.keep_all = keep_all
         """Whether the checkpoints of one run add up on disk; else only the newest is kept."""
         self._count = 0
         folder.mkdir(parents=True)
+
+    @classmethod
+    def prepare(cls) -> None:
+        """Import what it needs: not part of any figure."""
+        if cls.requires:
+            if importlib.util.find_spec(cls.requires.split(".")[0]) is None:
+                raise Unavailable("not installed")
+            importlib.import_module(cls.requires)
 
     def save(self) -> Pending:
         """Save the run's state as it is now, as a new checkpoint."""
@@ -312,7 +319,7 @@ class DcpSave(Contender):
 
     def _save(self, path: Path) -> Pending:
         with _quiet():
-            dcp.save({"app": _App(self.training)}, checkpoint_id=path)
+            state_dict_saver.save({"app": _App(self.training)}, checkpoint_id=path)
         return Pending()
 
     def restorer(self, target: Training) -> Restore:
@@ -320,7 +327,7 @@ class DcpSave(Contender):
 
         def restore() -> None:
             with _quiet():
-                dcp.load({"app": _App(target)}, checkpoint_id=self.newest)
+                state_dict_loader.load({"app": _App(target)}, checkpoint_id=self.newest)
 
         return restore
 
@@ -333,7 +340,7 @@ class DcpAsync(DcpSave):
 
     def _save(self, path: Path) -> Pending:
         with _quiet():
-            answer = dcp.async_save(
+            answer = state_dict_saver.async_save(
                 {"app": _App(self.training)}, checkpoint_id=path, async_stager=self.stager
             )
         assert isinstance(answer, Future)
@@ -371,7 +378,9 @@ class DcpAsyncStaging(DcpAsync):
 
     def _save(self, path: Path) -> Pending:
         with _quiet():
-            answer = dcp.async_save({"app": _App(self.training)}, checkpoint_id=path, async_stager=self.stager)
+            answer = state_dict_saver.async_save(
+                {"app": _App(self.training)}, checkpoint_id=path, async_stager=self.stager
+            )
         assert not isinstance(answer, Future)
         self._staged = answer.staging_completion
         return Pending(answer.upload_completion)
@@ -397,7 +406,10 @@ class DcpAsyncStaging(DcpAsync):
 
 
 class TorchCheckpointing(Contender):
-    """Its tutorial, with the settings that its "Troubleshooting" gives for machines without an accelerator."""
+    """Its tutorial, with what its "Troubleshooting" says for machines without an accelerator.
+
+    Without direct I/O: version 0.1.1 writes unaligned memory with O_DIRECT, and fails with EINVAL on ext4.
+    """
 
     name, title, requires, fsyncs = "torch_checkpointing", "torch_checkpointing, async", "torch_checkpointing", False
 
@@ -407,7 +419,10 @@ class TorchCheckpointing(Contender):
         pinned = torch.accelerator.is_available()
         staging = package.CheckpointStagerConfig(use_pinned_memory=pinned, use_non_blocking_copy=pinned)
         saving = package.AsyncCheckpointSaverConfig(staging_config=staging)
-        self._manager = package.CheckpointManager(package.CheckpointManager.Config(save=saving))
+        files: Any = importlib.import_module("torch_checkpointing.storage.filesystem")
+        storage = files.LocalFileSystemStorageConfig(use_direct_io=False)
+        settings = package.CheckpointManager.Config(save=saving, storage_config=storage)
+        self._manager = package.CheckpointManager(settings)
 
     def _save(self, path: Path) -> Pending:
         return Pending(self._manager.save(str(path), _whole_state(self.training)))
@@ -438,11 +453,18 @@ class TorchCheckpointing(Contender):
 class Lightning(Contender):
     """``AsyncCheckpointIO`` around ``TorchCheckpointIO``, given what a Trainer would give it."""
 
-    name, title, requires, fsyncs = "lightning-async", "Lightning AsyncCheckpointIO", "lightning", False
+    name, title, fsyncs = "lightning-async", "Lightning AsyncCheckpointIO", False
+    requires = "lightning.pytorch.plugins.io"
+
+    @classmethod
+    def prepare(cls) -> None:
+        """It imports torchvision, if that is there."""
+        make_importable()
+        super().prepare()
 
     def __init__(self, folder: Path, training: Training, *, keep_all: bool = False) -> None:
         super().__init__(folder, training, keep_all=keep_all)
-        plugins: Any = importlib.import_module("lightning.pytorch.plugins.io")
+        plugins: Any = importlib.import_module(self.requires)
         self._written = threading.Event()
         written = self._written
 

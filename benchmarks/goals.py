@@ -86,13 +86,16 @@ def _saving(result: Result) -> list[Verdict]:
             _faster(f"`sync` is durable 2 × faster than {title}", durable, {title: value}, 2)
             for title, value in rivals.items()
         ),
-        _ratio("`async`: `save` blocks at most 1.15 × memcpy", asynchronous.median("blocked"), _best(result, "memcpy"), 1.15),
+        _ratio(
+            "`async`: `save` blocks at most 1.15 × memcpy",
+            asynchronous.median("blocked"), _best(result, "memcpy"), 1.15,
+        ),
         _at_most(
             "`lazy`: `save` blocks at most 10 ms + 5 µs a tensor",
             lazy.median("blocked"), 0.010 + 5e-6 * result.tensors, _milliseconds,
         ),
         _faster("`lazy`: excess step time below every peer's", lazy.median("excess"), _peers(result, "excess")),
-        _at_most("training thread held at most 5 ms beyond the idle loop (`async`)", *_held(asynchronous), _milliseconds),
+        _at_most("`async`: training thread held at most 5 ms beyond idle", *_held(asynchronous), _milliseconds),
     ]  # fmt: skip
 
 
@@ -106,11 +109,17 @@ def _held(outcome: Outcome) -> tuple[float | None, float | None]:
 
 def _restoring(result: Result) -> list[Verdict]:
     ours = _outcome(result, f"{OURS}-async")
+    warm, cold = (_best(result, f"{name}_read") for name in ("warm", "cold"))
     return [
-        _ratio("warm restore, verified, within 1.5 × raw warm read", ours.median("warm"), _best(result, "warm_read"), 1.5),
-        _ratio("cold restore within 1.1 × raw cold read", ours.median("cold"), _best(result, "cold_read"), 1.1),
-        _faster("warm restore and first step faster than every peer", ours.median("warm_step"), _peers(result, "warm_step")),
-        _faster("cold restore and first step faster than every peer", ours.median("cold_step"), _peers(result, "cold_step")),
+        _ratio("warm restore, verified, within 1.5 × raw warm read", ours.median("warm"), warm, 1.5),
+        _ratio("cold restore, verified, within 1.1 × raw cold read", ours.median("cold"), cold, 1.1),
+        *(
+            _faster(
+                f"{name} restore and first step faster than every peer",
+                ours.median(f"{name}_step"), _peers(result, f"{name}_step"),
+            )
+            for name in ("warm", "cold")
+        ),
     ]  # fmt: skip
 
 
@@ -119,7 +128,9 @@ def _memory(result: Result) -> list[Verdict]:
     above = asynchronous.median("save_memory")
     return [
         _at_most("extra memory of `sync` at most 64 MiB", sync.median("save_memory"), 64 * MIB, _mebibytes),
-        _at_most("extra memory of a restore at most 64 MiB", asynchronous.median("restore_memory"), 64 * MIB, _mebibytes),
+        _at_most(
+            "extra memory of a restore at most 64 MiB", asynchronous.median("restore_memory"), 64 * MIB, _mebibytes
+        ),
         _at_most("extra memory of `async` at most the state + 64 MiB", above, result.size + 64 * MIB, _mebibytes),
         _at_most("extra memory of `lazy` below that of `async`", lazy.median("save_memory"), above, _mebibytes),
     ]

@@ -148,7 +148,7 @@ class _Bench:
         self._outcomes = {kind.name: Outcome(kind.name, kind.title, kind.fsyncs) for kind in plan.contenders}
 
     def warm_up(self) -> None:
-        """Nothing of it is timed, so memory is watched here: from before a contender is made to after its second save."""
+        """Not timed, so that memory can be watched: from before a contender is made until after its second save."""
         self._ceilings.measure()
         for _ in range(3):
             self._training.step()
@@ -156,6 +156,11 @@ class _Bench:
         self._order.shuffle(kinds)
         for kind in kinds:
             outcome = self._outcomes[kind.name]
+            with self._failures_of(outcome):
+                kind.prepare()
+            if not outcome.valid:
+                self._tell(outcome, "")
+                continue
             with self._failures_of(outcome), memory.watch() as peak:
                 contender = kind(self._folder / kind.name, self._training)
                 self._ready[kind.name] = contender
@@ -271,7 +276,9 @@ class _Bench:
         with loader_workers(self._plan.loader_workers):
             training.step(contender.guard())  # after a fork, the first write to each page copies it
             _settle()
-            base = statistics.median([_seconds(lambda: training.step(contender.guard())) for _ in range(self._plan.steps)])
+            base = statistics.median(
+                [_seconds(lambda: training.step(contender.guard())) for _ in range(self._plan.steps)]
+            )
             self._reference.take(training)
             began = time.perf_counter()
             pending = contender.save()

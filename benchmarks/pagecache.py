@@ -61,7 +61,10 @@ def evict(files: Iterable[Path]) -> float:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     left = resident(files)
     if left > 0:
-        with contextlib.suppress(OSError), open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as switch:  # root only
+        with (
+            contextlib.suppress(OSError),
+            open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as switch,
+        ):  # root only
             switch.write("1")
         left = resident(files)
     return left

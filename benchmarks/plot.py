@@ -32,8 +32,12 @@ def draw(result: Result, stem: Path) -> list[Path]:
     for number, (axis, (name, ceiling, title)) in enumerate(zip(axes, PANELS, strict=True)):
         _bars(axis, result, outcomes, name, ceiling)
         axis.set_title(title)
-        axis.set_yticks(range(len(outcomes)), [item.title for item in outcomes] if number == 0 else [""] * len(outcomes))
-    figure.suptitle(f"{result.title}: {result.size / 1e9:.2f} GB of state. Seconds, less is better; red: the machine's limit")
+        axis.set_yticks(
+            range(len(outcomes)), [item.title for item in outcomes] if number == 0 else [""] * len(outcomes)
+        )
+    figure.suptitle(
+        f"{result.title}: {result.size / 1e9:.2f} GB of state. Seconds, less is better; red: the machine's limit"
+    )
     figure.tight_layout()
     paths = [stem.with_suffix(".svg"), stem.with_suffix(".png")]
     for path in paths:

@@ -78,18 +78,24 @@ def _saves(result: Result) -> str:
             if not outcome.valid:
                 rows.append([outcome.title, outcome.status])
             continue
-        rows.append([
-            _name(outcome),
-            *(_timed(result, outcome, figure, ceiling) for figure, ceiling in SAVE_FIGURES.items()),
-            _held(outcome),
-            _mebibytes(outcome, "save_memory"),
-            _mebibytes(outcome, "written"),
-        ])
+        rows.append(
+            [
+                _name(outcome),
+                *(_timed(result, outcome, figure, ceiling) for figure, ceiling in SAVE_FIGURES.items()),
+                _held(outcome),
+                _mebibytes(outcome, "save_memory"),
+                _mebibytes(outcome, "written"),
+            ]
+        )
     return _table(head, rows)
 
 
 def _restores(result: Result) -> str:
-    head = ["restore", *(f"{FIGURES[figure].removeprefix('restore')}, s" for figure in RESTORE_FIGURES), "extra memory, MiB"]
+    head = [
+        "restore",
+        *(f"{FIGURES[figure].removeprefix('restore')}, s" for figure in RESTORE_FIGURES),
+        "extra memory, MiB",
+    ]
     rows = [
         [
             outcome.title,
@@ -99,7 +105,9 @@ def _restores(result: Result) -> str:
         for outcome in result.outcomes
         if outcome.samples.get("warm")
     ]
-    return _table([head[0], *(cell.strip(" ,").replace("and first", "to the end of the first") for cell in head[1:])], rows)
+    return _table(
+        [head[0], *(cell.strip(" ,").replace("and first", "to the end of the first") for cell in head[1:])], rows
+    )
 
 
 def _workers(result: Result) -> str:
@@ -122,7 +130,8 @@ def _successive(result: Result) -> str:
         if found and outcome.valid:
             room = found["base"] + found["count"] * found["changed"]
             rows.append([
-                outcome.title, f"{found['count']:.0f}", f"{found['changed'] / 2**20:.2f}", f"{found['later'] / 2**20:.2f}",
+                outcome.title, f"{found['count']:.0f}",
+                f"{found['changed'] / 2**20:.2f}", f"{found['later'] / 2**20:.2f}",
                 f"{found['later'] / max(1, found['changed']):.2f} ×", f"{found['disk'] / 2**20:.1f}",
                 f"{found['disk'] / max(1, room):.2f} ×",
             ])  # fmt: skip

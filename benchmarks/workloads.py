@@ -172,7 +172,7 @@ def _bag(scale: float, tensors: int) -> Training:
     model = Bag(tensors // 2, max(1, round(scale * 4096 * 10_000 / tensors)))
 
     def backward(live: nn.Module) -> None:
-        parameters = list(live.parameters())
+        parameters: list[torch.Tensor] = list(live.parameters())
         for parameter, gradient in zip(parameters, torch._foreach_mul(parameters, 1e-3), strict=True):  # noqa: SLF001
             parameter.grad = gradient.detach()
 

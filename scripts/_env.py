@@ -1,4 +1,4 @@
-"""The environment that ``scripts/test`` and ``scripts/demo`` run in: made once, then found again.
+"""The environment that ``scripts/test``, ``scripts/demo`` and ``scripts/bench`` run in: made once, then found again.
 
 It lies in ``.venv`` of the repository, or where ``CHECKPOINTER_VENV`` says. A stamp in it names what it was made
 for. While that stays the same nothing is installed; an environment without a stamp is half-made and is made
@@ -52,18 +52,23 @@ def exit_with(program: Callable[[Sequence[str]], int]) -> None:
 
 
 @contextlib.contextmanager
-def environment() -> Iterator[str]:
-    """The Python of a complete environment, which nobody changes inside the ``with`` block."""
+def environment(extra: str = "") -> Iterator[str]:
+    """The Python of a complete environment, which nobody changes inside the ``with`` block.
+
+    ``extra`` names one of pyproject.toml's that has to be there too; it is added where it is missing.
+    """
     venv = Path(os.environ.get("CHECKPOINTER_VENV") or ROOT / ".venv").absolute()
     base = _find_interpreter()
     wanted = _stamp_for(base)
     venv.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{venv}.lock", "w", encoding="utf-8") as lock:
         _lock(lock.fileno(), exclusive=False)
-        while _read_stamp(venv) != wanted:
+        while any(_read_stamp(venv, part) != wanted for part in ("", extra)):
             _lock(lock.fileno(), exclusive=True)  # gives up the shared lock first: two runs can't wait for each other
             if _read_stamp(venv) != wanted:
                 _set_up(venv, base, wanted)
+            if _read_stamp(venv, extra) != wanted:
+                _add(venv, extra, wanted)
             _lock(lock.fileno(), exclusive=False)
         yield _python_of(venv)
 
@@ -99,12 +104,16 @@ def _digest(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _read_stamp(venv: Path) -> str | None:
+def _read_stamp(venv: Path, extra: str = "") -> str | None:
     """What the environment was made for; ``None`` if it is missing, half-made, or its base Python is gone."""
     try:
-        return (venv / STAMP).read_text(encoding="utf-8") if Path(_python_of(venv)).exists() else None
+        return _stamp_in(venv, extra).read_text(encoding="utf-8") if Path(_python_of(venv)).exists() else None
     except FileNotFoundError:
         return None
+
+
+def _stamp_in(venv: Path, extra: str) -> Path:
+    return venv / (f"{STAMP}-{extra}" if extra else STAMP)
 
 
 def _python_of(venv: Path) -> str:
@@ -134,9 +143,22 @@ def _set_up(venv: Path, base: str, wanted: str) -> None:
         print(f"setting up {venv} (once; minutes on a slow network)", flush=True)
         _make_anew(venv, base)
     _install(_python_of(venv))
+    _write_stamp(venv, "", wanted)
+
+
+def _write_stamp(venv: Path, extra: str, wanted: str) -> None:
     half_written = venv / f"{STAMP}.new"
     half_written.write_text(wanted, encoding="utf-8")
-    half_written.replace(venv / STAMP)
+    half_written.replace(_stamp_in(venv, extra))
+
+
+def _add(venv: Path, extra: str, wanted: str) -> None:
+    """Install an extra, beside the very torch that is there."""
+    python = _python_of(venv)
+    installer = ["uv", "pip", "install", "--python", python] if _is_installed("uv", python) else ["pip", "install"]
+    wheels = [f"{ROOT}[{extra}]", f"torch=={_installed_version('torch', python)}"]
+    _step(f"what [{extra}] asks for", [python, "-m", *installer, "-e", *wheels])
+    _write_stamp(venv, extra, wanted)
 
 
 def _make_anew(venv: Path, base: str) -> None:
