@@ -19,6 +19,8 @@ from checkpointer.index import Component, TensorSpec
 _PLAIN_KEY = re.compile(r"[\w./:-]+")
 _STRUCT = {"b1": "?", "i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "u4": "I", "i8": "q", "u8": "Q"}
 _STRUCT |= {"f2": "e", "f4": "f", "f8": "d"}
+_LONG = 20
+"""Items of a sequence that are all shown. Python's generator is one of 625 integers."""
 _MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, struct.error)
 
 
@@ -33,6 +35,13 @@ class Node:
     spec: TensorSpec | None = None
     """For tensors and arrays."""
     children: tuple[Node, ...] = ()
+    brief: str = ""
+    """``text`` without the middle of long sequences, where it has any."""
+
+    @property
+    def shown(self) -> str:
+        """What a person wants to see of ``text``."""
+        return self.brief or self.text
 
     @property
     def inline(self) -> bool:
@@ -126,7 +135,9 @@ class _Outliner:
         if not all(node.inline for node in nodes):
             return Node(label, kind, children=nodes)
         comma = "," if kind == "tuple" and len(nodes) == 1 else ""
-        return Node(label, form.format(", ".join(node.text for node in nodes) + comma))
+        text = ", ".join(node.text for node in nodes) + comma
+        brief = ", ".join(_abbreviated([node.shown for node in nodes])) + comma
+        return Node(label, form.format(text), brief="" if brief == text else form.format(brief))
 
     def _mapping(self, label: str, pairs: list[Any], kind: str, *, decoded: bool = False) -> Node:
         nodes = []
@@ -139,7 +150,7 @@ class _Outliner:
         name, value = payload
         inner = self.build("value", value)
         if inner.inline:
-            return Node(label, f"{name}: {inner.text}")
+            return Node(label, f"{name}: {inner.text}", brief=f"{name}: {inner.brief}" if inner.brief else "")
         return Node(label, str(name), children=inner.children or (inner,))
 
     def _subclass(self, label: str, value: Any) -> Node:
@@ -156,6 +167,10 @@ class _Outliner:
             return self.tensor(label, value["tensor"], kind)
         data = base64.b64decode(value, validate=True)
         return Node(label, repr(data) if kind == "bytes" else f"bytearray({data!r})")
+
+
+def _abbreviated(items: list[str]) -> list[str]:
+    return items if len(items) <= _LONG else [*items[:3], f"… {len(items) - 4} more …", items[-1]]
 
 
 def _listed(value: Any) -> list[Any]:

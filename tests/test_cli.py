@@ -366,6 +366,19 @@ def test_show_writes_every_kind_of_value_as_python_does(tmp_path):
     assert re.search(r"many\[0\] +float32 +\[1\] +4B\n", text)
 
 
+def test_show_abbreviates_long_lists_and_json_has_them_whole(tmp_path):
+    state = {"long": [*range(1000)], "inside": {"pair": (1, (0, *range(624)), None)}, "short": [*range(20)]}
+    make_run(tmp_path, [1], state=state)
+
+    for text in (invoke("show", tmp_path).stdout, visible(on_terminal("show", tmp_path, width=300))):
+        assert "= [0, 1, 2, … 996 more …, 999]\n" in text
+        assert "= (1, (0, 0, 1, … 621 more …, 623), None)\n" in text
+        assert "= [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19]\n" in text
+        assert re.search(r"python +(= )?\(3, \((\d+, ){3}… 621 more …, \d+\), None\)\n", text)
+        assert max(map(len, text.splitlines())) < 300
+    assert document("show", tmp_path)["components"]["state"]["tree"]["long"] == state["long"]
+
+
 def test_show_names_tied_weights_once(tmp_path):
     model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
     model["head"].weight = model["embed"].weight

@@ -67,8 +67,23 @@ def readers_names() -> dict[str, Any]:
     }
 
 
+def write_lightning_file(names: dict[str, Any]) -> None:
+    """What Lightning's trainer saves of a module that keeps this model as its attribute ``model``."""
+    names["train_step"](0)
+    file = {
+        "epoch": 1,
+        "global_step": 1,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": {f"model.{key}": value for key, value in names["model"].state_dict().items()},
+        "optimizer_states": [names["optimizer"].state_dict()],
+        "lr_schedulers": [names["scheduler"].state_dict()],
+    }
+    torch.save(file, "lightning.ckpt")
+
+
 def run_python_blocks() -> None:
     """Each block with new live objects, as in a new process, on the runs that the blocks before it have written."""
+    write_lightning_file(readers_names())
     imports: dict[str, Any] = {}
     for line, source in blocks("python"):
         names = {**imports, **readers_names()}
@@ -81,7 +96,7 @@ def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     run_python_blocks()
     runs = {path.name for path in (tmp_path / "runs").iterdir()}
-    assert runs == {"accumulation", "epochs", "preemptible", "vit", "whole"}
+    assert runs == {"accumulation", "epochs", "from-lightning", "preemptible", "vit", "whole"}
 
 
 def test_yaml_blocks_are_valid_configurations() -> None:

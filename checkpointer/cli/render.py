@@ -235,7 +235,7 @@ def _plain_leaves(nodes: Iterable[Node]) -> Iterator[str]:
     tensors = [_tensor_cells(node.spec, node.text) for _, node in found if node.spec is not None]
     lines = iter(aligned(tensors, ("left", "left", "right", "left")).splitlines() if tensors else ())
     for path, node in found:
-        yield f"  {path:<{names}}  {clean(f'= {node.text}') if node.spec is None else next(lines)}"
+        yield f"  {path:<{names}}  {clean(f'= {node.shown}') if node.spec is None else next(lines)}"
 
 
 def _tensor_cells(spec: TensorSpec, what: str) -> tuple[str, str, str, str]:
@@ -304,7 +304,7 @@ def _grow(tree: Tree, nodes: Iterable[Node]) -> None:
         elif node.children:
             _grow(tree.add(Text.assemble(label, "  ", (clean(node.text), "dim"))), node.children)
         else:
-            tree.add(Text.assemble(label, " = ", (shortened(clean(node.text)), "yellow")))
+            tree.add(Text.assemble(label, " = ", (shortened(clean(node.shown)), "yellow")))
 
 
 def shortened(text: str) -> str:
