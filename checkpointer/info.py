@@ -45,6 +45,9 @@ class CheckpointInfo:
     """The last free-text note annotated."""
     statistics: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What the save cost, for humans: seconds and bytes by name."""
+    copies: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """Bytes of each physical copy that its files lie on, by the copy's name, on which checkpoints that share a file agree.
+    Empty: all ``size`` bytes are its own."""
     damaged: str | None = None
     """Why a restore or ``verify`` found this checkpoint damaged; ``None`` while nothing is known against it."""
 

@@ -23,10 +23,14 @@ _SPECIAL_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and xxh3-128 (32 hexadecimal digits) of a whole file."""
+    """Size in bytes and xxh3-128 (32 hexadecimal digits) of a whole file, and whose bytes it shares."""
 
     size: int
     xxh3: str
+    origin: str | None = None
+    """``id`` of the earlier checkpoint whose save wrote the bytes that this file shares; ``None``: its own did."""
+    turn: int = 1
+    """Which of the consecutive checkpoints that share these bytes this one is; the one that wrote them is the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,19 @@ class Manifest:
         """Bytes of all files but the manifest."""
         return sum(record.size for record in self.files.values())
 
+    @property
+    def copies(self) -> dict[str, int]:
+        """Bytes of each physical copy that the files lie on, by its name."""
+        return {self.copy(path): record.size for path, record in self.files.items()}
+
+    def copy(self, path: str) -> str:
+        """A name of the physical copy that file ``path`` lies on; checkpoints that share it agree on the name.
+
+        Where files cannot be linked (``data`` is given) sharing is a copy made by the server, so it is one of its own.
+        """
+        origin = self.files[path].origin
+        return f"{origin if origin and not self.data else self.id}/{path}"
+
     def place(self, path: str) -> str:
         """Where file ``path`` lies, relative to the checkpoint's directory."""
         return f"{self.data}/{path}" if self.data else path
@@ -73,6 +90,7 @@ class Manifest:
             finite=self.finite,
             path=path,
             statistics=dict(self.statistics),
+            copies=self.copies,
         )
 
     def to_bytes(self) -> bytes:
@@ -96,6 +114,7 @@ class Manifest:
             "world_size": self.world_size,
             "data": self.data,
             "files": {path: [record.size, record.xxh3] for path, record in self.files.items()},
+            **self._shared_to_json(),
             "environment": dict(self.environment),
             "statistics": dict(self.statistics),
         }
@@ -110,6 +129,10 @@ class Manifest:
         except CorruptCheckpointError as error:  # a forged sequence, for one, can make the next one impossible
             raise SaveError(f"this checkpoint could not be read back, so it is not committed: {error}") from error
         return data
+
+    def _shared_to_json(self) -> dict[str, object]:
+        shared = {path: [file.origin, file.turn] for path, file in self.files.items() if file.origin is not None}
+        return {"shared": shared} if shared else {}
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
@@ -159,7 +182,9 @@ def _from_json(raw: Mapping[str, object]) -> Manifest:
         finite=finite,
         world_size=strictjson.integer(raw["world_size"], "world_size", low=1, high=2**31),
         data=None if data is None else str(data),
-        files=_parse_files(strictjson.mapping(raw["files"], "files")),
+        files=_parse_files(
+            strictjson.mapping(raw["files"], "files"), strictjson.mapping(raw.get("shared", {}), "shared")
+        ),
         environment=strictjson.mapping(raw["environment"], "environment"),
         statistics=strictjson.mapping(raw["statistics"], "statistics"),
     )
@@ -172,15 +197,24 @@ def _parse_time(text: str) -> datetime:
     return created.astimezone(timezone.utc)
 
 
-def _parse_files(raw: Mapping[str, object]) -> dict[str, FileRecord]:
-    return {layout.check_relative(path): _parse_record(value, path) for path, value in raw.items()}
+def _parse_files(raw: Mapping[str, object], shared: Mapping[str, object]) -> dict[str, FileRecord]:
+    strangers = shared.keys() - raw.keys()
+    if strangers:
+        raise CorruptCheckpointError(f"shared names {min(strangers)[:100]!r}, which is not in files")
+    return {layout.check_relative(path): _parse_record(path, value, shared.get(path)) for path, value in raw.items()}
 
 
-def _parse_record(value: object, path: str) -> FileRecord:
+def _parse_record(path: str, value: object, shared: object) -> FileRecord:
     items = strictjson.array(value, f"file {path!r}")
     if len(items) != 2:
         raise CorruptCheckpointError(f"file {path!r} must be [size, xxh3]")
-    return FileRecord(strictjson.integer(items[0], f"size of {path!r}"), strictjson.digest(items[1], path))
+    size, xxh3 = strictjson.integer(items[0], f"size of {path!r}"), strictjson.digest(items[1], path)
+    if shared is None:
+        return FileRecord(size, xxh3)
+    origin, turn, *rest = [*strictjson.array(shared, f"shared file {path!r}"), None, None]
+    if not layout.is_id(origin) or len(rest) != 2:
+        raise CorruptCheckpointError(f"shared file {path!r} must be [id, turn]")
+    return FileRecord(size, xxh3, str(origin), strictjson.integer(turn, f"turn of {path!r}", low=2, high=2**31))
 
 
 def metric_to_json(value: float) -> float | str:

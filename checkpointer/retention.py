@@ -11,10 +11,11 @@ one restored from) is never removed; and checkpoints that are damaged or hold Na
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from checkpointer.info import CheckpointInfo
 from checkpointer.units import (
@@ -80,7 +81,8 @@ class KeepPolicy:
     within: timedelta | None
     """Everything younger than this."""
     max_size: int | None
-    """Budget in bytes for all kept checkpoints, applied after the rules. A budget, not a rule: it keeps nothing."""
+    """Budget in bytes for all kept checkpoints, applied after the rules; files that they share count once. A budget,
+    not a rule: it keeps nothing."""
 
     def __init__(
         self,
@@ -117,6 +119,12 @@ class RetentionPlan:
     """Checkpoints that stay."""
     remove: list[Decision]
     """Checkpoints that pruning removes."""
+
+    @property
+    def freed(self) -> int:
+        """Bytes that removing frees: what is shared with a checkpoint that stays is not freed."""
+        stay = [info for info, _ in self.keep]
+        return physical_size([*stay, *(info for info, _ in self.remove)]) - physical_size(stay)
 
     def __str__(self) -> str:
         verdicts = [(_order(info), "keep", info.step, reasons) for info, reasons in self.keep]
@@ -291,17 +299,36 @@ def _over_budget(
     usable = [info for info in intact if info.usable]
     removable = [info for info in intact if _order(info) not in protected]
     return [
-        *_until_fits((info for info in removable if not info.usable), _total(intact), max_size),
-        *_until_fits((info for info in removable if info.usable), _total(usable), max_size),
+        *_until_fits((info for info in removable if not info.usable), intact, max_size),
+        *_until_fits((info for info in removable if info.usable), usable, max_size),
     ]
 
 
-def _until_fits(candidates: Iterable[CheckpointInfo], total: int, max_size: int) -> Iterator[CheckpointInfo]:
+def _until_fits(
+    candidates: Iterable[CheckpointInfo], counted: Sequence[CheckpointInfo], max_size: int
+) -> Iterator[CheckpointInfo]:
+    """Candidates to remove until those ``counted`` fit. A shared copy is freed when the last that lies on it goes."""
+    holders = Counter(copy for info in counted for copy in _copies(info))
+    total = physical_size(counted)
     for info in candidates:
         if total <= max_size:
             return
-        total -= info.size
+        for copy, taken in _copies(info).items():
+            holders[copy] -= 1
+            total -= 0 if holders[copy] else taken
         yield info
+
+
+def physical_size(checkpoints: Iterable[CheckpointInfo]) -> int:
+    """Bytes that ``checkpoints`` take together: a physical copy that several of them lie on counts once."""
+    sizes: dict[object, int] = {}
+    for info in checkpoints:
+        sizes.update(_copies(info))
+    return sum(sizes.values())
+
+
+def _copies(info: CheckpointInfo) -> Mapping[Any, int]:
+    return info.copies or {_order(info): info.size}
 
 
 # Helpers
@@ -332,10 +359,6 @@ def _ranked(infos: Sequence[CheckpointInfo], rule: BestRule) -> list[tuple[Check
     values = [(info, _metric(info, rule.monitor)) for info in reversed(infos) if info.usable]
     sign = 1 if rule.mode == "min" else -1
     return sorted(((info, value) for info, value in values if value is not None), key=lambda pair: sign * pair[1])
-
-
-def _total(infos: Iterable[CheckpointInfo]) -> int:
-    return sum(info.size for info in infos)
 
 
 def _metric(info: CheckpointInfo, monitor: str) -> float | None:
@@ -370,4 +393,4 @@ def _best_rule(key: tuple[str | int, ...], value: object) -> BestRule:
         raise error.under(*key) from None
 
 
-__all__ = ["BestRule", "Decision", "KeepPolicy", "RetentionPlan", "plan", "rank"]
+__all__ = ["BestRule", "Decision", "KeepPolicy", "RetentionPlan", "physical_size", "plan", "rank"]

@@ -274,7 +274,7 @@ def test_show_prints_tensors_values_files_and_facts(tmp_path):
     assert f"checkpoint {tmp_path / 'checkpoint-100'}" in lines
     assert "metrics val_loss=0.01" in lines
     assert f"environment.torch {torch.__version__}" in lines
-    assert any(re.fullmatch(r"model\.safetensors \d+B [0-9a-f]{32}", line) for line in lines)
+    assert any(re.fullmatch(r"model\.safetensors [\d.]+k?B [0-9a-f]{32}", line) for line in lines)
     assert any(line.startswith("statistics.write_seconds ") for line in lines)
     assert "model (module, 2 tensors, 32B)" in lines
     assert "weight float32 [2, 3] 24B" in lines
@@ -291,8 +291,28 @@ def test_show_as_json_adds_manifest_and_components_to_the_row(run_root):
     weight = shown["components"]["model"]["tensors"]["weight"]
     assert weight == {"dtype": "float32", "shape": [2, 3], "size": 24, "device": "cpu"}
     assert set(shown["components"]["model"]) == {"kind", "size", "tensors", "tree", "meta"}
-    assert set(shown["files"]["index.json"]) == {"size", "xxh3"}
+    assert set(shown["files"]["index.json"]) == {"size", "xxh3", "shared_with"}
     assert shown["environment"]["torch"] == str(torch.__version__)
+
+
+def test_show_says_which_checkpoints_lie_on_the_same_bytes(run_root):
+    for step in (200, 300):
+        path = run_root / f"checkpoint-{step}" / "manifest.json"
+        fields = strictjson.unseal(path.read_bytes(), "")
+        del fields["checksum"]
+        origin = document("show", run_root, 100)["id"]
+        path.write_bytes(strictjson.seal({**fields, "shared": {"model.safetensors": [origin, step // 100]}}))
+
+    shown = document("show", run_root, 200)["files"]
+    assert shown["model.safetensors"]["shared_with"] == ["checkpoint-100", "checkpoint-300"]
+    assert shown["index.json"]["shared_with"] == []
+    assert document("show", run_root, 100)["files"]["model.safetensors"]["shared_with"] == [
+        "checkpoint-200",
+        "checkpoint-300",
+    ]
+    (line,) = (line for line in invoke("show", run_root).stdout.splitlines() if line.startswith("  model.safetensors"))
+    assert line.endswith("  shared with checkpoint-100, checkpoint-200")
+    assert "shared with checkpoint-100, checkpoint-200" in visible(on_terminal("show", run_root))
 
 
 def test_show_writes_every_kind_of_value_as_python_does(tmp_path):

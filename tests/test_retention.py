@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from checkpointer.errors import ConfigError
 from checkpointer.info import CheckpointInfo
-from checkpointer.retention import BestRule, KeepPolicy, plan, rank
+from checkpointer.retention import BestRule, KeepPolicy, physical_size, plan, rank
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
 HOUR = timedelta(hours=1)
@@ -247,6 +247,39 @@ def test_a_newest_checkpoint_with_nan_pushes_no_good_one_out_of_the_budget():
     assert kept(checkpoints, last=2, max_size=20) == [100, 200, 300]
 
 
+def lora(step, *, origin, **fields):
+    """A checkpoint of 1 byte of its own, and 100 that it shares with all of the same ``origin``."""
+    return checkpoint(step, size=101, copies={f"{origin}/model": 100, f"{step}/optimizer": 1}, **fields)
+
+
+def test_a_shared_copy_counts_once_against_the_budget():
+    checkpoints = [lora(step, origin="a") for step in (100, 200, 300, 400)]
+    assert physical_size(checkpoints) == 104
+    assert kept(checkpoints, max_size=104) == [100, 200, 300, 400]
+    assert kept(checkpoints, max_size=103) == [200, 300, 400]
+
+
+def test_removing_one_of_several_that_share_a_copy_frees_only_what_is_its_own():
+    checkpoints = [*(lora(step, origin="a") for step in (100, 200)), *(lora(step, origin="b") for step in (300, 400))]
+    assert kept(checkpoints, max_size=203) == [200, 300, 400]
+    assert kept(checkpoints, max_size=202) == [300, 400]
+    assert kept(checkpoints, max_size=102) == [300, 400]
+    assert kept(checkpoints, max_size=101) == [400]
+
+
+def test_a_copy_that_a_protected_checkpoint_lies_on_is_not_freed():
+    checkpoints = [lora(100, origin="a", pinned=True), *(lora(step, origin="a") for step in (200, 300, 400))]
+    assert kept(checkpoints, max_size=103) == [100, 300, 400]
+    assert kept(checkpoints, max_size=1) == [100, 400]
+
+
+def test_the_plan_knows_how_many_bytes_removing_frees():
+    checkpoints = [lora(step, origin=origin) for step, origin in ((100, "a"), (200, "b"), (300, "b"))]
+    assert plan(checkpoints, KeepPolicy(last=1), now=NOW).freed == 102
+    assert plan(checkpoints, KeepPolicy(), now=NOW).freed == 0
+    assert plan(run(100, 200, 300, size=10), KeepPolicy(last=1), now=NOW).freed == 20
+
+
 def test_the_plan_goes_on_until_planning_again_would_change_nothing():
     # 0 and 12 do not fit. Without them, `every` starts at 20, which is the best one, and 24 is too close to it.
     checkpoints = [
@@ -384,8 +417,9 @@ def test_a_best_rule_that_makes_no_sense_is_refused_by_its_key(best, message):
 
 @st.composite
 def checkpoints_in_any_order(draw):
-    """Up to 12 checkpoints of every kind, with clocks that jump, equal metrics, and steps that repeat."""
+    """Up to 12 checkpoints of every kind, with clocks that jump, equal metrics, steps that repeat, and shared files."""
     result = []
+    sizes = draw(st.lists(st.integers(0, 20), min_size=3, max_size=3))
     for sequence in draw(st.lists(st.integers(1, 40), unique=True, max_size=12)):
         info = CheckpointInfo(
             step=draw(st.integers(0, 12)) * 5,
@@ -403,6 +437,10 @@ def checkpoints_in_any_order(draw):
             damaged=draw(st.sampled_from([None, None, None, "hash differs"])),
             size=draw(st.integers(0, 10)),
         )
+        shared = draw(st.sets(st.integers(0, 2)))
+        if shared:
+            copies = {f"{sequence}": info.size, **{f"shared {number}": sizes[number] for number in shared}}
+            info = replace(info, size=sum(copies.values()), copies=copies)
         result.append(info)
     return result
 
@@ -499,9 +537,47 @@ def test_the_budget_is_kept_unless_only_protected_checkpoints_remain(checkpoints
     fixed = needed(checkpoints, policy, protect)
     intact = [info for info in keep if info.damaged is None]
     usable = [info for info in keep if info.usable]
-    assert sum(info.size for info in usable) <= policy.max_size or {info.id for info in usable} <= fixed
+    assert taken(usable) <= policy.max_size or {info.id for info in usable} <= fixed
     with_nan = {info.id for info in intact if not info.usable}
-    assert sum(info.size for info in intact) <= policy.max_size or with_nan <= fixed
+    assert taken(intact) <= policy.max_size or with_nan <= fixed
+
+
+def taken(checkpoints):
+    """Bytes on disk, worked out in the plainest way."""
+    copies = {pair for info in checkpoints for pair in (info.copies or {info.id: info.size}).items()}
+    return sum(size for _, size in copies)
+
+
+@many
+@given(checkpoints_in_any_order(), policies, protections)
+def test_the_budget_removes_no_more_than_it_has_to(checkpoints, policy, protect):
+    """The newest that went because of the budget would not have fitted beside those that stayed."""
+    result = plan(checkpoints, policy, now=NOW, protect=protect)
+    over = [info for info, reasons in result.remove if "over max_size" in reasons[0]]
+    without_rules = not policy.has_rules  # with rules, what stayed may have shrunk since
+    for usable in (True, False):
+        gone = [info for info in over if info.usable is usable]
+        beside = [info for info, _ in result.keep if info.damaged is None and (info.usable or not usable)]
+        if gone and without_rules and all(info.usable for info in over) is usable:
+            assert taken([*beside, gone[-1]]) > policy.max_size
+
+
+@many
+@given(checkpoints_in_any_order(), policies, protections)
+def test_what_is_freed_is_what_the_rest_does_not_need(checkpoints, policy, protect):
+    result = plan(checkpoints, policy, now=NOW, protect=protect)
+    assert result.freed == taken(checkpoints) - taken([info for info, _ in result.keep])
+    assert physical_size(checkpoints) == taken(checkpoints)
+
+
+@many
+@given(checkpoints_in_any_order(), policies, protections)
+def test_sharing_never_makes_the_budget_remove_more(checkpoints, policy, protect):
+    """Up to the rules: a budget alone keeps everything that it would keep if each checkpoint had copies of its own."""
+    alone = KeepPolicy(max_size=policy.max_size)
+    apart = [replace(info, copies={}) for info in checkpoints]
+    shared, separate = (plan(infos, alone, now=NOW, protect=protect) for infos in (checkpoints, apart))
+    assert set(ids(separate.keep)) <= set(ids(shared.keep))
 
 
 @many

@@ -67,7 +67,7 @@ def show_command(*, root: str, step: int | None, as_json: bool, storage_options:
 
     \b
     --json: as one of the checkpoints of "ls", and "world_size", "environment",
-      "statistics", "files": {path: {"size", "xxh3"}},
+      "statistics", "files": {path: {"size", "xxh3", "shared_with"}},
       "components": {name: {"kind", "size", "tensors": {key: {"dtype", "shape",
       "size", "device"}}, "tree", "meta"}}
     "tree" and "meta" are the stored state as FORMAT.md describes it.

@@ -74,6 +74,9 @@ class Details:
     manifest: Manifest
     components: Mapping[str, Component] = field(default_factory=dict)
     """Empty where ``problem`` is set."""
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The other checkpoints, in commit order, that lie on the same physical copy of a file; files with none are not in
+    it."""
     problem: CheckpointerError | None = None
 
     def to_json(self) -> Json:
@@ -82,7 +85,10 @@ class Details:
             "world_size": self.manifest.world_size,
             "environment": dict(self.manifest.environment),
             "statistics": dict(self.manifest.statistics),
-            "files": {path: {"size": file.size, "xxh3": file.xxh3} for path, file in self.manifest.files.items()},
+            "files": {
+                path: {"size": file.size, "xxh3": file.xxh3, "shared_with": list(self.shared.get(path, ()))}
+                for path, file in self.manifest.files.items()
+            },
             "components": {name: _component_to_json(part) for name, part in self.components.items()},
         }
 
@@ -150,12 +156,21 @@ def details(repository: Repository, step: int | None) -> Details:
         raise found.unreadable[-1].error
     info = repository.find(step) if step is not None else found.checkpoints[-1]
     manifest = repository.manifest(info)
+    shared = _shared(manifest, found)
     try:
         with repository.open(info) as reader:
-            return Details(_row(info), manifest, reader.index.components)
+            return Details(_row(info), manifest, reader.index.components, shared)
     except (CorruptCheckpointError, FormatVersionError) as error:
         row = replace(_row(info), status=_status_of(error), reason=str(error))
-        return Details(row, manifest, problem=error)
+        return Details(row, manifest, shared=shared, problem=error)
+
+
+def _shared(manifest: Manifest, found: Listing) -> dict[str, tuple[str, ...]]:
+    others = [info for info in found.checkpoints if info.id != manifest.id]
+    holders = {
+        path: tuple(_row(info).name for info in others if manifest.copy(path) in info.copies) for path in manifest.files
+    }
+    return {path: names for path, names in holders.items() if names}
 
 
 def checks(repository: Repository, step: int | None) -> Checks:

@@ -134,9 +134,9 @@ def plan_table(plan: RetentionPlan, now: datetime) -> Table:
 
 def plan_summary(plan: RetentionPlan, *, dry_run: bool) -> str:
     """What the plan comes to."""
-    count, freed = len(plan.remove), sum(info.size for info, _ in plan.remove)
+    count = len(plan.remove)
     verb = "would remove" if dry_run else "removed"
-    return f"{verb} {count} of {count + len(plan.keep)} checkpoints ({human_size(freed)})"
+    return f"{verb} {count} of {count + len(plan.keep)} checkpoints ({human_size(plan.freed)})"
 
 
 def checked_lines(checked: Checked) -> str:
@@ -176,6 +176,12 @@ def facts(details: Details, now: datetime) -> list[tuple[str, str]]:
         *((f"environment.{name}", _joined(value)) for name, value in manifest.environment.items()),
         *((f"statistics.{name}", _joined(value)) for name, value in manifest.statistics.items()),
     ]
+
+
+def shared_with(details: Details, path: str) -> str:
+    """Which checkpoints share the bytes of a file, for as long as they stay; nothing where there are none."""
+    names = details.shared.get(path)
+    return f"shared with {', '.join(names)}" if names else ""
 
 
 def _joined(value: Any) -> str:
@@ -220,8 +226,11 @@ def aligned(rows: Sequence[Sequence[str]], align: Sequence[str], indent: str = "
 def plain_details(details: Details, now: datetime) -> str:
     """Facts, files, then one line for each tensor and value, by its full path."""
     blocks = [aligned([(name, clean(value)) for name, value in facts(details, now)], ("left", "left"))]
-    files = [(clean(path), human_size(file.size), file.xxh3) for path, file in details.manifest.files.items()]
-    blocks.append("files\n" + aligned(files, ("left", "right", "left"), "  "))
+    files = [
+        (clean(path), human_size(file.size), file.xxh3, shared_with(details, path))
+        for path, file in details.manifest.files.items()
+    ]
+    blocks.append("files\n" + aligned(files, ("left", "right", "left", "left"), "  "))
     for title, nodes in components(details):
         blocks.append("\n".join([clean(title), *_plain_leaves(nodes)]))
     return "\n\n".join(blocks)
@@ -284,7 +293,9 @@ def rich_details(details: Details, now: datetime) -> str:
     tree = Tree(Text(clean(details.row.name), style="bold"))
     files = tree.add(Text("files", style="bold cyan"))
     for path, file in details.manifest.files.items():
-        files.add(Text.assemble(clean(path), "  ", (human_size(file.size), "dim")))
+        files.add(
+            Text.assemble(clean(path), "  ", (f"{human_size(file.size)}  {shared_with(details, path)}".rstrip(), "dim"))
+        )
     for title, nodes in components(details):
         _grow(tree.add(Text(clean(title), style="bold cyan")), nodes)
     with console.capture() as capture:

@@ -1,0 +1,57 @@
+"""The manifest: what survives being written and read, and which checkpoints share a file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime, timezone
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpointer import strictjson
+from checkpointer.manifest import FileRecord, Manifest, parse_manifest
+
+A, B = "a" * 32, "b" * 32
+PLAIN = Manifest(
+    id=B,
+    parent=A,
+    sequence=2,
+    step=20,
+    epoch=None,
+    created=datetime(2026, 3, 1, tzinfo=timezone.utc),
+    files={"index.json": FileRecord(5, "0" * 32), "model.safetensors": FileRecord(100, "1" * 32)},
+)
+SHARED = replace(PLAIN, files={**PLAIN.files, "model.safetensors": FileRecord(100, "1" * 32, origin=A, turn=3)})
+
+
+def fields_of(manifest):
+    return strictjson.unseal(manifest.to_bytes(), "manifest")
+
+
+records = st.builds(FileRecord, st.integers(0, 2**63 - 1), st.just("0" * 32)) | st.builds(
+    FileRecord, st.integers(0, 2**63 - 1), st.just("0" * 32), st.just(A), st.integers(2, 2**31)
+)
+
+
+@given(st.dictionaries(st.sampled_from(["index.json", "a/b", "model-00001-of-00002.safetensors"]), records))
+def test_whatever_files_are_shared_the_manifest_reads_back_as_it_was_written(files):
+    manifest = replace(PLAIN, files=files)
+    assert parse_manifest(manifest.to_bytes(), "manifest") == manifest
+
+
+def test_a_checkpoint_that_shares_nothing_says_nothing_about_sharing():
+    assert "shared" not in fields_of(PLAIN)
+    assert fields_of(SHARED)["shared"] == {"model.safetensors": [A, 3]}
+    assert fields_of(SHARED)["files"] == fields_of(PLAIN)["files"]
+
+
+def test_a_file_that_is_shared_lies_on_the_copy_of_the_checkpoint_that_wrote_it():
+    writer = replace(PLAIN, id=A)
+    assert SHARED.copies == {f"{B}/index.json": 5, f"{A}/model.safetensors": 100}
+    assert writer.copies == {f"{A}/index.json": 5, f"{A}/model.safetensors": 100}
+    assert SHARED.info("").copies == SHARED.copies
+    assert SHARED.info("").size == 105
+
+
+def test_what_the_server_copied_takes_room_of_its_own():
+    assert replace(SHARED, data=B).copies == {f"{B}/index.json": 5, f"{B}/model.safetensors": 100}
