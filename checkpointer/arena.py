@@ -59,25 +59,31 @@ class Arena:
 
     def fill(self, copies: Iterable[Copy]) -> None:
         """Carry out all ``copies``; when this returns the tensors may change."""
-        assert self._region is not None
-        small: list[tuple[int, int, int]] = []
-        pieces: deque[tuple[int, int, int]] = deque()
+        spans = []
         others: list[Copy] = []
         for copy in copies:
             tensor, offset, size = copy
-            if not size:
-                continue
-            if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+            if is_flat(tensor):
+                spans.append((offset, tensor.data_ptr(), size))
+            elif size:
                 others.append(copy)
-            elif size < LARGE:
-                small.append((self._region.address + offset, tensor.data_ptr(), size))
+        self.fill_from_memory(spans)
+        self._fill_from_elsewhere(others)
+
+    def fill_from_memory(self, spans: Iterable[tuple[int, int, int]]) -> None:
+        """Copy ``(offset in the arena, address, bytes)`` each."""
+        assert self._region is not None
+        small: list[tuple[int, int, int]] = []
+        pieces: deque[tuple[int, int, int]] = deque()
+        for offset, source, size in spans:
+            target = self._region.address + offset
+            if size < LARGE:
+                small.append((target, source, size))
             else:
-                target, source = self._region.address + offset, tensor.data_ptr()
                 pieces += ((target + at, source + at, min(PIECE, size - at)) for at in range(0, size, PIECE))
         helpers = [self._helpers().submit(_copy_pieces, pieces) for _ in range(THREADS - 1)] if len(pieces) > 1 else []
         for target, source, size in small:
             ctypes.memmove(target, source, size)
-        self._fill_from_elsewhere(others)
         _copy_pieces(pieces)
         for helper in helpers:
             helper.result()
@@ -112,6 +118,11 @@ class Arena:
             _unregister(self._region)
         self._pinned = False
         self._region = None
+
+
+def is_flat(tensor: torch.Tensor) -> bool:
+    """Whether the row-major bytes of a tensor are what lies in host memory from ``data_ptr()`` on."""
+    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _copy_pieces(pieces: deque[tuple[int, int, int]]) -> None:

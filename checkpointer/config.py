@@ -27,7 +27,7 @@ from checkpointer.units import (
     shown,
 )
 
-Mode: TypeAlias = Literal["sync", "async"]
+Mode: TypeAlias = Literal["sync", "async", "lazy"]
 Verify: TypeAlias = Literal["stream", "before", "off"]
 _Policy = TypeVar("_Policy")
 
@@ -37,7 +37,9 @@ class WritePolicy:
     """How a checkpoint is written. Wrong values raise :class:`ConfigError`."""
 
     mode: Mode = "async"
-    """``"sync"``: ``save`` returns when the checkpoint is durable. ``"async"``: it returns once the state is staged."""
+    """``"sync"``: ``save`` returns when the checkpoint is durable. ``"async"``: it returns once the state is staged.
+    ``"lazy"``: it returns at once; parameters and optimizer state are written from live memory, and what is not written
+    by the next ``Optimizer.step`` is copied before it."""
     durable: bool = True
     """Whether files and directories are fsynced before the commit. ``False`` only for throw-away runs."""
     share: int | Literal[False] = 8
@@ -45,10 +47,7 @@ class WritePolicy:
 
     def __post_init__(self) -> None:
         """Raise :class:`ConfigError` for a value that makes no sense."""
-        mode: object = self.mode
-        if mode == "lazy":
-            raise FieldError(("mode",), "mode lazy is not available in this version; use async")
-        choice("mode", mode, ("sync", "async"))
+        choice("mode", self.mode, ("sync", "async", "lazy"))
         boolean("durable", self.durable)
         if self.share is not False:
             count("share", self.share, instead="write false to share nothing")

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,6 +22,7 @@ from checkpointer.errors import (
     SaveError,
 )
 from checkpointer.info import CheckpointInfo
+from checkpointer.lazy import lazy_places
 from checkpointer.notes import Note
 from checkpointer.pacing import Pace
 from checkpointer.position import Position
@@ -31,7 +33,7 @@ from checkpointer.retention import BestRule, RetentionPlan, rank
 from checkpointer.saving import PendingSave, Saver, finished
 from checkpointer.schedule import due
 from checkpointer.signals import SignalFlag
-from checkpointer.state import Adapter, RngState, adapter_for, modules_of
+from checkpointer.state import Adapter, RngState, adapter_for, modules_of, optimizers_of
 from checkpointer.storage import open_storage
 from checkpointer.verification import VerifyReport
 from checkpointer.writing import Snapshot
@@ -94,7 +96,8 @@ class CheckpointManager:
         self._adapters = adapters
         self._read_only = read_only
         self._repository = Repository(open_storage(root, storage_options, durable=self._config.write.durable))
-        self._saver = Saver(self._repository, self._config, on_commit)
+        places = partial(lazy_places, optimizers_of(components), list(modules.values()))
+        self._saver = Saver(self._repository, self._config, on_commit, places)
         self._restorer = Restorer(self._repository, adapters)
         self._position = Position(self._repository, require_resume=self._config.require_resume)
         self._pace = Pace(self._config.save)
@@ -171,6 +174,14 @@ class CheckpointManager:
         self._check_usable()
         self._saver.settle()
         self._saver.raise_errors()
+
+    def staged(self) -> None:
+        """Wait until the save in flight needs live memory no more: then parameters may be changed by hand.
+
+        Only ``lazy`` mode reads live memory after ``save`` has returned, and only until the next ``Optimizer.step``.
+        """
+        self._check_usable()
+        self._saver.staged()
 
     def stop_requested(self) -> bool:
         """Whether one of the ``on_signal`` signals has come."""

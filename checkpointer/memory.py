@@ -38,6 +38,11 @@ def page_aligned(size: int) -> int:
     return size + -size % PAGE
 
 
+def cache_aligned(size: int) -> int:
+    """``size`` rounded up to whole cache lines, which suits every dtype."""
+    return size + -size % 64
+
+
 def _advise(region: mmap.mmap, advice: str) -> None:
     """Give the kernel a hint that it may not know: then the region works, only slower."""
     value = getattr(mmap, advice, None)

@@ -6,6 +6,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import datetime
@@ -13,10 +14,12 @@ from datetime import datetime
 from checkpointer.config import Config
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, SaveError
 from checkpointer.info import CheckpointInfo
+from checkpointer.lazy import Place
 from checkpointer.pruning import prune
 from checkpointer.repository import Repository
 from checkpointer.staging import Staged, Stager
 from checkpointer.state import Captured
+from checkpointer.stepping import StepWatch, WatchedSave
 from checkpointer.writing import Snapshot, write_checkpoint
 
 logger = logging.getLogger("checkpointer")
@@ -80,12 +83,18 @@ class Saver:
     """Stages and writes, one save at a time. All methods but the background work belong to the training thread."""
 
     def __init__(
-        self, repository: Repository, config: Config, on_commit: Callable[[CheckpointInfo], object] | None
+        self,
+        repository: Repository,
+        config: Config,
+        on_commit: Callable[[CheckpointInfo], object] | None,
+        lazy_places: Callable[[], AbstractSet[Place]],
     ) -> None:
         self._repository = repository
         self._config = config
         self._on_commit = on_commit
+        self._lazy_places = lazy_places
         self._stager = Stager()
+        self._steps = StepWatch()
         self._pool: ThreadPoolExecutor | None = None
         self._current: PendingSave | None = None
         self._background: Future[None] | None = None
@@ -112,10 +121,23 @@ class Saver:
             handle.error()
 
     def stage(self, captured: Mapping[str, Captured]) -> Staged:
-        """Make state ready for writing: in ``sync`` mode by reference, else by a copy."""
-        if self._config.write.mode == "sync":
+        """Make state ready for writing: by reference in ``sync`` mode, by a copy in ``async`` mode.
+
+        ``lazy`` mode copies what does not lie at a lazy place; the rest is copied before it changes.
+        """
+        mode = self._config.write.mode
+        if mode == "sync":
             return self._stager.live(captured)
+        if mode == "lazy":
+            self._steps.save_begins()
+            places = self._lazy_places() if self._steps.choose() == "lazy" else None
+            if places:
+                return self._stager.lazily(captured, places)
         return self._stager.copies(captured)
+
+    def staged(self) -> None:
+        """Copy whatever a save in flight still has to read from live memory."""
+        self._steps.detach()
 
     def submit(self, snapshot: Snapshot) -> PendingSave:
         """Write ``snapshot``: at once in ``sync`` mode, else in the background."""
@@ -127,6 +149,9 @@ class Saver:
             self._background = self._executor().submit(self._follow_up, future)
         else:
             self._background = self._executor().submit(self._write_and_follow_up, snapshot, future)
+            if self._config.write.mode == "lazy":
+                live, size = snapshot.staged.live, sum(file.data_size for file, _ in snapshot.staged.files)
+                self._steps.watch(WatchedSave("lazy" if live else "async", live, size, future.done))
         return handle
 
     def raise_errors(self, *, begun: bool = False) -> None:
@@ -156,6 +181,7 @@ class Saver:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
+        self._steps.close()
         self._stager.close()
 
     def _executor(self) -> ThreadPoolExecutor:
@@ -190,6 +216,9 @@ class Saver:
         else:
             logger.info("saved %s (%d bytes)", info.path, info.size)
             future.set_result(info)
+        finally:
+            if snapshot.staged.live is not None:
+                snapshot.staged.live.end()
 
     def _as_save_error(self, step: int, error: BaseException) -> BaseException:
         if isinstance(error, CheckpointerError) or not isinstance(error, Exception):  # Ctrl-C stays what it is

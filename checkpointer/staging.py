@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -11,7 +12,8 @@ import xxhash
 
 from checkpointer.arena import Arena, Copy
 from checkpointer.index import Component
-from checkpointer.memory import page_aligned
+from checkpointer.lazy import LazyFile, LiveState, LiveTensor, Place, place_of
+from checkpointer.memory import cache_aligned, page_aligned
 from checkpointer.state.plan import Captured
 from checkpointer.state.tensors import host_bytes, spec_of
 from checkpointer.tensorfile import ComponentTensors, Slot, TensorFile, plan_files
@@ -48,6 +50,8 @@ class Staged:
     components: Mapping[str, Component]
     parts: Mapping[str, ComponentTensors]
     files: Sequence[StagedFile]
+    live: LiveState | None = None
+    """What is still in live memory, and has to be copied before it changes."""
 
 
 class Stager:
@@ -55,6 +59,8 @@ class Stager:
 
     def __init__(self) -> None:
         self._arena = Arena()
+        self._rest = Arena()
+        """For live tensors that change before they are written."""
         self._parts: dict[str, ComponentTensors] = {}
         self._files: list[TensorFile] = []
 
@@ -84,9 +90,39 @@ class Stager:
         ]
         return self._staged(captured, staged)
 
+    def lazily(self, captured: Mapping[str, Captured], places: AbstractSet[Place]) -> Staged:
+        """Refer to live memory for the tensors at ``places``, and copy all others."""
+        files = self._plan(captured)
+        state = LiveState(self._rest)
+        copies: list[Copy] = []
+        size = 0
+        planned: list[tuple[TensorFile, list[LiveTensor | tuple[int, int]]]] = []
+        for file in files:
+            slots: list[LiveTensor | tuple[int, int]] = []
+            for slot in file.slots:
+                tensor = captured[slot.component].tensors[slot.key]
+                if place_of(tensor) in places:
+                    slots.append(state.add(f"{slot.component}.{slot.key}", tensor))
+                else:
+                    copies.append(Copy(tensor, size, slot.end - slot.begin))
+                    slots.append((size, size + slot.end - slot.begin))
+                    size += cache_aligned(slot.end - slot.begin)
+            planned.append((file, slots))
+        memory = self._arena.reserve(size)
+        self._arena.fill(copies)
+        staged = [
+            StagedFile(
+                file,
+                LazyFile(state, [slot if isinstance(slot, LiveTensor) else memory[slice(*slot)] for slot in slots]),
+            )
+            for file, slots in planned
+        ]
+        return self._staged(captured, staged, state)
+
     def close(self) -> None:
         """Give the memory back."""
         self._arena.free()
+        self._rest.free()
 
     def _plan(self, captured: Mapping[str, Captured]) -> list[TensorFile]:
         """Which tensor goes where. The plan of the last save serves again while names, shapes and dtypes stay."""
@@ -100,12 +136,14 @@ class Stager:
             self._parts, self._files = parts, plan_files(parts)
         return self._files
 
-    def _staged(self, captured: Mapping[str, Captured], files: Sequence[StagedFile]) -> Staged:
+    def _staged(
+        self, captured: Mapping[str, Captured], files: Sequence[StagedFile], live: LiveState | None = None
+    ) -> Staged:
         components = {
             name: Component(kind=part.kind, tree=part.tree, tensors=self._parts[name].specs, meta=part.meta)
             for name, part in captured.items()
         }
-        return Staged(components, self._parts, files)
+        return Staged(components, self._parts, files, live)
 
 
 class _Image:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from checkpointer.state.adapters import adapter_for, modules_of
+from checkpointer.state.adapters import adapter_for, modules_of, optimizers_of
 from checkpointer.state.gradients import Gradients
 from checkpointer.state.module import ModuleComponent
 from checkpointer.state.plan import Adapter, Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
@@ -26,5 +26,6 @@ __all__ = [
     "WholeModelLoader",
     "adapter_for",
     "modules_of",
+    "optimizers_of",
     "register_codec",
 ]
