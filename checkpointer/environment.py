@@ -33,6 +33,7 @@ _EXACT = {
     "numpy": "another version of numpy",
     "platform": "another kind of machine",
     "devices": "other devices",
+    "world_size": "another world size",
     "num_threads": "another number of CPU threads",
     "deterministic_algorithms": "another setting of torch.use_deterministic_algorithms",
     "float32_matmul_precision": "another float32 matmul precision",
@@ -76,6 +77,7 @@ def environment() -> dict[str, Json]:
         "platform": f"{sys.platform}-{platform.machine()}",
         "host": socket.gethostname(),
         "devices": list(_devices()),
+        "world_size": _world_size(),
         **_settings(),
         "argv": list(command_line(sys.argv)),
     }
@@ -122,6 +124,12 @@ def _shown(value: Json) -> str:
 def _on_gpu(found: Mapping[str, Json]) -> bool:
     devices = found.get("devices")
     return isinstance(devices, list) and bool(devices) and "cpu" not in devices
+
+
+def _world_size() -> int:
+    """Processes that train together."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _devices() -> Iterator[str]:

@@ -6,6 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -148,9 +149,19 @@ def test_a_setting_that_torch_refuses_to_tell_is_left_out(monkeypatch):
     assert "float32_matmul_precision" not in environment()
 
 
+def test_the_world_size_is_that_of_the_job(tmp_path):
+    assert environment()["world_size"] == 1
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with mock.patch("torch.distributed.get_world_size", return_value=8):  # the other seven would have to exist
+            assert environment()["world_size"] == 8
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 BASE: dict[str, Any] = {
     "torch": "2.6", "numpy": "2.0", "python": "3.11", "host": "a", "devices": ["cpu"], "num_threads": 2,
-    "cudnn_benchmark": False, "argv": ["a"], "git_commit": "a", "deterministic_algorithms": False,
+    "world_size": 1, "cudnn_benchmark": False, "argv": ["a"], "git_commit": "a", "deterministic_algorithms": False,
 }  # fmt: skip
 GPU = {**BASE, "devices": ["H100", "H100"]}
 
@@ -166,6 +177,7 @@ def test_the_same_environment_has_no_differences():
         (BASE, {"numpy": "2.1"}),
         (BASE, {"devices": ["H100"]}),
         (BASE, {"num_threads": 3}),
+        (BASE, {"world_size": 4}),
         (BASE, {"deterministic_algorithms": True}),
         (GPU, {"devices": ["A100"]}),
         (GPU, {"cudnn_benchmark": True}),

@@ -292,6 +292,21 @@ def test_another_torch_warns_once_and_is_reported(root, monkeypatch):
     assert any("CPU threads" in line for line in restored.report.changed)
 
 
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"world_size": 4}, "another world size: saved with 1, running with 4"),
+        ({"devices": ["H100"]}, "other devices: saved with .*, running with H100"),
+        ({"devices": ["H100"], "cudnn_benchmark": True}, "cudnn.benchmark is on"),
+    ],
+)
+def test_what_makes_exactness_impossible_here_is_named_by_a_warning(root, monkeypatch, changes, complaint):
+    model, optimizer = saved_run(root)
+    elsewhere(monkeypatch, **changes)
+    with pytest.warns(CheckpointerWarning, match=f"bit for bit.*{complaint}"):
+        restore(root, live={"model": model, "optimizer": optimizer})
+
+
 @pytest.mark.parametrize("options", [{"components": ["model"]}, {"strict": False}])
 def test_a_partial_restore_reports_another_torch_without_a_warning(root, monkeypatch, options):
     saved_run(root)
