@@ -3,66 +3,99 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
+import gc
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:  # a spawned child imports this module, and should not import all that
+    from benchmarks.measure import Plan, Result
+    from benchmarks.workloads import Workload
+
+Chosen = TypeVar("Chosen")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0; with ``--strict`` 1 where a goal is missed."""
+    """Exit status: 0; with ``--strict`` 1 where a goal is missed; 2 for names that do not exist."""
     options = _parse(arguments)
-    from benchmarks import environment, goals, plot, report
     from benchmarks.contenders import CONTENDERS
-    from benchmarks.measure import Plan, measure
+    from benchmarks.measure import Plan
     from benchmarks.workloads import WORKLOADS
 
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")  # peers warn at every call; what is wrong shows in the gate
-    patterns = [pattern.strip() for pattern in options.only.split(",")]
-    chosen = tuple(kind for kind in CONTENDERS if any(fnmatch.fnmatch(kind.name, pattern) for pattern in patterns))
-    names = list(WORKLOADS) if options.workload == "all" else options.workload.split(",")
-    unknown = [name for name in names if name not in WORKLOADS]
-    if unknown or not chosen:
-        known = ", ".join([*WORKLOADS] if unknown else [kind.name for kind in CONTENDERS])
-        print(f"nothing is called {', '.join(unknown or patterns)}; there are {known}", file=sys.stderr)
+    contenders = _select(options.only, {kind.name: kind for kind in CONTENDERS})
+    workloads = _select(options.workload, WORKLOADS)
+    if not contenders or not workloads:
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
+    for folder in (options.out, options.dir):
+        folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(
-        options.dir, options.scale, options.rounds, options.seed, options.loader_workers, chosen,
+        options.dir,
+        options.scale,
+        options.rounds,
+        options.seed,
+        options.loader_workers,
+        tuple(contenders),
         tell=lambda line: print(line, file=sys.stderr, flush=True),
-    )  # fmt: skip
-    run = {
-        "scale": options.scale,
-        "rounds": options.rounds,
-        "seed": options.seed,
-        "loader workers": options.loader_workers,
-    }
-    options.dir.mkdir(parents=True, exist_ok=True)
-    about = {"environment": environment.describe(options.dir), "run": run}
-    results = {}
-    for name in names:
-        results[name] = measure(WORKLOADS[name], plan)
+    )
+    with _undisturbed():
+        return _measure_all(workloads, plan, options)
+
+
+def _measure_all(workloads: Sequence[Workload], plan: Plan, options: argparse.Namespace) -> int:
+    """The report is written anew after each workload: what is measured is not lost."""
+    from benchmarks import environment, goals, plot, report
+    from benchmarks.measure import measure
+
+    run = {"scale": plan.scale, "rounds": plan.rounds, "seed": plan.seed, "loader workers": plan.loader_workers}
+    about = {"environment": environment.describe(plan.folder), "run": run}
+    results: dict[str, Result] = {}
+    for workload in workloads:
+        results[workload.name] = measure(workload, plan)
         verdicts = goals.judge(results)
         text = report.to_markdown(results, about)
         if options.against_goals or options.strict:
             text += f"\n{report.goals_to_markdown(verdicts)}"
         (options.out / "results.md").write_text(text, encoding="utf-8")
-        (options.out / "results.json").write_text(
-            json.dumps(report.to_json(results, verdicts, about), indent=1), encoding="utf-8"
-        )
-        plot.draw(results[name], options.out / name)
+        found = json.dumps(report.to_json(results, verdicts, about), indent=1)
+        (options.out / "results.json").write_text(found, encoding="utf-8")
+        plot.draw(results[workload.name], options.out / workload.name)
     print(text)
     print(f"written to {options.out}", file=sys.stderr)
     return 1 if options.strict and any(verdict.holds is False for verdict in verdicts) else 0
 
 
+def _select(patterns: str, known: Mapping[str, Chosen]) -> list[Chosen]:
+    """What is called like one of the globs, in the order of ``known``; nothing, and a message, if nothing is."""
+    globs = [pattern.strip() for pattern in patterns.split(",")]
+    unknown = [glob for glob in globs if not fnmatch.filter(known, glob)]
+    if unknown:
+        print(f"nothing is called {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
+        return []
+    return [item for name, item in known.items() if any(fnmatch.fnmatch(name, glob) for glob in globs)]
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No warnings of the peers, which come at every call."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        gc.unfreeze()
+        logging.disable(logging.NOTSET)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--workload", default="all", help="names, with commas: gpt, small, large, lora, convnet")
+    parser.add_argument("--workload", default="*", help="globs with commas: gpt, small, large, lora, convnet")
     parser.add_argument("--only", default="*", help="contenders, as globs with commas: 'checkpointer-*,torch.save*'")
     parser.add_argument("--scale", type=float, default=1.0, help="size of the state; 1 is 1.5 GB of GPT")
     parser.add_argument("--rounds", type=int, default=5)

@@ -62,7 +62,7 @@ class Plan:
     seed: int = 0
     loader_workers: int = 0
     contenders: tuple[type[Contender], ...] = ()
-    steps: int = 5
+    steps: int = 4
     """Steps before each save, for the time of a step without one."""
     tell: Callable[[str], object] = print
 
@@ -152,26 +152,27 @@ class _Bench:
         self._ceilings.measure()
         for _ in range(3):
             self._training.step()
-        kinds = list(self._plan.contenders)
-        self._order.shuffle(kinds)
-        for kind in kinds:
+        for kind in self._importable():
+            outcome = self._outcomes[kind.name]
+            with self._failures_of(outcome):
+                self._watch_saves(kind, outcome)
+                self._watch_restore(self._ready[kind.name], outcome)
+            self._tell(outcome, "warmed up")
+
+    def _importable(self) -> list[type[Contender]]:
+        """Contenders whose packages are there, shuffled. All are imported before the first is measured."""
+        found = []
+        for kind in self._plan.contenders:
             outcome = self._outcomes[kind.name]
             with self._failures_of(outcome):
                 kind.prepare()
+                found.append(kind)
             if not outcome.valid:
                 self._tell(outcome, "")
-                continue
-            with self._failures_of(outcome), memory.watch() as peak:
-                contender = kind(self._folder / kind.name, self._training)
-                self._ready[kind.name] = contender
-                for _ in range(2):
-                    contender.save().wait()
-                    self._training.step(contender.guard())
-            if outcome.valid:
-                outcome.add("save_memory", peak.extra)
-                with self._failures_of(outcome):
-                    self._watch_restore(self._ready[kind.name], outcome)
-            self._tell(outcome, "warmed up")
+        gc.collect()
+        gc.freeze()  # a collection looks at what is measured, not at what was imported
+        self._order.shuffle(found)
+        return found
 
     def round(self, number: int) -> None:
         """One turn for the ceilings and for each contender."""
@@ -234,7 +235,7 @@ class _Bench:
 
     def _time_idle_save(self, contender: Contender, outcome: Outcome, suffix: str, workers: int) -> None:
         """Nothing else runs: how long ``save`` blocks, and when all is durable."""
-        self._training.step()
+        self._training.update()
         inodes = _inodes(contender.folder)
         with loader_workers(workers):
             _settle()
@@ -255,7 +256,7 @@ class _Bench:
 
     def _time_hold(self, contender: Contender, outcome: Outcome) -> None:
         """How long the training thread, busy with Python alone, stands still while a save is written."""
-        self._training.step()
+        self._training.update()
         with loader_workers(self._plan.loader_workers):
             _settle()
             began = time.perf_counter()
@@ -332,11 +333,25 @@ class _Bench:
         if difference and outcome.valid:
             outcome.status = f"void: {difference}"
 
+    def _watch_saves(self, kind: type[Contender], outcome: Outcome) -> None:
+        """Of making the contender and its first two saves; not of the steps between them."""
+        peak = memory.Peak()
+        with peak.watch():
+            contender = kind(self._folder / kind.name, self._training)
+            self._ready[kind.name] = contender
+            contender.save().wait()
+        self._training.step(contender.guard())
+        with peak.watch():
+            contender.save().wait()
+        outcome.add("save_memory", peak.extra)
+        self._training.step(contender.guard())
+
     def _watch_restore(self, contender: Contender, outcome: Outcome) -> None:
         """Beyond the optimizer's state, which a restore has to make."""
         target = self._training.fresh()
         restore = contender.restorer(target)
-        with memory.watch() as peak:
+        peak = memory.Peak()
+        with peak.watch():
             restore()
         new = sum(leaf.nbytes for state in target.optimizer.state.values() for leaf in _tensors(state))
         outcome.add("restore_memory", max(0, peak.extra - new))
@@ -385,8 +400,9 @@ class _Bench:
             line = f"{type(error).__name__}: {error}".splitlines()[0]
             outcome.status = f"failed: {line.replace(str(self._folder), '…')[:200]}"
             self._plan.tell("".join(traceback.format_exception(error)))
-        if not outcome.valid and not outcome.status.startswith("void"):
-            self._ready.pop(outcome.name, None)
+        if not outcome.valid and not outcome.status.startswith("void") and outcome.name in self._ready:
+            with contextlib.suppress(Exception):  # what has failed may fail to close too
+                self._ready.pop(outcome.name).close()
 
     def _tell(self, outcome: Outcome, what: str) -> None:
         self._plan.tell(f"{self._workload.name}: {outcome.title}: {outcome.status or what}")

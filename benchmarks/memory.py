@@ -64,9 +64,10 @@ def _status(pid: int) -> dict[str, int]:
 
 
 class Peak:
-    """The most that was used since ``watch`` began, beyond what was used then."""
+    """The most that was used, beyond what was used when this was made."""
 
     def __init__(self) -> None:
+        collect()
         self._before = usage()
         self.extra = 0
         """Bytes."""
@@ -75,34 +76,32 @@ class Peak:
         """Compare with what was the most so far."""
         self.extra = max(self.extra, usage().total - self._before.total)
 
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """Look all the time, from a thread; nothing should be timed meanwhile.
 
-@contextlib.contextmanager
-def watch() -> Iterator[Peak]:
-    """Look all the time, from a thread; nothing should be timed meanwhile.
+        The kernel's own high-water mark catches what comes and goes between two looks, in this process.
+        """
+        collect()
+        stop = threading.Event()
+        start, before = usage(), _status(os.getpid())
+        marked = _reset_high_water_mark()
 
-    The kernel's own high-water mark catches what comes and goes between two looks, in this process.
-    """
-    collect()
-    peak, stop = Peak(), threading.Event()
-    before = _status(os.getpid())
-    marked = _reset_high_water_mark()
+        def run() -> None:
+            while not stop.wait(INTERVAL):
+                self.look()
 
-    def run() -> None:
-        while not stop.wait(INTERVAL):
-            peak.look()
-
-    thread = threading.Thread(target=run, name="memory")
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
-        peak.look()
-        after = _status(os.getpid())
-        files = max(0, after.get("RssFile", 0) - before.get("RssFile", 0))
-        if marked and not files:  # else the mark counts pages of mapped files too
-            peak.extra = max(peak.extra, after["VmHWM"] - before["VmRSS"])
+        thread = threading.Thread(target=run, name="memory")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            self.look()
+            after = _status(os.getpid())
+            if marked and after["RssFile"] <= before["RssFile"]:  # else the mark counts pages of mapped files too
+                self.extra = max(self.extra, after["VmHWM"] - before["VmRSS"] + start.total - self._before.total)
 
 
 def collect() -> None:

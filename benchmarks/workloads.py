@@ -32,6 +32,10 @@ class Training:
         with guard or contextlib.nullcontext():
             self.optimizer.step()
 
+    def update(self) -> None:
+        """Change everything that a step changes but the buffers, by the gradients of the last one: quicker."""
+        self.optimizer.step()
+
     def fresh(self) -> Training:
         """What a new process would restore into: other objects, other values, no optimizer state; memory touched."""
         model = copy.deepcopy(self.model)
@@ -104,7 +108,7 @@ def _language_model(scale: float) -> tuple[GPT, Callable[[nn.Module], None]]:
     width = max(64, 64 * round(768 * root / 64)) if scale < 1 else 64 * round(12 * root)
     vocabulary = max(64, round(50257 * scale * 768 / width))
     model = GPT(width, vocabulary)
-    ids = torch.randint(vocabulary, (1, 65))
+    ids = torch.randint(vocabulary, (1, 33))
 
     def backward(live: nn.Module) -> None:
         logits = live(ids[:, :-1])
