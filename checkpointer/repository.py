@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from checkpointer import layout
 from checkpointer.commit import Attempt, protocol_for, read_manifest
@@ -17,9 +17,10 @@ from checkpointer.errors import (
 )
 from checkpointer.info import CheckpointInfo
 from checkpointer.lock import WriterLock
-from checkpointer.manifest import Manifest, parse_manifest
+from checkpointer.manifest import FileRecord, Manifest, parse_manifest
 from checkpointer.notes import Note, add_note, annotated, noted_ids, read_notes, remove_notes
 from checkpointer.reading import CheckpointReader
+from checkpointer.sharing import Source
 from checkpointer.storage import Storage
 from checkpointer.verification import CheckpointReport, VerifyReport, verify_checkpoint
 
@@ -178,6 +179,18 @@ class Repository:
                 "Free some space, or keep fewer checkpoints (keep: in the configuration)"
             )
         return self._protocol.begin(step)
+
+    def current_source(self, source: Source) -> Source | None:
+        """``source`` with the notes of this moment; ``None`` if it has been removed, replaced or damaged since."""
+        try:
+            self.manifest(source.info)
+        except (CheckpointNotFoundError, CorruptCheckpointError, FormatVersionError):
+            return None
+        return replace(source, info=self.current(source.info))
+
+    def share(self, attempt: Attempt, path: str, source: Source, record: FileRecord) -> bool:
+        """Let a file of an attempt share the bytes of the same file of ``source``; ``False``: it has to be written."""
+        return attempt.share(path, f"{_name_of(source.info)}/{source.place(path)}", record)
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> CheckpointInfo:
         """Make an attempt visible and durable: the one commit point."""

@@ -14,7 +14,7 @@ from checkpointer.storage.remote import FsspecStorage
 from tests.conftest import Root
 
 OPERATIONS = (
-    "list_directory", "exists", "read", "read_many", "open", "write", "put", "create", "replace", "remove",
+    "list_directory", "exists", "read", "read_many", "open", "write", "link", "put", "create", "replace", "remove",
     "remove_directory", "make_directory", "rename", "exchange", "sync", "age", "free_bytes",
 )  # fmt: skip
 

@@ -48,7 +48,7 @@ def layer(modules: str, imports: str = "", forbidden: frozenset[str] = frozenset
 LAYERS = {
     "errors": layer("errors version", "", TORCH | INPUT_OUTPUT),
     "pure": layer(
-        "layout info strictjson index manifest readable tensorfile units cost schedule retention",
+        "layout info strictjson index manifest readable tensorfile sharing units cost schedule retention",
         "errors pure",
         TORCH | INPUT_OUTPUT,
     ),

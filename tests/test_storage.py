@@ -385,6 +385,115 @@ def test_a_write_never_replaces_an_existing_file_or_follows_a_link(local_root, t
     assert not (tmp_path / "target").exists()
 
 
+# ---------------------------------------------------------------------------------------------------- links
+
+
+def test_a_linked_file_holds_what_its_source_holds_and_survives_it(storage):
+    write(storage, "a/source", b"data")
+    assert storage.link("a/source", "b/deep/target")
+    assert storage.read("b/deep/target", LIMIT) == b"data"
+    storage.remove("a/source")
+    assert storage.read("b/deep/target", LIMIT) == b"data"
+    storage.remove("b/deep/target")
+    assert not storage.exists("b/deep/target")
+
+
+def test_a_source_survives_the_file_that_was_linked_to_it(storage):
+    write(storage, "source", b"data")
+    assert storage.link("source", "target")
+    storage.remove("target")
+    assert storage.read("source", LIMIT) == b"data"
+
+
+def test_linking_a_missing_file_is_file_not_found(storage):
+    write(storage, "a/other", b"1")
+    for path in ("nothing", "a/nothing", "b/nothing"):
+        with pytest.raises(FileNotFoundError):
+            storage.link(path, "target")
+    assert not storage.exists("target")
+
+
+def test_a_directory_cannot_be_linked(storage):
+    write(storage, "a/inner", b"1")
+    with pytest.raises((CorruptCheckpointError, FileNotFoundError)):
+        storage.link("a", "target")
+    assert not storage.exists("target/inner")
+
+
+def test_linked_files_are_one_file_that_nobody_writes_to(local_root):
+    write(local_root, "source", b"data")
+    assert local_root.link("source", "target")
+    first, second = (os.stat(local_root.place(name)) for name in ("source", "target"))
+    assert first.st_ino == second.st_ino
+    assert first.st_mode & 0o222 == 0
+
+
+def test_a_link_replaces_nothing(local_root):
+    write(local_root, "source", b"data")
+    write(local_root, "target", b"mine")
+    with pytest.raises(FileExistsError):
+        local_root.link("source", "target")
+    assert local_root.read("target", LIMIT) == b"mine"
+
+
+def test_links_follow_no_symbolic_link_below_the_root(local_root, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_bytes(b"secret")
+    os.symlink(outside / "file", local_root.place("file"))
+    os.symlink(outside, local_root.place("directory"))
+    write(local_root, "source", b"data")
+    for path in ("file", "directory/file"):
+        with pytest.raises(CorruptCheckpointError):
+            local_root.link(path, "target")
+    with pytest.raises(CorruptCheckpointError):
+        local_root.link("source", "directory/target")
+    assert os.listdir(outside) == ["file"]
+    assert not local_root.exists("target")
+    assert (outside / "file").stat().st_mode & 0o200
+
+
+@pytest.mark.parametrize("call", ["link", "fchmod"])
+@pytest.mark.parametrize("code", ["EPERM", "EACCES", "EMLINK", "EXDEV", "ENOTSUP", "EOPNOTSUPP", "ENOSYS"])
+def test_where_the_file_system_has_no_links_the_answer_is_no(local_root, monkeypatch, call, code):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(getattr(errno, code), "refused")
+
+    write(local_root, "source", b"data")
+    monkeypatch.setattr(os, call, refuse)
+    monkeypatch.setattr(os, "supports_dir_fd", {*os.supports_dir_fd, os.link})
+    assert not local_root.link("source", "target")
+    assert not local_root.exists("target")
+
+
+def test_an_error_that_says_nothing_about_links_is_passed_on(local_root, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    write(local_root, "source", b"data")
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "supports_dir_fd", {*os.supports_dir_fd, os.link})
+    with pytest.raises(OSError, match="broken"):
+        local_root.link("source", "target")
+
+
+def test_without_directory_descriptors_there_are_no_links(local_root, monkeypatch):
+    write(local_root, "source", b"data")
+    monkeypatch.setattr(os, "supports_dir_fd", set())
+    assert not local_root.link("source", "target")
+
+
+def test_where_the_bytes_would_pass_through_this_process_nothing_is_copied(tmp_path):
+    from fsspec.implementations.local import LocalFileSystem
+
+    from checkpointer.storage.remote import FsspecStorage
+
+    storage = FsspecStorage(LocalFileSystem(), str(tmp_path), f"other://{tmp_path}", {})
+    write(storage, "source", b"data")
+    assert not storage.link("source", "target")
+    assert not storage.exists("target")
+
+
 # ------------------------------------------------------------------------------- local: rename and exchange
 
 

@@ -47,6 +47,31 @@ class Attempt:
         record = self.files[path] = FileRecord(size, hasher.hexdigest())
         return record
 
+    def share(self, path: str, source: str, record: FileRecord) -> bool:
+        """Let ``path`` be what ``source`` is, a file of a committed checkpoint, instead of writing it.
+
+        ``source`` is relative to the run root, ``record`` what the manifest will say. ``False``, and nothing done,
+        where that cannot be: it is gone, or has another size, or the file system has no links.
+        """
+        target = f"{self.directory}/{path}"
+        try:
+            if not self.storage.link(source, target):
+                return False
+            file = self.storage.open(target)
+        except (FileNotFoundError, CorruptCheckpointError):
+            return False
+        file.close()
+        if file.size != record.size:
+            self.storage.remove(target)
+            return False
+        self.files[path] = record
+        return True
+
+    @property
+    def bytes_shared(self) -> int:
+        """Of its files so far."""
+        return sum(record.size for record in self.files.values() if record.origin is not None)
+
 
 def _hashed(pieces: Iterable[Buffer], hasher: xxhash.xxh3_128) -> Iterator[Buffer]:
     for piece in pieces:

@@ -83,6 +83,14 @@ class Storage(Protocol):
         returns. Returns the seconds that it took to make what was written durable.
         """
 
+    def link(self, source: str, target: str) -> bool:
+        """Make the file ``target``, which MUST NOT exist, of what ``source`` holds, without reading it.
+
+        Either the two then lie on the same bytes, durable and read-only, and removing one leaves the other whole; or
+        the server has copied them. ``False`` (and nothing done) where neither is possible. Raises
+        CorruptCheckpointError where ``source`` is not a regular file.
+        """
+
     def put(self, path: str, data: bytes) -> None:
         """Create or replace a small file atomically; missing directories are made."""
 

@@ -30,6 +30,7 @@ _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
 _NOREPLACE, _EXCHANGE = 1, 2  # renameat2(2)
 _SWAP, _EXCLUSIVE = 2, 4  # renamex_np(2) on macOS
+_UNLINKABLE = (errno.EPERM, errno.EACCES, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -118,6 +119,27 @@ class LocalStorage:
             return time.perf_counter() - began
         finally:
             os.close(fd)
+
+    def link(self, source: str, target: str) -> bool:
+        if os.link not in os.supports_dir_fd:
+            return False
+        self.make_directory(target.rpartition("/")[0])
+        with _inside(self.root, source) as (old, parent), _inside(self.root, target) as (new, new_parent):
+            fd = os.open(old, os.O_RDONLY | _NO_FOLLOW | _NON_BLOCK | _CLOEXEC, dir_fd=parent)
+            try:
+                mode = os.fstat(fd).st_mode
+                if not stat.S_ISREG(mode):
+                    raise CorruptCheckpointError(f"{self.place(source)} is not a regular file")
+                os.fchmod(fd, stat.S_IMODE(mode) & ~0o222)  # a tool that edits one of them in place would change all
+                os.link(old, new, src_dir_fd=parent, dst_dir_fd=new_parent, follow_symlinks=False)
+                self._sync_fd(fd)
+            except OSError as error:
+                if error.errno not in _UNLINKABLE:
+                    raise
+                return False
+            finally:
+                os.close(fd)
+        return True
 
     def put(self, path: str, data: bytes) -> None:
         with self._beside(path, data) as temporary:

@@ -25,6 +25,9 @@ READ_BLOCK = 16 << 20
 
 _SECRET_OPTION = re.compile(r"key|secret|token|pass|credential|sas|connection_string|auth|account", re.IGNORECASE)
 _BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "cos", "obs", "tos", "r2"})
+_COPYING = frozenset({"s3", "s3a", "gs", "gcs", "memory"})
+"""Where ``cp_file`` copies in the store and is done when it returns. Elsewhere the bytes may pass through this process
+(arrow), or the copy may go on in the background (azure)."""
 _MODIFIED_FIELDS = ("LastModified", "last_modified", "mtime", "updated", "created")
 
 P = ParamSpec("P")
@@ -140,6 +143,18 @@ class FsspecStorage:
         began = time.perf_counter()
         file.close()
         return time.perf_counter() - began
+
+    @_as_os_errors
+    def link(self, source: str, target: str) -> bool:
+        if _COPYING.isdisjoint(_protocols(self.fs)):
+            return False
+        self.open(source)  # raises where it is missing, or no file
+        try:
+            self.fs.cp_file(self._full(source), self._full(target))
+        except (PermissionError, NotImplementedError):
+            return False
+        self.fs.invalidate_cache(self._full(target))
+        return True
 
     @_as_os_errors
     def put(self, path: str, data: bytes) -> None:

@@ -21,6 +21,7 @@ import torch
 from checkpointer import CheckpointManager, layout
 from checkpointer.storage import LocalStorage
 from checkpointer.storage import local as local_storage
+from tests.successor import succeed
 
 EVENTS = frozenset({
     "open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.scandir", "os.truncate", "os.symlink",
@@ -93,6 +94,14 @@ def remove(root: str, live: dict[str, Any]) -> None:
         second.prune()
 
 
+def share(root: str, live: dict[str, Any]) -> None:
+    """Step 3 is step 2 again, on the same bytes; then 2 goes."""
+    with manager(root, live, keep={"last": 1}) as second:
+        second.restore_latest(components=["state"])
+        succeed(second._repository, second._repository.find(2), 3)
+        second.prune()
+
+
 def pin(root: str, live: dict[str, Any]) -> None:
     with CheckpointManager(root, read_only=True) as evaluator:
         evaluator.pin(1)
@@ -109,6 +118,7 @@ SCENARIOS: dict[str, Scenario] = {
     "branch": (two, branch, {2, 22}),
     "branch_beside_pinned": (two_and_pinned, branch, {2, 22}),
     "remove": (two, remove, {2}),
+    "share": (two, share, {2}),
     "pin": (two, pin, {2}),
 }
 

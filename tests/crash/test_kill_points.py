@@ -28,7 +28,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.skipif(sys.platform != "linux", reason="the program reads /proc")
 @pytest.mark.parametrize("exchange", ["exchange", "no-exchange"])
 @pytest.mark.parametrize(
-    "scenario", ["first_save", "save_and_prune", "overwrite", "branch", "branch_beside_pinned", "remove", "pin"]
+    "scenario",
+    ["first_save", "save_and_prune", "overwrite", "branch", "branch_beside_pinned", "remove", "share", "pin"],
 )
 def test_a_kill_at_any_event_leaves_the_old_newest_checkpoint_or_the_new_one(folder, stride, scenario, exchange):
     replaces = scenario in ("overwrite", "branch")

@@ -22,6 +22,7 @@ from checkpointer.manifest import parse_manifest
 from checkpointer.storage import open_storage
 from tests.conftest import Root
 from tests.faults import Fault, under
+from tests.successor import succeed
 
 # Not durable: what is made durable when is tested elsewhere, and here it would take minutes.
 SYNC = {"write": {"mode": "sync", "durable": False}, "require_resume": False}
@@ -74,6 +75,14 @@ def beside_a_pinned_one(root: Root, live: dict[str, Any]) -> None:
         second.save(2)
 
 
+def share(root: Root, live: dict[str, Any]) -> None:
+    """Step 3 is step 2 again, on the same bytes; then 2 goes."""
+    with manager(root, live, keep={"last": 1}) as second:
+        second.restore_latest(components=["state"])
+        succeed(second._repository, second._repository.find(2), 3)
+        second.prune()
+
+
 def prune(root: Root, live: dict[str, Any]) -> None:
     with manager(root, live, keep={"last": 1}) as second:
         second.prune()
@@ -92,6 +101,7 @@ SCENARIOS: dict[str, tuple[Callable[[Root, dict[str, Any]], None], set[int]]] = 
     "a save over an abandoned branch": (branch, {2, 22}),
     "a save beside a pinned checkpoint": (beside_a_pinned_one, {2, 22}),
     "pruning": (prune, {2}),
+    "a save that shares its files": (share, {2}),
     "pins and annotations": (annotate, {2}),
 }
 
@@ -250,7 +260,10 @@ def test_a_pin_that_was_accepted_holds_whenever_it_comes(request, stride, kind, 
 
 
 @pytest.mark.timeout(1200)  # with --thorough
-@pytest.mark.parametrize("scenario", ["a save that prunes", "an overwriting save", "a save beside a pinned checkpoint"])
+@pytest.mark.parametrize(
+    "scenario",
+    ["a save that prunes", "an overwriting save", "a save beside a pinned checkpoint", "a save that shares its files"],
+)
 def test_a_kill_before_any_request_to_an_object_store_loses_no_checkpoint(s3, stride, scenario):
     options = json.dumps(s3.options)
     step = 1 if stride == 1 else 4 * stride + 1  # each child takes a second to make its first request
