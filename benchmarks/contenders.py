@@ -77,7 +77,7 @@ class Contender(ABC):
         self.keep_all = keep_all
         """Whether the checkpoints of one run add up on disk; else only the newest is kept."""
         self._count = 0
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def prepare(cls) -> None:

@@ -64,6 +64,8 @@ class Plan:
     contenders: tuple[type[Contender], ...] = ()
     steps: int = 4
     """Steps before each save, for the time of a step without one."""
+    listen: float = 0.5
+    """Seconds of the idle loop that "held" is compared with."""
     tell: Callable[[str], object] = print
 
 
@@ -144,7 +146,7 @@ class _Bench:
         self._reference = Reference(self._training)
         self._ceilings = Ceilings(self._reference.buffer, Buffer(self._reference.buffer.size), folder)
         self._ceiling_samples: dict[str, dict[str, list[float]]] = {}
-        self._ready: dict[str, Contender] = {}
+        self._ready: dict[str, type[Contender]] = {}
         self._outcomes = {kind.name: Outcome(kind.name, kind.title, kind.fsyncs) for kind in plan.contenders}
 
     def warm_up(self) -> None:
@@ -154,9 +156,9 @@ class _Bench:
             self._training.step()
         for kind in self._importable():
             outcome = self._outcomes[kind.name]
+            self._ready[kind.name] = kind
             with self._failures_of(outcome):
-                self._watch_saves(kind, outcome)
-                self._watch_restore(self._ready[kind.name], outcome)
+                self._watch_memory(kind, outcome)
             self._tell(outcome, "warmed up")
 
     def _importable(self) -> list[type[Contender]]:
@@ -184,8 +186,10 @@ class _Bench:
                 self._measure_ceilings()
                 continue
             outcome = self._outcomes[name]
-            with self._failures_of(outcome):
-                self._turn(self._ready[name], outcome)
+            with self._failures_of(outcome), self._opened(self._ready[name]) as contender:
+                contender.save().wait()  # what it reuses from save to save is there now
+                contender.discard_old()
+                self._turn(contender, outcome)
             self._tell(outcome, f"round {number + 1} of {self._plan.rounds}")
 
     def successive(self) -> None:
@@ -198,10 +202,7 @@ class _Bench:
                 self._tell(outcome, "successive checkpoints")
 
     def close(self) -> None:
-        """Close every contender."""
-        for name in list(self._ready):
-            with self._failures_of(self._outcomes[name]):
-                self._ready.pop(name).close()
+        """Free the threads of the ceilings."""
         self._ceilings.close()
 
     def result(self) -> Result:
@@ -260,7 +261,7 @@ class _Bench:
         with loader_workers(self._plan.loader_workers):
             _settle()
             began = time.perf_counter()
-            idle = _longest_gap(lambda: time.perf_counter() - began > 0.5)
+            idle = _longest_gap(lambda: time.perf_counter() - began > self._plan.listen)
             pending = contender.save()
             if not pending.done():
                 outcome.add("held", _longest_gap(pending.done))
@@ -333,18 +334,18 @@ class _Bench:
         if difference and outcome.valid:
             outcome.status = f"void: {difference}"
 
-    def _watch_saves(self, kind: type[Contender], outcome: Outcome) -> None:
-        """Of making the contender and its first two saves; not of the steps between them."""
+    def _watch_memory(self, kind: type[Contender], outcome: Outcome) -> None:
+        """Of making the contender and its first two saves, not of the step between them; then of a restore."""
         peak = memory.Peak()
-        with peak.watch():
-            contender = kind(self._folder / kind.name, self._training)
-            self._ready[kind.name] = contender
-            contender.save().wait()
-        self._training.step(contender.guard())
-        with peak.watch():
-            contender.save().wait()
-        outcome.add("save_memory", peak.extra)
-        self._training.step(contender.guard())
+        with contextlib.ExitStack() as stack:
+            with peak.watch():
+                contender = stack.enter_context(self._opened(kind))
+                contender.save().wait()
+            self._training.step(contender.guard())
+            with peak.watch():
+                contender.save().wait()
+            outcome.add("save_memory", peak.extra)
+            self._watch_restore(contender, outcome)
 
     def _watch_restore(self, contender: Contender, outcome: Outcome) -> None:
         """Beyond the optimizer's state, which a restore has to make."""
@@ -361,10 +362,9 @@ class _Bench:
     def _measure_successive(self, kind: type[Contender]) -> dict[str, float]:
         """Of this library all; of the others, which write everything each time, three."""
         count = self._workload.successive if kind.name.startswith("checkpointer") else 3
-        contender = kind(self._folder / f"{kind.name}-successive", self._training, keep_all=True)
         written: list[int] = []
         changed: list[int] = []
-        try:
+        with self._opened(kind, keep_all=True) as contender:
             for _ in range(count):
                 self._training.step(contender.guard())
                 changed.append(self._reference.changed(self._training))
@@ -373,9 +373,6 @@ class _Bench:
                 contender.save().wait()
                 written.append(_allocated(contender.folder, inodes))
             disk = _allocated(contender.folder, set())
-        finally:
-            contender.close()
-            shutil.rmtree(contender.folder)
         later, size = statistics.median(written[1:]), statistics.median(changed[1:])
         return {
             "count": count, "first": written[0], "later": later, "changed": size, "disk": disk,
@@ -383,6 +380,16 @@ class _Bench:
         }  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------------- helpers
+
+    @contextlib.contextmanager
+    def _opened(self, kind: type[Contender], *, keep_all: bool = False) -> Iterator[Contender]:
+        """A contender in an empty folder. One at a time: each holds memory as large as the state."""
+        with _folder(self._folder / kind.name) as folder:
+            contender = kind(folder, self._training, keep_all=keep_all)
+            try:
+                yield contender
+            finally:
+                contender.close()
 
     def _measure_ceilings(self) -> None:
         for name, ways in self._ceilings.measure().items():
@@ -400,9 +407,8 @@ class _Bench:
             line = f"{type(error).__name__}: {error}".splitlines()[0]
             outcome.status = f"failed: {line.replace(str(self._folder), '…')[:200]}"
             self._plan.tell("".join(traceback.format_exception(error)))
-        if not outcome.valid and not outcome.status.startswith("void") and outcome.name in self._ready:
-            with contextlib.suppress(Exception):  # what has failed may fail to close too
-                self._ready.pop(outcome.name).close()
+        if not outcome.valid and not outcome.status.startswith("void"):
+            self._ready.pop(outcome.name, None)
 
     def _tell(self, outcome: Outcome, what: str) -> None:
         self._plan.tell(f"{self._workload.name}: {outcome.title}: {outcome.status or what}")

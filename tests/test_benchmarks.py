@@ -104,7 +104,7 @@ class Broken(TorchSave):
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     kinds = (CheckpointerSync, CheckpointerAsync, TorchSaveFsync, TorchLoadMmap, Late, Forgetful, Absent, Broken)
-    plan = Plan(tmp_path_factory.mktemp("bench"), rounds=2, contenders=kinds, steps=2, tell=lambda _: None)
+    plan = Plan(tmp_path_factory.mktemp("bench"), rounds=2, contenders=kinds, steps=2, listen=0.01, tell=lambda _: None)
     found = measure(TINY, plan)
     assert not any(plan.folder.iterdir()), "checkpoints are left over"
     return found
