@@ -11,15 +11,16 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import xxhash
 from torch import nn
 
-from checkpointer.arena import Arena, is_flat
+from checkpointer.arena import Arena, Copy, is_flat
 from checkpointer.errors import SaveError
 from checkpointer.memory import Region
+from checkpointer.tensorfile import Slot
 
 BLOCK = 1 << 20
 """Bytes copied out of live memory at a time. The hook waits for one such copy at most."""
@@ -27,20 +28,23 @@ BLOCK = 1 << 20
 WORTH_TIMING = 4 << 20
 """Bytes. Copies of less say nothing about the memory's speed."""
 
-logger = logging.getLogger("checkpointer")
+OPTIMIZER_STATE = "state."
+"""How the keys of an optimizer's tensors begin that belong to parameters; the others are hyper-parameters."""
 
-Place = tuple[int, int]
-"""Address and bytes of a tensor's memory."""
+logger = logging.getLogger("checkpointer")
 
 
 class LiveTensor:
     """A tensor that is written from live memory. ``position`` bytes of it are out already."""
 
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
-        self.name = name
+    __slots__ = ("address", "copy", "position", "size", "slot", "tensor", "version")
+
+    def __init__(self, slot: Slot, tensor: torch.Tensor) -> None:
+        self.slot = slot
         self.tensor = tensor
         self.version = tensor._version  # noqa: SLF001  the one public trace of a write
-        self.address, self.size = place_of(tensor)
+        self.address = tensor.data_ptr()
+        self.size = slot.end - slot.begin
         self.position = 0
         self.copy: memoryview | None = None
         """The bytes from ``position`` on, once they had to be copied."""
@@ -54,25 +58,18 @@ class LiveTensor:
 class LiveState:
     """All live tensors of one save. The writer takes their bytes; ``detach`` copies what it has not taken yet."""
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, tensors: Sequence[LiveTensor]) -> None:
         self._arena = arena
-        self._tensors: list[LiveTensor] = []
+        self._tensors = tensors
         self._lock = threading.Lock()
         self._taken = threading.Event()
         self._bounce = Region(BLOCK)
-        self._left = 0
+        self._left = sum(live.size for live in tensors)
         """Bytes that the writer has not taken yet."""
         self._detached = False
         self._torn: str | None = None
         self.bytes_per_second: float | None = None
         """How fast ``detach`` copied, if it was enough to tell."""
-
-    def add(self, name: str, tensor: torch.Tensor) -> LiveTensor:
-        """One more tensor; before the writer starts."""
-        live = LiveTensor(name, tensor)
-        self._tensors.append(live)
-        self._left += live.size
-        return live
 
     def blocks(self, live: LiveTensor) -> Iterator[memoryview]:
         """The bytes of one tensor. Each block is valid until the next one is asked for."""
@@ -139,7 +136,7 @@ class LiveState:
 
     def _note_torn(self, live: LiveTensor) -> None:
         if live.torn and self._torn is None:
-            self._torn = live.name
+            self._torn = f"{live.slot.component}.{live.slot.key}"
 
 
 def _torn_message(name: str) -> str:
@@ -150,68 +147,72 @@ def _torn_message(name: str) -> str:
     )
 
 
-def lazy_places(optimizers: Iterable[torch.optim.Optimizer], modules: Iterable[nn.Module]) -> set[Place]:
-    """Where the tensors lie that nothing but the step of one of these optimizers changes.
+@dataclass(frozen=True)
+class Stepped:
+    """Which tensors nothing but the step of a registered optimizer changes."""
 
-    These are parameters and state of the optimizers, in host memory and row-major, but for the parameters that the
-    forward pass of a module changes too. Empty where a step may run without its hooks (CUDA graphs).
+    optimizers: frozenset[str]
+    """Components whose state is such, all of it."""
+    parameters: Mapping[int, int]
+    """Addresses of parameters, and their size in bytes."""
+
+    def __bool__(self) -> bool:
+        return bool(self.optimizers)
+
+    def holds(self, slot: Slot, tensor: torch.Tensor) -> bool:
+        """Whether the tensor of ``slot`` is one of them, and can be read as it lies in host memory."""
+        if slot.component in self.optimizers:
+            found = slot.key.startswith(OPTIMIZER_STATE)
+        else:
+            found = self.parameters.get(tensor.data_ptr()) == slot.end - slot.begin
+        return found and is_flat(tensor) and not tensor.is_inference()
+
+
+def stepped(optimizers: Mapping[str, torch.optim.Optimizer], modules: Iterable[nn.Module]) -> Stepped:
+    """What the steps of ``optimizers`` (by component name) alone change.
+
+    That is their state and their parameters, but for those that the forward pass of a module changes too. Nothing at
+    all where a step may run without its hooks (CUDA graphs).
     """
-    found: set[Place] = set()
-    for optimizer in optimizers:
+    names = []
+    parameters: dict[int, int] = {}
+    for name, optimizer in optimizers.items():
         if not getattr(type(optimizer).step, "hooked", False):
             continue
+        names.append(name)
         for group in optimizer.param_groups:
             if group.get("capturable") or group.get("differentiable"):
-                return set()
-            for parameter in group["params"]:
-                _add(found, parameter)
-                _add_all(found, optimizer.state.get(parameter))
+                return Stepped(frozenset(), {})
+            parameters.update((item.data_ptr(), item.nbytes) for item in group["params"] if type(item) in _PLAIN)
     for module in modules:
         for inner in module.modules():
-            if getattr(inner, "max_norm", None) is not None and isinstance(inner, (nn.Embedding, nn.EmbeddingBag)):
-                found.discard(place_of(inner.weight))
-    return found
+            if isinstance(inner, (nn.Embedding, nn.EmbeddingBag)) and inner.max_norm is not None:
+                parameters.pop(inner.weight.data_ptr(), None)
+    return Stepped(frozenset(names), parameters)
 
 
-def place_of(tensor: torch.Tensor) -> Place:
-    """Address and size of a tensor's memory."""
-    return tensor.data_ptr(), tensor.numel() * tensor.element_size()
-
-
-def _add(found: set[Place], tensor: Any) -> None:
-    if type(tensor) in (torch.Tensor, nn.Parameter) and is_flat(tensor) and not tensor.is_inference():
-        found.add(place_of(tensor))
-
-
-def _add_all(found: set[Place], state: Any) -> None:
-    if isinstance(state, torch.Tensor):
-        _add(found, state)
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            _add_all(found, value)
-    elif isinstance(state, (list, tuple)):
-        for value in state:
-            _add_all(found, value)
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 class LazyFile:
-    """A file's tensors, some of them live, the others in an arena."""
+    """A file's tensors: some of them live, the others copied to ``memory``."""
 
     steady = False
 
-    def __init__(self, state: LiveState, slots: Sequence[LiveTensor | memoryview]) -> None:
+    def __init__(self, state: LiveState, slots: Sequence[LiveTensor | Copy], memory: memoryview) -> None:
         self._state = state
         self._slots = slots
+        self._memory = memory
 
     def pieces(self, hashes: list[str]) -> Iterator[memoryview]:
         """All bytes in order; the hash of each tensor is appended to ``hashes``."""
         for slot in self._slots:
             hasher = xxhash.xxh3_128()
-            for block in self._state.blocks(slot) if isinstance(slot, LiveTensor) else _cut(slot):
+            for block in self._state.blocks(slot) if isinstance(slot, LiveTensor) else self._copied(slot):
                 hasher.update(block)
                 yield block
             hashes.append(hasher.hexdigest())
 
-
-def _cut(memory: memoryview) -> Iterator[memoryview]:
-    return (memory[start : start + BLOCK] for start in range(0, len(memory), BLOCK))
+    def _copied(self, copy: Copy) -> Iterator[memoryview]:
+        end = copy.offset + copy.size
+        return (self._memory[start : min(start + BLOCK, end)] for start in range(copy.offset, end, BLOCK))

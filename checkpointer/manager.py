@@ -22,7 +22,7 @@ from checkpointer.errors import (
     SaveError,
 )
 from checkpointer.info import CheckpointInfo
-from checkpointer.lazy import lazy_places
+from checkpointer.lazy import stepped
 from checkpointer.notes import Note
 from checkpointer.pacing import Pace
 from checkpointer.position import Position
@@ -96,8 +96,8 @@ class CheckpointManager:
         self._adapters = adapters
         self._read_only = read_only
         self._repository = Repository(open_storage(root, storage_options, durable=self._config.write.durable))
-        places = partial(lazy_places, optimizers_of(components), list(modules.values()))
-        self._saver = Saver(self._repository, self._config, on_commit, places)
+        changes = partial(stepped, optimizers_of(components), list(modules.values()))
+        self._saver = Saver(self._repository, self._config, on_commit, changes)
         self._restorer = Restorer(self._repository, adapters)
         self._position = Position(self._repository, require_resume=self._config.require_resume)
         self._pace = Pace(self._config.save)

@@ -6,7 +6,6 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import datetime
@@ -14,7 +13,7 @@ from datetime import datetime
 from checkpointer.config import Config
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, SaveError
 from checkpointer.info import CheckpointInfo
-from checkpointer.lazy import Place
+from checkpointer.lazy import Stepped
 from checkpointer.pruning import prune
 from checkpointer.repository import Repository
 from checkpointer.staging import Staged, Stager
@@ -87,12 +86,12 @@ class Saver:
         repository: Repository,
         config: Config,
         on_commit: Callable[[CheckpointInfo], object] | None,
-        lazy_places: Callable[[], AbstractSet[Place]],
+        stepped: Callable[[], Stepped],
     ) -> None:
         self._repository = repository
         self._config = config
         self._on_commit = on_commit
-        self._lazy_places = lazy_places
+        self._stepped = stepped
         self._stager = Stager()
         self._steps = StepWatch()
         self._pool: ThreadPoolExecutor | None = None
@@ -123,16 +122,16 @@ class Saver:
     def stage(self, captured: Mapping[str, Captured]) -> Staged:
         """Make state ready for writing: by reference in ``sync`` mode, by a copy in ``async`` mode.
 
-        ``lazy`` mode copies what does not lie at a lazy place; the rest is copied before it changes.
+        ``lazy`` mode copies what not only a step changes; the rest is copied before a step, unless written by then.
         """
         mode = self._config.write.mode
         if mode == "sync":
             return self._stager.live(captured)
         if mode == "lazy":
             self._steps.save_begins()
-            places = self._lazy_places() if self._steps.choose() == "lazy" else None
-            if places:
-                return self._stager.lazily(captured, places)
+            changes = self._stepped() if self._steps.choose() == "lazy" else None
+            if changes:
+                return self._stager.lazily(captured, changes)
         return self._stager.copies(captured)
 
     def staged(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -12,7 +11,7 @@ import xxhash
 
 from checkpointer.arena import Arena, Copy
 from checkpointer.index import Component
-from checkpointer.lazy import LazyFile, LiveState, LiveTensor, Place, place_of
+from checkpointer.lazy import LazyFile, LiveState, LiveTensor, Stepped
 from checkpointer.memory import cache_aligned, page_aligned
 from checkpointer.state.plan import Captured
 from checkpointer.state.tensors import host_bytes, spec_of
@@ -90,33 +89,29 @@ class Stager:
         ]
         return self._staged(captured, staged)
 
-    def lazily(self, captured: Mapping[str, Captured], places: AbstractSet[Place]) -> Staged:
-        """Refer to live memory for the tensors at ``places``, and copy all others."""
+    def lazily(self, captured: Mapping[str, Captured], changes: Stepped) -> Staged:
+        """Refer to live memory for what only ``changes`` with a step, and copy everything else."""
         files = self._plan(captured)
-        state = LiveState(self._rest)
+        live: list[LiveTensor] = []
         copies: list[Copy] = []
+        planned: list[list[LiveTensor | Copy]] = []
         size = 0
-        planned: list[tuple[TensorFile, list[LiveTensor | tuple[int, int]]]] = []
         for file in files:
-            slots: list[LiveTensor | tuple[int, int]] = []
+            slots: list[LiveTensor | Copy] = []
             for slot in file.slots:
                 tensor = captured[slot.component].tensors[slot.key]
-                if place_of(tensor) in places:
-                    slots.append(state.add(f"{slot.component}.{slot.key}", tensor))
+                if changes.holds(slot, tensor):
+                    live.append(LiveTensor(slot, tensor))
+                    slots.append(live[-1])
                 else:
                     copies.append(Copy(tensor, size, slot.end - slot.begin))
-                    slots.append((size, size + slot.end - slot.begin))
+                    slots.append(copies[-1])
                     size += cache_aligned(slot.end - slot.begin)
-            planned.append((file, slots))
+            planned.append(slots)
         memory = self._arena.reserve(size)
         self._arena.fill(copies)
-        staged = [
-            StagedFile(
-                file,
-                LazyFile(state, [slot if isinstance(slot, LiveTensor) else memory[slice(*slot)] for slot in slots]),
-            )
-            for file, slots in planned
-        ]
+        state = LiveState(self._rest, live)
+        staged = [StagedFile(file, LazyFile(state, slots, memory)) for file, slots in zip(files, planned, strict=True)]
         return self._staged(captured, staged, state)
 
     def close(self) -> None:

@@ -55,9 +55,9 @@ def modules_of(components: Mapping[str, object]) -> dict[str, nn.Module]:
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
-def optimizers_of(components: Mapping[str, object]) -> list[torch.optim.Optimizer]:
-    """The optimizers among the components."""
-    return [part for part in components.values() if isinstance(part, torch.optim.Optimizer)]
+def optimizers_of(components: Mapping[str, object]) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers among the components, by component name."""
+    return {name: part for name, part in components.items() if isinstance(part, torch.optim.Optimizer)}
 
 
 def _hint(obj: object) -> str:

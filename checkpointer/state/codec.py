@@ -58,7 +58,7 @@ class Encoder:
     def __init__(self, root: str) -> None:
         self.root = root
         self.tensors: dict[str, torch.Tensor] = {}
-        self._by_pointer: dict[int, list[str]] = {}
+        self._by_pointer: dict[int, tuple[str, ...]] = {}
         self._path: list[tuple[str, Any]] = []
         self._open: set[int] = set()
         self._hashable = 0
@@ -127,8 +127,10 @@ class Encoder:
         out: dict[str, Json] = {}
         prefix = ".".join([*(_key_part(part) for _, part in self._path), ""])
         for key, item in value.items():
-            if type(item) is torch.Tensor and self._is_simple(item):  # the state of optimizers: nearly all there is
-                out[key] = {"$tensor": self.add(prefix + _key_part(key), item)}
+            if (
+                type(item) is torch.Tensor and not self._hashable and is_simple(item)
+            ):  # the state of optimizers: nearly all there is
+                out[key] = {"$tensor": self.add(prefix + key if len(key) <= 120 else _key_part(key), item)}
                 continue
             if leaves.is_plain(item):
                 out[key] = item
@@ -137,15 +139,6 @@ class Encoder:
             out[key] = self.encode(item)
             self._path.pop()
         return out
-
-    def _is_simple(self, value: torch.Tensor) -> bool:
-        """Whether a tensor is stored as it is: nothing to take apart, to flag or to refuse."""
-        return (
-            not value.requires_grad
-            and tensors.is_plain(value)
-            and value.dtype in tensors.STORABLE
-            and not (_NAMED or self._hashable)
-        )
 
     def _pairs(self, value: Mapping[Any, Any]) -> Json:
         out: list[Json] = []
@@ -291,14 +284,14 @@ class Encoder:
         """
         # Most memory occurs once: comparing pointers first makes this several times faster.
         pointer = tensor.data_ptr() or tensor.untyped_storage()._cdata  # noqa: SLF001
-        others = self._by_pointer.setdefault(pointer, [])
+        others = self._by_pointer.get(pointer, ())
         if others:
             memory = tensors.memory_key(tensor)
             for other in others:
                 if tensors.memory_key(self.tensors[other]) == memory:
                     return other
         stored = self._unique(key or "value")
-        others.append(stored)
+        self._by_pointer[pointer] = (*others, stored)
         self.tensors[stored] = tensor.detach() if tensor.requires_grad else tensor
         return stored
 
@@ -312,6 +305,13 @@ class Encoder:
     def _fail(self, what: str) -> NoReturn:
         place = self.root + "".join(_show(kind, part) for kind, part in self._path)
         raise UnsupportedStateError(f"{place}: cannot store {what}; {_REGISTER}")
+
+
+def is_simple(tensor: torch.Tensor) -> bool:
+    """Whether a ``torch.Tensor`` is stored as it is: nothing to take apart, to flag or to refuse."""
+    if tensor.requires_grad or not tensors.is_plain(tensor) or tensor.dtype not in tensors.STORABLE:
+        return False
+    return not (_NAMED and tensor.has_names())  # type: ignore[attr-defined]
 
 
 def array_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -7,13 +7,15 @@ still gets the right moments. State is restored with the dtypes it was saved wit
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from checkpointer.errors import CorruptCheckpointError, IncompatibleStateError
 from checkpointer.index import Json
-from checkpointer.state.codec import encode
+from checkpointer.state.codec import encode, is_simple
 from checkpointer.state.decoding import outline
 from checkpointer.state.module_match import SHOWN
 from checkpointer.state.names import parameter_names
@@ -34,6 +36,7 @@ class OptimizerAdapter:
         self.name = name
         self.live = live
         self.modules = modules
+        self._known: _KnownState | None = None
 
     def capture(self) -> Captured:
         """Refer to the live tensors of ``state_dict()``.
@@ -42,9 +45,10 @@ class OptimizerAdapter:
         no registered module holds it), ``shapes``, ``devices`` and ``dtypes``. Raises :class:`UnsupportedStateError`.
         """
         state = self.live.state_dict()
-        tree, tensors = encode(state, self.name)
         if not has_usual_form(state):
+            tree, tensors = encode(state, self.name)
             return Captured(self.kind, tree, tensors)
+        tree, tensors = self._encode(state)
         groups = [group["params"] for group in self.live.param_groups]
         devices = {device: str(device) for device in {item.device for group in groups for item in group}}
         meta: dict[str, Json] = {
@@ -54,6 +58,20 @@ class OptimizerAdapter:
             "dtypes": [[dtype_name(parameter.dtype) for parameter in group] for group in groups],
         }
         return Captured(self.kind, tree, tensors, meta)
+
+    def _encode(self, state: dict[str, Any]) -> tuple[Json, dict[str, torch.Tensor]]:
+        """The tree and the tensors of ``state``; the part of the tree that never changes is made once."""
+        if self._known is not None:
+            tensors = self._known.tensors_in(state["state"])
+            if tensors is not None:
+                groups, others = encode({"param_groups": state["param_groups"]}, self.name)
+                assert isinstance(groups, dict)
+                if not others:
+                    return {"state": self._known.node, **groups}, tensors
+        tree, tensors = encode(state, self.name)
+        assert isinstance(tree, dict)
+        self._known = _KnownState.of(state["state"], tree["state"])
+        return tree, tensors
 
     def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:
         """Map saved to live parameters. Raises :class:`IncompatibleStateError` with all mismatches."""
@@ -65,6 +83,46 @@ class OptimizerAdapter:
             return OptimizerRestore(self.name, self.live, names, saved, options).plan()
         except (TypeError, KeyError, AttributeError) as error:
             raise CorruptCheckpointError(f"{self.name}: the state of this optimizer is not well formed") from error
+
+
+@dataclass(frozen=True)
+class _KnownState:
+    """The form that the state of an optimizer keeps from save to save: plain tensors, each in memory of its own."""
+
+    node: Json
+    """Its tree."""
+    entries: dict[Any, dict[str, str]]
+    """For each parameter's index: the key that the tensor of each slot is stored under."""
+
+    @classmethod
+    def of(cls, state: dict[Any, Any], node: Json) -> _KnownState | None:
+        """``None`` where the state has another form."""
+        entries: dict[Any, dict[str, str]] = {}
+        for index, entry in state.items():
+            if type(index) is not int or type(entry) is not dict or any(type(slot) is not str for slot in entry):
+                return None
+            entries[index] = {slot: f"state.{index}.{slot}" for slot in entry}
+        nodes = [[index, {slot: {"$tensor": key} for slot, key in keys.items()}] for index, keys in entries.items()]
+        return cls(node, entries) if node == {"$dict": nodes} else None
+
+    def tensors_in(self, state: dict[Any, Any]) -> dict[str, torch.Tensor] | None:
+        """The tensors of ``state``, by key; ``None`` where it does not have this form any more."""
+        if state.keys() != self.entries.keys():
+            return None
+        found: dict[str, torch.Tensor] = {}
+        memory: set[int] = set()
+        for index, keys in self.entries.items():
+            entry = state[index]
+            if type(entry) is not dict or list(entry) != list(keys):
+                return None
+            for slot, key in keys.items():
+                tensor = entry[slot]
+                if type(tensor) is not torch.Tensor or not is_simple(tensor):
+                    return None
+                memory.add(tensor.data_ptr())
+                found[key] = tensor
+        alone = len(memory) == len(found) and 0 not in memory
+        return found if alone and list(state) == list(self.entries) else None
 
 
 class _AsStateful(StatefulAdapter):
