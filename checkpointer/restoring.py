@@ -24,6 +24,7 @@ from checkpointer.info import CheckpointInfo
 from checkpointer.notes import Note
 from checkpointer.reading import CheckpointReader, ChunkRead
 from checkpointer.repository import Repository
+from checkpointer.sharing import Source
 from checkpointer.state import Adapter, ComponentReport, RestoreOptions, RestorePlan, SavedState, WholeModelLoader
 from checkpointer.state.plan import Adapt, MapLocation, Rename
 from checkpointer.storage import open_storage
@@ -140,6 +141,8 @@ class Restorer:
     def __init__(self, repository: Repository, adapters: Mapping[str, Adapter]) -> None:
         self._repository = repository
         self._adapters = adapters
+        self.source: Source | None = None
+        """The checkpoint restored last, with the files whose every byte was verified: later saves may share them."""
 
     def latest(self, request: RestoreRequest) -> Restored | None:
         """The newest checkpoint that is whole; ``None`` if there is none at all.
@@ -175,9 +178,11 @@ class Restorer:
             IncompatibleStateError: it does not fit the live objects.
             CheckpointNotFoundError: it has been removed.
         """
+        self.source = None
         try:
             with self._repository.open(info) as reader:
-                report = self._restore(reader, request)
+                report, verified = self._restore(reader, request)
+                self.source = Source.of(info, reader.manifest, reader.index, verified)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"{info.path} was removed while it was read") from error
         except CorruptCheckpointError as error:
@@ -222,7 +227,8 @@ class Restorer:
         except OSError as error:
             warnings.warn(f"could not note damage of {info.path}: {error}", CheckpointerWarning, stacklevel=2)
 
-    def _restore(self, reader: CheckpointReader, request: RestoreRequest) -> RestoreReport:
+    def _restore(self, reader: CheckpointReader, request: RestoreRequest) -> tuple[RestoreReport, set[str]]:
+        """Also returns which tensor files were verified as a whole."""
         names, report = self._choose(reader.index.components, request)
         options = request.options
         if report.missing or report.unexpected:
@@ -247,7 +253,7 @@ class Restorer:
         report.changed += found.all
         if found.exactness and not options.partial and not request.read_only:
             self._warn_inexact(reader, found.exactness)
-        return report
+        return report, set() if request.verify == "off" else _wholly_read(reader, plans)
 
     def _warn_inexact(self, reader: CheckpointReader, reasons: Iterable[str]) -> None:
         warnings.warn(
@@ -359,6 +365,13 @@ def _chunks(reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> Itera
         for key in plan.reads:
             for chunk in reader.index.chunks[name, key]:
                 yield f"{name}.{key}", chunk
+
+
+def _wholly_read(reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> set[str]:
+    """The tensor files of which every tensor is read."""
+    read = {(name, key) for name, plan in plans.items() for key in plan.reads}
+    left_out = {chunk.file for tensor, chunks in reader.index.chunks.items() if tensor not in read for chunk in chunks}
+    return reader.index.headers.keys() - left_out
 
 
 def _reads(reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> Iterator[ChunkRead]:

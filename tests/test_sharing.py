@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import stat
 import warnings
@@ -17,15 +16,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from checkpointer import CheckpointManager
-from checkpointer.errors import CheckpointerWarning
+from checkpointer.errors import CheckpointerWarning, CorruptCheckpointError
 from checkpointer.index import Chunk, TensorSpec
 from checkpointer.info import CheckpointInfo
 from checkpointer.manifest import FileRecord
 from checkpointer.notes import Note
 from checkpointer.pruning import prune
 from checkpointer.repository import Repository
+from checkpointer.restoring import Restorer, restore_request
 from checkpointer.retention import KeepPolicy, physical_size
 from checkpointer.sharing import Source, candidate
+from checkpointer.state import RngState, adapter_for
 from checkpointer.storage import open_storage
 from checkpointer.tensorfile import ComponentTensors, TensorFile, plan_files
 from tests.conftest import Root
@@ -297,6 +298,49 @@ def test_only_files_that_were_verified_are_shared(repository):
     assert candidate(file, part, 8).record is None
 
 
+@pytest.mark.parametrize(
+    "options, shared",
+    [
+        ({}, True),
+        ({"verify": "before"}, True),
+        ({"verify": "off"}, False),
+        ({"components": ["model"]}, True),
+        ({"components": ["rng"]}, False),
+        ({"ignore_keys": ["0.bias"], "strict": False}, False),
+        ({"ignore_keys": ["2.bias"], "strict": False}, True),
+    ],
+)
+def test_a_restore_makes_a_source_of_what_it_has_verified_as_a_whole(local, options, shared):
+    with CheckpointManager(local.url, config=CONFIG, model=backbone()) as manager:
+        info = manager.save(1).result()
+    repository = Repository(open_storage(local.url))
+    restorer = Restorer(repository, {"model": adapter_for("model", backbone(), {}), "rng": RngState()})
+    assert restorer.source is None
+    restorer.one(info, restore_request(options, "stream", read_only=True))
+    (file,) = (file for file in planned(repository, info) if file.path == FROZEN)
+    assert (candidate(file, restorer.source, 8).record is not None) is shared
+
+
+def test_a_restore_that_finds_damage_makes_no_source(local):
+    with CheckpointManager(local.url, config=CONFIG, model=backbone()) as manager:
+        good, bad = manager.save(1).result(), manager.save(2).result()
+    restorer = Restorer(
+        Repository(open_storage(local.url)), {"model": adapter_for("model", backbone(), {}), "rng": RngState()}
+    )
+    restorer.one(good, restore_request({}, "stream", read_only=True))
+    flip_last_byte(Path(bad.path, FROZEN))
+    with pytest.raises(CorruptCheckpointError):
+        restorer.one(bad, restore_request({}, "stream", read_only=True))
+    assert restorer.source is None
+
+
+def flip_last_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(data)
+
+
 # ---------------------------------------------------------------------------------------------- hard links
 
 
@@ -340,12 +384,7 @@ def test_a_copy_of_one_directory_is_a_full_backup(local_repository, tmp_path):
 
 def test_a_damaged_block_is_found_in_every_checkpoint_that_lies_on_it(local_repository):
     chain(local_repository)
-    file = files(local_repository)[0]
-    file.chmod(0o644)
-    with file.open("r+b") as opened:
-        last = file.read_bytes()[-1]
-        opened.seek(-1, os.SEEK_END)
-        opened.write(bytes([last ^ 1]))
+    flip_last_byte(files(local_repository)[0])
     damaged = [report.step for report in local_repository.verify_all().checkpoints if not report.ok]
     assert damaged == [1, 2, 3, 4]
 
