@@ -116,7 +116,7 @@ class Repository:
         Raises:
             CheckpointNotFoundError: it has been removed since, or replaced.
         """
-        name = _name_of(info)
+        name = name_of(info)
         manifest = read_manifest(self.storage, name)
         if manifest is None or manifest.id != info.id:
             raise CheckpointNotFoundError(f"{info.path} has been removed, or replaced, since it was listed")
@@ -131,7 +131,7 @@ class Repository:
         """
         manifest = self.manifest(info)
         try:
-            return CheckpointReader(self.storage, _name_of(info), manifest)
+            return CheckpointReader(self.storage, name_of(info), manifest)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"{info.path} was removed while it was opened") from error
 
@@ -145,7 +145,7 @@ class Repository:
             manifest = self.manifest(info)
         except (CorruptCheckpointError, FormatVersionError) as error:
             return CheckpointReport(info.path, info.step, info, (str(error),), (), 0)
-        report = verify_checkpoint(self.storage, _name_of(info), manifest, info)
+        report = verify_checkpoint(self.storage, name_of(info), manifest, info)
         if not report.ok:
             self.manifest(info)  # it is not damaged if it has been removed, or replaced, while it was read
         return report
@@ -190,7 +190,7 @@ class Repository:
 
     def share(self, attempt: Attempt, path: str, source: Source, record: FileRecord) -> bool:
         """Let a file of an attempt share the bytes of the same file of ``source``; ``False``: it has to be written."""
-        return attempt.share(path, f"{_name_of(source.info)}/{source.place(path)}", record)
+        return attempt.share(path, f"{name_of(source.info)}/{source.place(path)}", record)
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> CheckpointInfo:
         """Make an attempt visible and durable: the one commit point."""
@@ -207,7 +207,7 @@ class Repository:
             manifest = self.manifest(info)
         except CheckpointNotFoundError:
             return True
-        return self._protocol.remove(_name_of(info), manifest)
+        return self._protocol.remove(name_of(info), manifest)
 
     def recover(self) -> None:
         """Remove what dead writers left half done, and finish what they left half removed."""
@@ -239,7 +239,8 @@ def _step_of(name: str) -> int:
     return step
 
 
-def _name_of(info: CheckpointInfo) -> str:
+def name_of(info: CheckpointInfo) -> str:
+    """The name of a checkpoint's directory in the run root."""
     return info.path.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 

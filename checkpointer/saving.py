@@ -16,7 +16,8 @@ from checkpointer.info import CheckpointInfo
 from checkpointer.lazy import Stepped
 from checkpointer.pruning import prune
 from checkpointer.repository import Repository
-from checkpointer.staging import Staged, Stager
+from checkpointer.sharing import Source
+from checkpointer.staging import Shareable, Staged, Stager
 from checkpointer.state import Captured
 from checkpointer.stepping import StepWatch, WatchedSave
 from checkpointer.writing import Snapshot, write_checkpoint
@@ -94,6 +95,8 @@ class Saver:
         self._stepped = stepped
         self._stager = Stager()
         self._steps = StepWatch()
+        self._share_with: Source | None = None
+        """The checkpoint before, if this process wrote or verified it."""
         self._pool: ThreadPoolExecutor | None = None
         self._current: PendingSave | None = None
         self._background: Future[None] | None = None
@@ -125,14 +128,15 @@ class Saver:
         ``lazy`` mode copies what not only a step changes; the rest is copied before a step, unless written by then.
         """
         mode = self._config.write.mode
+        shareable = Shareable(self._share_with, self._config.write.share)
         if mode == "sync":
-            return self._stager.live(captured)
+            return self._stager.live(captured, shareable)
         if mode == "lazy":
             self._steps.save_begins()
             changes = self._stepped() if self._steps.choose() == "lazy" else None
             if changes:
-                return self._stager.lazily(captured, changes)
-        return self._stager.copies(captured)
+                return self._stager.lazily(captured, changes, shareable)
+        return self._stager.copies(captured, shareable)
 
     def staged(self) -> None:
         """Copy whatever a save in flight still has to read from live memory."""
@@ -209,7 +213,7 @@ class Saver:
     def _write(self, snapshot: Snapshot, future: Future[CheckpointInfo]) -> None:
         """Complete ``future``, whatever happens: a writer that died silently would leave the caller waiting."""
         try:
-            info = write_checkpoint(self._repository, snapshot)
+            info, self._share_with = write_checkpoint(self._repository, snapshot)
         except BaseException as error:  # noqa: BLE001  handed to whoever waits
             future.set_exception(self._as_save_error(snapshot.step, error))
         else:

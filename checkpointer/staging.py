@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import xxhash
 
 from checkpointer.arena import Arena, Copy
+from checkpointer.errors import SaveError
 from checkpointer.index import Component
 from checkpointer.lazy import LazyFile, LiveState, LiveTensor, Stepped
+from checkpointer.manifest import FileRecord
 from checkpointer.memory import cache_aligned, page_aligned
+from checkpointer.sharing import Source as EarlierCheckpoint
+from checkpointer.sharing import candidate
 from checkpointer.state.plan import Captured
 from checkpointer.state.tensors import host_bytes, spec_of
 from checkpointer.tensorfile import ComponentTensors, Slot, TensorFile, plan_files
@@ -24,6 +30,14 @@ DEVICE_BLOCK = 8 << 20
 """Bytes fetched from another device, or put in row-major order, at a time."""
 
 
+HASH_THREADS = 2
+
+WORTH_THREADS = 4 << 20
+"""Bytes from which on it pays to start threads that hash."""
+
+logger = logging.getLogger("checkpointer")
+
+
 class Source(Protocol):
     """The bytes of one file's tensors."""
 
@@ -33,6 +47,17 @@ class Source(Protocol):
 
     def pieces(self, hashes: list[str]) -> Iterator[memoryview]:
         """All bytes behind the header, in order; the xxh3-128 of each slot is appended to ``hashes`` on the way."""
+
+
+class Shareable(NamedTuple):
+    """The checkpoint whose files a save may share."""
+
+    source: EarlierCheckpoint | None
+    limit: int | Literal[False]
+    """``write: {share}``."""
+
+
+NOTHING = Shareable(None, limit=False)
 
 
 class StagedFile(NamedTuple):
@@ -53,6 +78,30 @@ class Staged:
     """What is still in live memory, and has to be copied before it changes."""
 
 
+class SharedFile:
+    """A file whose bytes are those of an earlier checkpoint's, hash for hash: it need not be written."""
+
+    steady = False
+
+    def __init__(
+        self, earlier: EarlierCheckpoint, record: FileRecord, hashes: Sequence[str], tensors: Sequence[torch.Tensor]
+    ) -> None:
+        self.earlier = earlier
+        self.record = record
+        """What the manifest says of it."""
+        self.hashes = tuple(hashes)
+        self._tensors = _LiveTensors(tensors)
+
+    def pieces(self, hashes: list[str]) -> Iterator[memoryview]:
+        """For a storage that cannot share after all: from live memory, which has to hold the same bytes still."""
+        yield from self._tensors.pieces(hashes)
+        if tuple(hashes) != self.hashes:
+            raise SaveError(
+                "parameters that do not require gradients were changed while they were being written: it was not "
+                "committed. Set requires_grad before you change them, or write: {share: false}"
+            )
+
+
 class Stager:
     """Stages the components of a manager, save after save, in memory that it keeps."""
 
@@ -63,40 +112,46 @@ class Stager:
         self._parts: dict[str, ComponentTensors] = {}
         self._files: list[TensorFile] = []
 
-    def live(self, captured: Mapping[str, Captured]) -> Staged:
+    def live(self, captured: Mapping[str, Captured], shareable: Shareable = NOTHING) -> Staged:
         """Refer to live memory: for a writer that finishes before the state may change."""
-        files = self._plan(captured)
-        return self._staged(captured, [StagedFile(file, _LiveTensors(_tensors(file, captured))) for file in files])
+        shared = self._shared(captured, shareable)
+        sources = [shared.get(file.path) or _LiveTensors(_tensors(file, captured)) for file in self._files]
+        return self._staged(captured, sources)
 
-    def copies(self, captured: Mapping[str, Captured]) -> Staged:
+    def copies(self, captured: Mapping[str, Captured], shareable: Shareable = NOTHING) -> Staged:
         """Copy all tensors; when this returns, training may go on. Overwrites what was staged before."""
-        files = self._plan(captured)
-        starts = []
+        shared = self._shared(captured, shareable)
+        starts: dict[str, int] = {}
         size = 0
-        for file in files:
-            starts.append(size)
-            size += page_aligned(file.data_size)
+        for file in self._files:
+            if file.path not in shared:
+                starts[file.path] = size
+                size += page_aligned(file.data_size)
         pinned = any(tensor.is_cuda for part in captured.values() for tensor in part.tensors.values())
         memory = self._arena.reserve(size, pinned=pinned)
         self._arena.fill(
-            Copy(captured[slot.component].tensors[slot.key], start + slot.begin, slot.end - slot.begin)
-            for file, start in zip(files, starts, strict=True)
+            Copy(captured[slot.component].tensors[slot.key], starts[file.path] + slot.begin, slot.end - slot.begin)
+            for file in self._files
+            if file.path in starts
             for slot in file.slots
         )
-        staged = [
-            StagedFile(file, _Image(memory[start : start + file.data_size], file.slots))
-            for file, start in zip(files, starts, strict=True)
-        ]
-        return self._staged(captured, staged)
+        images = {
+            file.path: _Image(memory[starts[file.path] : starts[file.path] + file.data_size], file.slots)
+            for file in self._files
+            if file.path in starts
+        }
+        return self._staged(captured, [shared.get(file.path) or images[file.path] for file in self._files])
 
-    def lazily(self, captured: Mapping[str, Captured], changes: Stepped) -> Staged:
+    def lazily(self, captured: Mapping[str, Captured], changes: Stepped, shareable: Shareable = NOTHING) -> Staged:
         """Refer to live memory for what only ``changes`` with a step, and copy everything else."""
-        files = self._plan(captured)
+        shared = self._shared(captured, shareable)
         live: list[LiveTensor] = []
         copies: list[Copy] = []
-        planned: list[list[LiveTensor | Copy]] = []
+        planned: dict[str, list[LiveTensor | Copy]] = {}
         size = 0
-        for file in files:
+        for file in self._files:
+            if file.path in shared:
+                continue
             slots: list[LiveTensor | Copy] = []
             for slot in file.slots:
                 tensor = captured[slot.component].tensors[slot.key]
@@ -107,19 +162,19 @@ class Stager:
                     copies.append(Copy(tensor, size, slot.end - slot.begin))
                     slots.append(copies[-1])
                     size += cache_aligned(slot.end - slot.begin)
-            planned.append(slots)
+            planned[file.path] = slots
         memory = self._arena.reserve(size)
         self._arena.fill(copies)
         state = LiveState(self._rest, live)
-        staged = [StagedFile(file, LazyFile(state, slots, memory)) for file, slots in zip(files, planned, strict=True)]
-        return self._staged(captured, staged, state)
+        files = {path: LazyFile(state, slots, memory) for path, slots in planned.items()}
+        return self._staged(captured, [shared.get(file.path) or files[file.path] for file in self._files], state)
 
     def close(self) -> None:
         """Give the memory back."""
         self._arena.free()
         self._rest.free()
 
-    def _plan(self, captured: Mapping[str, Captured]) -> list[TensorFile]:
+    def _plan(self, captured: Mapping[str, Captured]) -> None:
         """Which tensor goes where. The plan of the last save serves again while names, shapes and dtypes stay."""
         parts = {
             name: ComponentTensors(
@@ -129,15 +184,29 @@ class Stager:
         }
         if parts != self._parts:
             self._parts, self._files = parts, plan_files(parts)
-        return self._files
+
+    def _shared(self, captured: Mapping[str, Captured], shareable: Shareable) -> dict[str, SharedFile]:
+        """Plan, and find the files that need not be written. Only candidates are hashed."""
+        self._plan(captured)
+        shared: dict[str, SharedFile] = {}
+        for file in self._files:
+            found = candidate(file, shareable.source, shareable.limit)
+            if found.record is not None and shareable.source is not None:
+                tensors = _tensors(file, captured)
+                found = found.confirmed(hash_tensors(tensors))
+                if found.record is not None:
+                    shared[file.path] = SharedFile(shareable.source, found.record, found.hashes, tensors)
+            logger.debug("%s: %s", file.path, found.reason)
+        return shared
 
     def _staged(
-        self, captured: Mapping[str, Captured], files: Sequence[StagedFile], live: LiveState | None = None
+        self, captured: Mapping[str, Captured], sources: Sequence[Source], live: LiveState | None = None
     ) -> Staged:
         components = {
             name: Component(kind=part.kind, tree=part.tree, tensors=self._parts[name].specs, meta=part.meta)
             for name, part in captured.items()
         }
+        files = [StagedFile(file, source) for file, source in zip(self._files, sources, strict=True)]
         return Staged(components, self._parts, files, live)
 
 
@@ -185,6 +254,21 @@ class _LiveTensors:
                 hasher.update(block)
                 yield block
             hashes.append(hasher.hexdigest())
+
+
+def hash_tensors(tensors: Sequence[torch.Tensor]) -> list[str]:
+    """The xxh3-128 of the row-major bytes of each tensor."""
+    if sum(tensor.nbytes for tensor in tensors) < WORTH_THREADS:
+        return [_hash(tensor) for tensor in tensors]
+    with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="checkpointer-hash") as pool:
+        return list(pool.map(_hash, tensors))
+
+
+def _hash(tensor: torch.Tensor) -> str:
+    hasher = xxhash.xxh3_128()
+    for block in row_major_blocks(tensor):
+        hasher.update(block)
+    return hasher.hexdigest()
 
 
 def row_major_blocks(tensor: torch.Tensor) -> Iterator[memoryview]:

@@ -15,8 +15,9 @@ from checkpointer.commit import Attempt
 from checkpointer.index import Chunk, Index, Json
 from checkpointer.info import CheckpointInfo
 from checkpointer.manifest import Manifest
-from checkpointer.repository import Repository
-from checkpointer.staging import Staged, StagedFile
+from checkpointer.repository import Repository, name_of
+from checkpointer.sharing import Source
+from checkpointer.staging import SharedFile, Staged, StagedFile
 from checkpointer.storage import Buffer
 from checkpointer.tensorfile import shard_indexes
 
@@ -43,26 +44,31 @@ class Snapshot:
     """How long ``save`` held training from then on, up to here."""
 
 
-def write_checkpoint(repository: Repository, snapshot: Snapshot) -> CheckpointInfo:
-    """Write and commit; durable when this returns. On any error nothing is visible and what was written is removed."""
+def write_checkpoint(repository: Repository, snapshot: Snapshot) -> tuple[CheckpointInfo, Source]:
+    """Write and commit; durable when this returns. On any error nothing is visible and what was written is removed.
+
+    Returns the checkpoint, and what a later one needs to share its files.
+    """
     began = time.perf_counter()
     files = snapshot.staged.files
     small = _small_files(snapshot)
-    size = sum(file.size for file, _ in files) + sum(map(len, small.values()))
-    attempt = repository.begin(snapshot.step, size)
+    size = sum(file.size for file, source in files if not isinstance(source, SharedFile))
+    attempt = repository.begin(snapshot.step, size + sum(map(len, small.values())))
     try:
         chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {}
         for item in files:
             chunks.update(_write_tensors(attempt, item))
         for path, data in small.items():
             attempt.write(path, [data], len(data))
-        index = _index(snapshot.staged, chunks).to_bytes()
-        attempt.write(layout.INDEX, [index], len(index))
+        index = _index(snapshot.staged, chunks)
+        data = index.to_bytes()
+        attempt.write(layout.INDEX, [data], len(data))
         manifest = _manifest(repository, snapshot, attempt, time.perf_counter() - began)
-        return repository.commit(attempt, manifest)
+        info = repository.commit(attempt, manifest)
     except BaseException:
         _abandon(repository, attempt)
         raise
+    return info, Source.of(info, manifest, index)
 
 
 def _abandon(repository: Repository, attempt: Attempt) -> None:
@@ -83,7 +89,10 @@ def _write_tensors(attempt: Attempt, item: StagedFile) -> dict[tuple[str, str], 
     """Write one tensor file; returns the chunks that it holds."""
     file, source = item
     hashes: list[str] = []
-    attempt.write(file.path, _file_pieces(item, hashes), file.size, steady=source.steady)
+    if isinstance(source, SharedFile) and _share(attempt, file.path, source):
+        hashes += source.hashes
+    else:
+        attempt.write(file.path, _file_pieces(item, hashes), file.size, steady=source.steady)
     start = len(file.header)
     return {
         (slot.component, slot.key): (
@@ -91,6 +100,11 @@ def _write_tensors(attempt: Attempt, item: StagedFile) -> dict[tuple[str, str], 
         )
         for slot, spec, xxh3 in zip(file.slots, file.specs, hashes, strict=True)
     }
+
+
+def _share(attempt: Attempt, path: str, source: SharedFile) -> bool:
+    place = f"{name_of(source.earlier.info)}/{source.earlier.place(path)}"
+    return attempt.share(path, place, source.record)
 
 
 def _file_pieces(item: StagedFile, hashes: list[str]) -> Iterator[Buffer]:
@@ -129,6 +143,6 @@ def _statistics(snapshot: Snapshot, attempt: Attempt, seconds: float) -> dict[st
         "stall_seconds": round(snapshot.stall_seconds + held, 6),
         "write_seconds": round(seconds, 6),
         "fsync_seconds": round(attempt.fsync_seconds, 6),
-        "bytes_written": sum(record.size for record in attempt.files.values()),
-        "bytes_shared": 0,
+        "bytes_written": sum(record.size for record in attempt.files.values()) - attempt.bytes_shared,
+        "bytes_shared": attempt.bytes_shared,
     }

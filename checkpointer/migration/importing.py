@@ -179,7 +179,7 @@ def write_import(
     try:
         repository.recover()
         _check_room(repository, snapshot.step, append=append)
-        return write_checkpoint(repository, snapshot)
+        return write_checkpoint(repository, snapshot)[0]
     except CheckpointerError:
         raise
     except OSError as error:
