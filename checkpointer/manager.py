@@ -206,7 +206,7 @@ class CheckpointManager:
         request = restore_request(options, self._config.restore.verify, read_only=self._read_only)
         self._open_for_restoring()
         restored = self._restorer.latest(request)
-        self._position.restored(restored.checkpoint if restored else None)
+        self._note_restored(restored.checkpoint if restored else None)
         return restored
 
     def restore(self, step: int, **options: Unpack[RestoreKeywords]) -> Restored:
@@ -404,8 +404,12 @@ class CheckpointManager:
 
     def _restore_one(self, info: CheckpointInfo, request: RestoreRequest) -> Restored:
         restored = self._restorer.one(info, request)
-        self._position.restored(restored.checkpoint)
+        self._note_restored(restored.checkpoint)
         return restored
+
+    def _note_restored(self, info: CheckpointInfo | None) -> None:
+        self._position.restored(info)
+        self._saver.share_with(self._restorer.source if info else None)
 
     def _open_for_saving(self) -> None:
         self._check_usable()

@@ -138,6 +138,10 @@ class Saver:
                 return self._stager.lazily(captured, changes, shareable)
         return self._stager.copies(captured, shareable)
 
+    def share_with(self, source: Source | None) -> None:
+        """Let the next save share files with what was restored."""
+        self._share_with = source
+
     def staged(self) -> None:
         """Copy whatever a save in flight still has to read from live memory."""
         self._steps.detach()

@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import yaml
 from torch import nn
 
 from checkpointer import Config
+from checkpointer.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -67,8 +69,8 @@ def readers_names() -> dict[str, Any]:
     }
 
 
-def write_lightning_file(names: dict[str, Any]) -> None:
-    """What Lightning's trainer saves of a module that keeps this model as its attribute ``model``."""
+def import_lightning_file(names: dict[str, Any]) -> None:
+    """As in the README: what Lightning's trainer saves of a module that keeps the model as its attribute ``model``."""
     names["train_step"](0)
     file = {
         "epoch": 1,
@@ -79,11 +81,16 @@ def write_lightning_file(names: dict[str, Any]) -> None:
         "lr_schedulers": [names["scheduler"].state_dict()],
     }
     torch.save(file, "lightning.ckpt")
+    command = "checkpointer import lightning.ckpt runs/from-lightning"
+    assert f"`{command}`" in README.read_text(encoding="utf-8")
+    with mock.patch.object(sys, "argv", command.split()), pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
 
 
 def run_python_blocks() -> None:
     """Each block with new live objects, as in a new process, on the runs that the blocks before it have written."""
-    write_lightning_file(readers_names())
+    import_lightning_file(readers_names())
     imports: dict[str, Any] = {}
     for line, source in blocks("python"):
         names = {**imports, **readers_names()}
@@ -108,8 +115,6 @@ def test_yaml_blocks_are_valid_configurations() -> None:
 def test_commands_of_the_readme_succeed_on_its_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from checkpointer.cli import main
-
     monkeypatch.chdir(tmp_path)
     run_python_blocks()
     (tmp_path / "run.yaml").write_text(blocks("yaml")[0][1], encoding="utf-8")
