@@ -13,10 +13,6 @@ import torch
 from checkpointer.memory import Region
 from checkpointer.state.tensors import raw
 
-THREADS = 2
-"""Threads that copy: one alone does not reach the memory's speed. None uses OpenMP, whose barriers wait for a thread
-that has lost its core."""
-
 LARGE = 256 << 10
 """Bytes. From here on it pays to share a copy with another thread."""
 
@@ -35,7 +31,12 @@ class Copy(NamedTuple):
 class Arena:
     """Memory that grows when it has to and shrinks never, until it is freed."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 2) -> None:
+        """``threads`` copy: one alone may not reach the memory's speed.
+
+        None uses OpenMP, whose barriers wait for a thread that has lost its core.
+        """
+        self._threads = threads
         self._region: Region | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._pinned = False
@@ -81,7 +82,9 @@ class Arena:
                 small.append((target, source, size))
             else:
                 pieces += ((target + at, source + at, min(PIECE, size - at)) for at in range(0, size, PIECE))
-        helpers = [self._helpers().submit(_copy_pieces, pieces) for _ in range(THREADS - 1)] if len(pieces) > 1 else []
+        helpers = (
+            [self._helpers().submit(_copy_pieces, pieces) for _ in range(self._threads - 1)] if len(pieces) > 1 else []
+        )
         for target, source, size in small:
             ctypes.memmove(target, source, size)
         _copy_pieces(pieces)
@@ -110,7 +113,7 @@ class Arena:
 
     def _helpers(self) -> ThreadPoolExecutor:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(THREADS - 1, thread_name_prefix="checkpointer-copy")
+            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="checkpointer-copy")
         return self._pool
 
     def _drop(self) -> None:

@@ -45,12 +45,16 @@ class WritePolicy:
     share: int | Literal[False] = 8
     """At most how many consecutive checkpoints one physical copy of an unchanged file serves; ``False``: no sharing."""
 
+    threads: int = 2
+    """Threads that copy, hash and write. More may be faster; 1 leaves more of the processor to training."""
+
     def __post_init__(self) -> None:
         """Raise :class:`ConfigError` for a value that makes no sense."""
         choice("mode", self.mode, ("sync", "async", "lazy"))
         boolean("durable", self.durable)
         if self.share is not False:
             count("share", self.share, instead="write false to share nothing")
+        count("threads", self.threads, instead="write 1, the fewest there can be")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,6 @@ from checkpointer.memory import PAGE, Region, page_aligned
 BLOCK = 8 << 20
 """Bytes of one write."""
 
-THREADS = 2
-"""As many writes are under way at a time. More gain nothing where one device takes them."""
-
 IN_FLIGHT = 3
 """Blocks that are being written or wait for it. With the one being filled: the extra memory of a save."""
 
@@ -45,14 +42,17 @@ def open_direct(path: str, flags: int) -> int:
         return os.open(path, flags, 0o666)
 
 
-def write_blocks(fd: int, pieces: Iterable[bytes | bytearray | memoryview], size: int, *, steady: bool) -> int:
+def write_blocks(
+    fd: int, pieces: Iterable[bytes | bytearray | memoryview], size: int, *, steady: bool, threads: int = 2
+) -> int:
     """Write ``pieces``, ``size`` bytes in all, to an empty file; returns how many bytes there were.
 
     Each piece is done with when the next one is asked for, unless ``steady``: then all stay as they are until this
-    returns, and those in page-aligned memory are written from where they are.
+    returns, and those in page-aligned memory are written from where they are. ``threads`` writes are under way at a
+    time.
     """
     _preallocate(fd, size)
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpointer-disk") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="checkpointer-disk") as pool:
         written = _Blocks(fd, pool, size).write(pieces, steady=steady)
     os.ftruncate(fd, written)  # the last block was filled up
     return written

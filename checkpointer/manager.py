@@ -95,7 +95,9 @@ class CheckpointManager:
         adapters[RNG] = RngState()
         self._adapters = adapters
         self._read_only = read_only
-        self._repository = Repository(open_storage(root, storage_options, durable=self._config.write.durable))
+        write = self._config.write
+        storage = open_storage(root, storage_options, durable=write.durable, threads=write.threads)
+        self._repository = Repository(storage)
         changes = partial(stepped, optimizers_of(components), list(modules.values()))
         self._saver = Saver(self._repository, self._config, on_commit, changes)
         self._restorer = Restorer(self._repository, adapters)

@@ -190,6 +190,9 @@ class Repository:
 
     def share(self, attempt: Attempt, path: str, source: Source, record: FileRecord) -> bool:
         """Let a file of an attempt share the bytes of the same file of ``source``; ``False``: it has to be written."""
+        current = self.current_source(source)
+        if current is None or current.info.damaged is not None:
+            return False
         return attempt.share(path, f"{name_of(source.info)}/{source.place(path)}", record)
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> CheckpointInfo:

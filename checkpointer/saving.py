@@ -93,7 +93,7 @@ class Saver:
         self._config = config
         self._on_commit = on_commit
         self._stepped = stepped
-        self._stager = Stager()
+        self._stager = Stager(config.write.threads)
         self._steps = StepWatch()
         self._share_with: Source | None = None
         """The checkpoint before, if this process wrote or verified it."""

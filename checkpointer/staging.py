@@ -30,8 +30,6 @@ DEVICE_BLOCK = 8 << 20
 """Bytes fetched from another device, or put in row-major order, at a time."""
 
 
-HASH_THREADS = 2
-
 WORTH_THREADS = 4 << 20
 """Bytes from which on it pays to start threads that hash."""
 
@@ -105,9 +103,11 @@ class SharedFile:
 class Stager:
     """Stages the components of a manager, save after save, in memory that it keeps."""
 
-    def __init__(self) -> None:
-        self._arena = Arena()
-        self._rest = Arena()
+    def __init__(self, threads: int = 2) -> None:
+        """``threads`` copy and hash."""
+        self._threads = threads
+        self._arena = Arena(threads)
+        self._rest = Arena(threads)
         """For live tensors that change before they are written."""
         self._parts: dict[str, ComponentTensors] = {}
         self._files: list[TensorFile] = []
@@ -193,7 +193,7 @@ class Stager:
             found = candidate(file, shareable.source, shareable.limit)
             if found.record is not None and shareable.source is not None:
                 tensors = _tensors(file, captured)
-                found = found.confirmed(hash_tensors(tensors))
+                found = found.confirmed(hash_tensors(tensors, self._threads))
                 if found.record is not None:
                     shared[file.path] = SharedFile(shareable.source, found.record, found.hashes, tensors)
             logger.debug("%s: %s", file.path, found.reason)
@@ -256,11 +256,11 @@ class _LiveTensors:
             hashes.append(hasher.hexdigest())
 
 
-def hash_tensors(tensors: Sequence[torch.Tensor]) -> list[str]:
+def hash_tensors(tensors: Sequence[torch.Tensor], threads: int) -> list[str]:
     """The xxh3-128 of the row-major bytes of each tensor."""
     if sum(tensor.nbytes for tensor in tensors) < WORTH_THREADS:
         return [_hash(tensor) for tensor in tensors]
-    with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="checkpointer-hash") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="checkpointer-hash") as pool:
         return list(pool.map(_hash, tensors))
 
 

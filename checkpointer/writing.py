@@ -15,7 +15,7 @@ from checkpointer.commit import Attempt
 from checkpointer.index import Chunk, Index, Json
 from checkpointer.info import CheckpointInfo
 from checkpointer.manifest import Manifest
-from checkpointer.repository import Repository, name_of
+from checkpointer.repository import Repository
 from checkpointer.sharing import Source
 from checkpointer.staging import SharedFile, Staged, StagedFile
 from checkpointer.storage import Buffer
@@ -57,7 +57,7 @@ def write_checkpoint(repository: Repository, snapshot: Snapshot) -> tuple[Checkp
     try:
         chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {}
         for item in files:
-            chunks.update(_write_tensors(attempt, item))
+            chunks.update(_write_tensors(repository, attempt, item))
         for path, data in small.items():
             attempt.write(path, [data], len(data))
         index = _index(snapshot.staged, chunks)
@@ -85,11 +85,13 @@ def _small_files(snapshot: Snapshot) -> dict[str, bytes]:
     return {**shard_indexes([file for file, _ in staged.files], staged.parts), **attached}
 
 
-def _write_tensors(attempt: Attempt, item: StagedFile) -> dict[tuple[str, str], tuple[Chunk, ...]]:
+def _write_tensors(
+    repository: Repository, attempt: Attempt, item: StagedFile
+) -> dict[tuple[str, str], tuple[Chunk, ...]]:
     """Write one tensor file; returns the chunks that it holds."""
     file, source = item
     hashes: list[str] = []
-    if isinstance(source, SharedFile) and _share(attempt, file.path, source):
+    if isinstance(source, SharedFile) and repository.share(attempt, file.path, source.earlier, source.record):
         hashes += source.hashes
     else:
         attempt.write(file.path, _file_pieces(item, hashes), file.size, steady=source.steady)
@@ -100,11 +102,6 @@ def _write_tensors(attempt: Attempt, item: StagedFile) -> dict[tuple[str, str], 
         )
         for slot, spec, xxh3 in zip(file.slots, file.specs, hashes, strict=True)
     }
-
-
-def _share(attempt: Attempt, path: str, source: SharedFile) -> bool:
-    place = f"{name_of(source.earlier.info)}/{source.earlier.place(path)}"
-    return attempt.share(path, place, source.record)
 
 
 def _file_pieces(item: StagedFile, hashes: list[str]) -> Iterator[Buffer]:

@@ -90,7 +90,7 @@ def under(fault: Fault) -> AbstractContextManager[None]:
 
     @contextmanager
     def patched() -> Any:
-        def opened(url: str, options: Mapping[str, Any] | None = None, *, durable: bool = True) -> Storage:
+        def opened(url: str, options: Mapping[str, Any] | None = None, *, durable: bool = True, **_: Any) -> Storage:
             return breaking_storage(Root("", str(url), dict(options or {})), fault, durable=durable)
 
         with mock.patch("checkpointer.manager.open_storage", opened):

@@ -191,6 +191,7 @@ def test_to_yaml_is_readable():
         "  mode: async\n"
         "  durable: true\n"
         "  share: 8\n"
+        "  threads: 2\n"
         "restore:\n"
         "  verify: 'off'\n"
         "require_resume: true\n"
@@ -221,9 +222,10 @@ configs = st.builds(
     ),
     write=st.builds(
         WritePolicy,
-        mode=st.sampled_from(["sync", "async"]),
+        mode=st.sampled_from(["sync", "async", "lazy"]),
         durable=st.booleans(),
         share=st.just(False) | st.integers(1, 100),
+        threads=st.integers(1, 64),
     ),
     restore=st.builds(RestorePolicy, verify=st.sampled_from(["stream", "before", "off"])),
     require_resume=st.booleans(),
@@ -307,9 +309,14 @@ def test_a_configuration_can_be_pickled_and_hashed():
         ("write:\n  share: 0\n", "2: write.share: 0 is refused: frameworks disagree on its meaning (none, unlimited, "),
         ("keep:\n  best: {monitor: x, k: 0}\n", "2: keep.best.k: 0 is refused"),
         # texts to choose from
-        ("write:\n  mode: asinc\n", "2: write.mode: must be one of sync, async, got 'asinc'; did you mean async?"),
-        ("write:\n  mode: on\n", "2: write.mode: must be one of sync, async, got true (YAML reads on, off, yes and no"),
-        ("write:\n  mode: lazy\n", "2: write.mode: mode lazy is not available in this version; use async"),
+        (
+            "write:\n  mode: asinc\n",
+            "2: write.mode: must be one of sync, async, lazy, got 'asinc'; did you mean async?",
+        ),
+        (
+            "write:\n  mode: on\n",
+            "2: write.mode: must be one of sync, async, lazy, got true (YAML reads on, off, yes and no",
+        ),
         ("restore:\n  verify: befor\n", "2: restore.verify: must be one of stream, before, off, got 'befor'; did you"),
         ("restore:\n  verify: true\n", "2: restore.verify: must be one of stream, before, off, got true (YAML reads"),
         (
@@ -465,7 +472,8 @@ def test_a_section_of_the_wrong_type_is_refused_by_name(section, value):
     "policy, key, value",
     [
         (WritePolicy, "mode", "fast"),
-        (WritePolicy, "mode", "lazy"),
+        (WritePolicy, "threads", 0),
+        (WritePolicy, "threads", 1.5),
         (WritePolicy, "durable", None),
         (WritePolicy, "share", 0),
         (WritePolicy, "share", -1),

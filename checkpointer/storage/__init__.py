@@ -11,9 +11,15 @@ from checkpointer.storage.local import LocalStorage
 
 
 def open_storage(
-    root: str | os.PathLike[str], options: Mapping[str, object] | None = None, *, durable: bool = True
+    root: str | os.PathLike[str],
+    options: Mapping[str, object] | None = None,
+    *,
+    durable: bool = True,
+    threads: int = 2,
 ) -> Storage:
     """The storage of a run root: a path, or any fsspec URL; ``options`` are handed to fsspec.
+
+    ``durable`` and ``threads`` are for local ones: see :class:`LocalStorage`.
 
     Raises:
         ConfigError: an empty root, an unknown protocol, or a file system whose package is not installed.
@@ -22,9 +28,9 @@ def open_storage(
     if not text.strip() or "\0" in text:
         raise ConfigError(f"the run root must be a path or a URL, got {text!r}")
     if text.startswith(("file://", "local://")):
-        return LocalStorage(text.partition("://")[2], durable=durable)
+        return LocalStorage(text.partition("://")[2], durable=durable, threads=threads)
     if "://" not in text and "::" not in text:
-        return LocalStorage(text, durable=durable)
+        return LocalStorage(text, durable=durable, threads=threads)
     return _open_remote(text, dict(options or {}))
 
 

@@ -35,14 +35,18 @@ _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class LocalStorage:
-    """A run root in a directory. ``durable=False`` leaves out every fsync: for throw-away runs only."""
+    """A run root in a directory. ``durable=False`` leaves out every fsync: for throw-away runs only.
+
+    ``threads`` write one large file.
+    """
 
     can_rename = True
     exclusive = True
 
-    def __init__(self, root: str | os.PathLike[str], *, durable: bool = True) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, durable: bool = True, threads: int = 2) -> None:
         self.root = os.path.abspath(os.path.expanduser(os.fspath(root)))
         self.durable = durable
+        self.threads = threads
 
     @property
     def url(self) -> str:
@@ -109,7 +113,7 @@ class LocalStorage:
             from checkpointer import direct  # numpy's import is for those who write tensors
 
             fd = direct.open_direct(self.place(path), flags)
-            write = functools.partial(direct.write_blocks, steady=steady)
+            write = functools.partial(direct.write_blocks, steady=steady, threads=self.threads)
         try:
             written = write(fd, pieces, size)
             if written != size:
