@@ -36,7 +36,7 @@ def draw(result: Result, stem: Path) -> list[Path]:
             range(len(outcomes)), [item.title for item in outcomes] if number == 0 else [""] * len(outcomes)
         )
     figure.suptitle(
-        f"{result.title}: {result.size / 1e9:.2f} GB of state. Seconds, less is better; red: the machine's limit"
+        f"{result.title}: {result.size / 1e6:,.0f} MB of state. Seconds, less is better; red: the machine's limit"
     )
     figure.tight_layout()
     paths = [stem.with_suffix(".svg"), stem.with_suffix(".png")]

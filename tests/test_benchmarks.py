@@ -210,6 +210,13 @@ def test_a_goal_that_names_every_peer_needs_the_best_of_them():
     assert verdict_of(synthetic(checkpointer_async=ours), "warm restore and first").holds is None
 
 
+def test_restores_of_all_modes_count_together():
+    found = synthetic(
+        checkpointer_sync={"warm": 1.0}, checkpointer_async={"warm": 1.4}, checkpointer_lazy={"warm": 9.0}
+    )
+    assert verdict_of(found, "1.5 × raw warm read").measured == "1.40 ×"
+
+
 def test_a_goal_counts_nothing_of_a_void_contender():
     found = synthetic(checkpointer_sync={"durable": 0.1})
     found.outcomes[0].status = "void: model.weight differs"
