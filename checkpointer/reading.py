@@ -139,7 +139,7 @@ class CheckpointReader:
         size = self.manifest.files[path].size
         if size > layout.INDEX_LIMIT:
             raise CorruptCheckpointError(f"{self._place(path)} is larger than {layout.INDEX_LIMIT} bytes")
-        data = b"".join(self.blocks(path, 0, size))
+        data = self.whole(path, 0, size)
         if xxhash.xxh3_128_hexdigest(data) != self.manifest.files[path].xxh3:
             raise CorruptCheckpointError(f"{self._place(path)} is damaged: its bytes do not match its hash")
         sizes = {file: record.size for file, record in self.manifest.files.items()}
@@ -186,6 +186,10 @@ class CheckpointReader:
         finally:
             if path not in self._files:
                 file.close()
+
+    def whole(self, path: str, begin: int, end: int) -> bytes:
+        """The bytes of a file from ``begin`` to ``end`` at once."""
+        return b"".join([bytes(block) for block in self.blocks(path, begin, end)])  # the blocks are one buffer
 
     def _read_into(self, file: ReadFile, path: str, offset: int, view: memoryview) -> None:
         try:

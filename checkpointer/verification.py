@@ -96,7 +96,7 @@ def _check_file(reader: CheckpointReader, path: str) -> Iterator[str]:
 
 
 def _check_header(reader: CheckpointReader, path: str) -> Iterator[str]:
-    header = b"".join(reader.blocks(path, 0, reader.index.headers[path][0]))
+    header = reader.whole(path, 0, reader.index.headers[path][0])
     components = reader.index.components
     chunks = [
         (components[component].tensors[key].dtype, chunk)

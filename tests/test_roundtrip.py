@@ -155,3 +155,16 @@ def test_an_object_store_says_once_what_it_does_not_protect(s3: Root) -> None:
         warnings.simplefilter("error")
         reader = CheckpointManager(s3.url, storage_options=s3.options, read_only=True)
         assert [info.step for info in reader.checkpoints()] == [0, 1]
+
+
+def test_an_index_and_a_header_larger_than_a_block_that_is_read_at_once_are_read_whole(local: Root) -> None:
+    state = {f"{number:0150}": torch.full((1,), number) for number in range(4000)}
+    live = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+    with CheckpointManager(local.url, config={"write": {"mode": "sync"}}, state=state) as mgr:
+        path = Path(mgr.save(1).result().path)
+        assert mgr.verify(1).ok
+    assert (path / "index.json").stat().st_size > 2 * BLOCK
+    assert (path / "state.safetensors").stat().st_size > 2 * BLOCK
+    with CheckpointManager(local.url, read_only=True, state=live) as mgr:
+        mgr.restore_latest()
+    assert_identical(live, state)
