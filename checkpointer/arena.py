@@ -46,6 +46,12 @@ class Arena:
         """Bytes that it holds."""
         return self._region.size if self._region is not None else 0
 
+    @property
+    def address(self) -> int:
+        """Of the first byte."""
+        assert self._region is not None
+        return self._region.address
+
     def reserve(self, size: int, *, pinned: bool = False) -> memoryview:
         """At least ``size`` bytes; whatever was there before is overwritten from now on.
 

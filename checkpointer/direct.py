@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from checkpointer.memory import PAGE, Region, page_aligned
+from checkpointer.memory import PAGE, STEADY, Region, page_aligned
 
 BLOCK = 8 << 20
 """Bytes of one write."""
 
-IN_FLIGHT = 3
+IN_FLIGHT = STEADY - 1
 """Blocks that are being written or wait for it. With the one being filled: the extra memory of a save."""
 
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
@@ -47,9 +47,9 @@ def write_blocks(
 ) -> int:
     """Write ``pieces``, ``size`` bytes in all, to an empty file; returns how many bytes there were.
 
-    Each piece is done with when the next one is asked for, unless ``steady``: then all stay as they are until this
-    returns, and those in page-aligned memory are written from where they are. ``threads`` writes are under way at a
-    time.
+    Each piece is done with when the next one is asked for, unless ``steady``: then it stays as it is while the
+    ``STEADY`` after it are asked for, and what lies in page-aligned memory is written from where it is. ``threads``
+    writes are under way at a time.
     """
     _preallocate(fd, size)
     with ThreadPoolExecutor(threads, thread_name_prefix="checkpointer-disk") as pool:

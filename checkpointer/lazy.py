@@ -14,22 +14,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import xxhash
 from torch import nn
 
 from checkpointer.arena import Arena, Copy, is_flat
+from checkpointer.digest import Digest
 from checkpointer.errors import SaveError
-from checkpointer.memory import Region
+from checkpointer.memory import STEADY, Region
+from checkpointer.state.optimizer import STATE
 from checkpointer.tensorfile import Slot
 
-BLOCK = 1 << 20
-"""Bytes copied out of live memory at a time. The hook waits for one such copy at most."""
+BLOCK = 4 << 20
+"""Bytes handed to the storage at a time."""
+
+PART = 1 << 20
+"""Bytes copied out of live memory at a time: the hook waits for one such copy at most, and then they are hashed while
+they are in the processor's cache."""
 
 WORTH_TIMING = 4 << 20
 """Bytes. Copies of less say nothing about the memory's speed."""
-
-OPTIMIZER_STATE = "state."
-"""How the keys of an optimizer's tensors begin that belong to parameters; the others are hyper-parameters."""
 
 logger = logging.getLogger("checkpointer")
 
@@ -46,8 +48,8 @@ class LiveTensor:
         self.address = tensor.data_ptr()
         self.size = slot.end - slot.begin
         self.position = 0
-        self.copy: memoryview | None = None
-        """The bytes from ``position`` on, once they had to be copied."""
+        self.copy: int | None = None
+        """Address of the copy, once there had to be one: as if it were whole, though it begins at ``position``."""
 
     @property
     def torn(self) -> bool:
@@ -63,7 +65,8 @@ class LiveState:
         self._tensors = tensors
         self._lock = threading.Lock()
         self._taken = threading.Event()
-        self._bounce = Region(BLOCK)
+        self.ring = Region((STEADY + 1) * BLOCK)
+        """Where the bytes go that are handed to the storage."""
         self._left = sum(live.size for live in tensors)
         """Bytes that the writer has not taken yet."""
         self._detached = False
@@ -71,14 +74,23 @@ class LiveState:
         self.bytes_per_second: float | None = None
         """How fast ``detach`` copied, if it was enough to tell."""
 
-    def blocks(self, live: LiveTensor) -> Iterator[memoryview]:
-        """The bytes of one tensor. Each block is valid until the next one is asked for."""
-        while live.position < live.size:
-            with self._lock:
-                block = self._take(live)
-            if self._torn is not None:
-                raise SaveError(_torn_message(self._torn))
-            yield block
+    def take(self, live: LiveTensor, target: int, size: int) -> None:
+        """Copy the next ``size`` bytes of a tensor to the address ``target``.
+
+        Raises:
+            SaveError: somebody has changed the tensor since ``save`` was called, and not by a step.
+        """
+        with self._lock:
+            source = live.address if live.copy is None else live.copy
+            ctypes.memmove(target, source + live.position, size)
+            if live.copy is None:
+                self._note_torn(live)
+            live.position += size
+            self._left -= size
+        if not self._left:
+            self._taken.set()
+        if self._torn is not None:
+            raise SaveError(_torn_message(self._torn))
 
     def detach(self) -> None:
         """Copy what the writer has not taken yet: afterwards the live tensors may change. Never raises."""
@@ -94,41 +106,21 @@ class LiveState:
         self._detached = True
         self._taken.set()
 
-    def _take(self, live: LiveTensor) -> memoryview:
-        size = min(BLOCK, live.size - live.position)
-        if live.copy is not None:
-            start = len(live.copy) - (live.size - live.position)
-            block = live.copy[start : start + size]
-        else:
-            ctypes.memmove(self._bounce.address, live.address + live.position, size)
-            self._note_torn(live)
-            block = self._bounce.view[:size]
-        live.position += size
-        self._left -= size
-        if not self._left:
-            self._taken.set()
-        return block
-
     def _copy_rest(self) -> None:
         if self._detached:
             return
         rest = [live for live in self._tensors if live.position < live.size]
-        memory = self._arena.reserve(sum(live.size - live.position for live in rest))
+        self._arena.reserve(sum(live.size - live.position for live in rest))
         spans = []
         offset = 0
         for live in rest:
             size = live.size - live.position
             spans.append((offset, live.address + live.position, size))
-            live.copy = memory[offset : offset + size]
             offset += size
         began = time.perf_counter()
-        try:
-            self._arena.fill_from_memory(spans)
-        except BaseException:
-            for live in rest:
-                live.copy = None
-            raise
-        for live in rest:
+        self._arena.fill_from_memory(spans)
+        for live, (start, _, _) in zip(rest, spans, strict=True):
+            live.copy = self._arena.address + start - live.position
             self._note_torn(live)
         self._detached = True
         if offset >= WORTH_TIMING:
@@ -162,7 +154,7 @@ class Stepped:
     def holds(self, slot: Slot, tensor: torch.Tensor) -> bool:
         """Whether the tensor of ``slot`` is one of them, and can be read as it lies in host memory."""
         if slot.component in self.optimizers:
-            found = slot.key.startswith(OPTIMIZER_STATE)
+            found = slot.key.startswith(STATE)
         else:
             found = self.parameters.get(tensor.data_ptr()) == slot.end - slot.begin
         return found and is_flat(tensor) and not tensor.is_inference()
@@ -195,24 +187,34 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 
 
 class LazyFile:
-    """A file's tensors: some of them live, the others copied to ``memory``."""
+    """A file's tensors: some of them live, the others copied."""
 
-    steady = False
+    steady = True
 
-    def __init__(self, state: LiveState, slots: Sequence[LiveTensor | Copy], memory: memoryview) -> None:
+    def __init__(self, state: LiveState, slots: Sequence[LiveTensor | Copy], memory: int) -> None:
+        """``memory``: the address that the offsets of copies count from."""
         self._state = state
         self._slots = slots
         self._memory = memory
 
-    def pieces(self, hashes: list[str]) -> Iterator[memoryview]:
-        """All bytes in order; the hash of each tensor is appended to ``hashes``."""
+    def pieces(self, digest: Digest) -> Iterator[memoryview]:
+        """All bytes in order, in blocks; ``digest`` sees them on the way."""
+        ring = self._state.ring
+        start, filled = 0, 0
         for slot in self._slots:
-            hasher = xxhash.xxh3_128()
-            for block in self._state.blocks(slot) if isinstance(slot, LiveTensor) else self._copied(slot):
-                hasher.update(block)
-                yield block
-            hashes.append(hasher.hexdigest())
-
-    def _copied(self, copy: Copy) -> Iterator[memoryview]:
-        end = copy.offset + copy.size
-        return (self._memory[start : min(start + BLOCK, end)] for start in range(copy.offset, end, BLOCK))
+            done = 0
+            while done < slot.size:
+                count = min(PART, slot.size - done, BLOCK - filled)
+                if isinstance(slot, LiveTensor):
+                    self._state.take(slot, ring.address + start + filled, count)
+                else:
+                    ctypes.memmove(ring.address + start + filled, self._memory + slot.offset + done, count)
+                digest.update(ring.view[start + filled : start + filled + count])
+                done += count
+                filled += count
+                if filled == BLOCK:
+                    yield ring.view[start : start + BLOCK]
+                    start, filled = (start + BLOCK) % ring.size, 0
+            digest.end_tensor()
+        if filled:
+            yield ring.view[start : start + filled]

@@ -103,6 +103,7 @@ class Saver:
         self._committed: CheckpointInfo | None = None
         self._errors: list[BaseException] = []
         self._guard = threading.Lock()
+        self._diverged = False
 
     @property
     def in_flight(self) -> PendingSave | None:
@@ -241,8 +242,21 @@ class Saver:
     def _follow_up(self, future: Future[CheckpointInfo]) -> None:
         """After a durable commit: tell the user's callback, then prune."""
         if future.exception() is None:
+            self._warn_of_divergence(future.result())
             self._announce(future.result())
             self._prune()
+
+    def _warn_of_divergence(self, info: CheckpointInfo) -> None:
+        """Once, until a checkpoint is finite again."""
+        diverged = info.finite is False
+        if diverged and not self._diverged:
+            warnings.warn(
+                f"{info.path} holds NaN or infinities in parameters or optimizer state. Such checkpoints satisfy no "
+                "retention rule, and the newest finite one is kept: mgr.restore_latest(finite=True) goes back to it",
+                CheckpointerWarning,
+                stacklevel=2,
+            )
+        self._diverged = diverged
 
     def _announce(self, info: CheckpointInfo) -> None:
         if self._on_commit is not None:

@@ -78,6 +78,8 @@ def candidate(file: TensorFile, source: Source | None, limit: int | Literal[Fals
 def _compared(file: TensorFile, source: Source, limit: int) -> Candidate:
     if source.info.damaged is not None:
         return Candidate(f"{source.info} is damaged: {source.info.damaged}")
+    if source.info.finite is False:
+        return Candidate(f"{source.info} holds NaN or infinities: whether this file does is looked at anew")
     record = source.files.get(file.path)
     if record is None:
         return Candidate(f"{source.info} has no such file that was verified")

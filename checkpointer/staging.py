@@ -12,6 +12,7 @@ import torch
 import xxhash
 
 from checkpointer.arena import Arena, Copy
+from checkpointer.digest import Digest
 from checkpointer.errors import SaveError
 from checkpointer.index import Component
 from checkpointer.lazy import LazyFile, LiveState, LiveTensor, Stepped
@@ -41,10 +42,10 @@ class Source(Protocol):
 
     @property
     def steady(self) -> bool:
-        """Whether what ``pieces`` gives stays as it is until the save has ended."""
+        """Whether ``pieces`` gives what :meth:`Storage.write` calls steady."""
 
-    def pieces(self, hashes: list[str]) -> Iterator[memoryview]:
-        """All bytes behind the header, in order; the xxh3-128 of each slot is appended to ``hashes`` on the way."""
+    def pieces(self, digest: Digest) -> Iterator[memoryview]:
+        """All bytes behind the header, in order; ``digest`` sees them on the way."""
 
 
 class Shareable(NamedTuple):
@@ -72,6 +73,8 @@ class Staged:
     components: Mapping[str, Component]
     parts: Mapping[str, ComponentTensors]
     files: Sequence[StagedFile]
+    learned: frozenset[tuple[str, str]] = frozenset()
+    """(component, key) of parameters and moments."""
     live: LiveState | None = None
     """What is still in live memory, and has to be copied before it changes."""
 
@@ -90,10 +93,10 @@ class SharedFile:
         self.hashes = tuple(hashes)
         self._tensors = _LiveTensors(tensors)
 
-    def pieces(self, hashes: list[str]) -> Iterator[memoryview]:
+    def pieces(self, digest: Digest) -> Iterator[memoryview]:
         """For a storage that cannot share after all: from live memory, which has to hold the same bytes still."""
-        yield from self._tensors.pieces(hashes)
-        if tuple(hashes) != self.hashes:
+        yield from self._tensors.pieces(digest)
+        if tuple(digest.hashes) != self.hashes:
             raise SaveError(
                 "parameters that do not require gradients were changed while they were being written: it was not "
                 "committed. Set requires_grad before you change them, or write: {share: false}"
@@ -163,10 +166,10 @@ class Stager:
                     slots.append(copies[-1])
                     size += cache_aligned(slot.end - slot.begin)
             planned[file.path] = slots
-        memory = self._arena.reserve(size)
+        self._arena.reserve(size)
         self._arena.fill(copies)
         state = LiveState(self._rest, live)
-        files = {path: LazyFile(state, slots, memory) for path, slots in planned.items()}
+        files = {path: LazyFile(state, slots, self._arena.address) for path, slots in planned.items()}
         return self._staged(captured, [shared.get(file.path) or files[file.path] for file in self._files], state)
 
     def close(self) -> None:
@@ -207,7 +210,8 @@ class Stager:
             for name, part in captured.items()
         }
         files = [StagedFile(file, source) for file, source in zip(self._files, sources, strict=True)]
-        return Staged(components, self._parts, files, live)
+        learned = frozenset((name, key) for name, part in captured.items() for key in part.learned)
+        return Staged(components, self._parts, files, learned, live)
 
 
 class _Image:
@@ -219,23 +223,21 @@ class _Image:
         self._memory = memory
         self._slots = slots
 
-    def pieces(self, hashes: list[str]) -> Iterator[memoryview]:
-        """Whole blocks, whatever lies in them: the tensors' borders matter to the hashes alone."""
+    def pieces(self, digest: Digest) -> Iterator[memoryview]:
+        """Whole blocks, whatever lies in them: the tensors' borders matter to the digest alone."""
         slots = iter(self._slots)
         slot = next(slots, None)
-        hasher = xxhash.xxh3_128()
         for start in range(0, len(self._memory), DEVICE_BLOCK):
             end = min(start + DEVICE_BLOCK, len(self._memory))
             while slot is not None and slot.begin < end:
-                hasher.update(self._memory[max(slot.begin, start) : min(slot.end, end)])
+                digest.update(self._memory[max(slot.begin, start) : min(slot.end, end)])
                 if slot.end > end:
                     break
-                hashes.append(hasher.hexdigest())
+                digest.end_tensor()
                 slot = next(slots, None)
-                hasher.reset()
             yield self._memory[start:end]
         while slot is not None:  # without elements, at the end
-            hashes.append(xxhash.xxh3_128_hexdigest(b""))
+            digest.end_tensor()
             slot = next(slots, None)
 
 
@@ -247,13 +249,12 @@ class _LiveTensors:
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
 
-    def pieces(self, hashes: list[str]) -> Iterator[memoryview]:
+    def pieces(self, digest: Digest) -> Iterator[memoryview]:
         for tensor in self._tensors:
-            hasher = xxhash.xxh3_128()
             for block in row_major_blocks(tensor):
-                hasher.update(block)
+                digest.update(block)
                 yield block
-            hashes.append(hasher.hexdigest())
+            digest.end_tensor()
 
 
 def hash_tensors(tensors: Sequence[torch.Tensor], threads: int) -> list[str]:

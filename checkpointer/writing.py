@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -12,6 +12,7 @@ import xxhash
 
 from checkpointer import layout
 from checkpointer.commit import Attempt
+from checkpointer.digest import Digest
 from checkpointer.index import Chunk, Index, Json
 from checkpointer.info import CheckpointInfo
 from checkpointer.manifest import Manifest
@@ -55,15 +56,15 @@ def write_checkpoint(repository: Repository, snapshot: Snapshot) -> tuple[Checkp
     size = sum(file.size for file, source in files if not isinstance(source, SharedFile))
     attempt = repository.begin(snapshot.step, size + sum(map(len, small.values())))
     try:
-        chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {}
+        tensors = _TensorFiles(repository, attempt, snapshot.staged.learned)
         for item in files:
-            chunks.update(_write_tensors(repository, attempt, item))
+            tensors.write(item)
         for path, data in small.items():
             attempt.write(path, [data], len(data))
-        index = _index(snapshot.staged, chunks)
+        index = _index(snapshot.staged, tensors.chunks)
         data = index.to_bytes()
         attempt.write(layout.INDEX, [data], len(data))
-        manifest = _manifest(repository, snapshot, attempt, time.perf_counter() - began)
+        manifest = _manifest(repository, snapshot, attempt, time.perf_counter() - began, finite=tensors.finite)
         info = repository.commit(attempt, manifest)
     except BaseException:
         _abandon(repository, attempt)
@@ -85,28 +86,48 @@ def _small_files(snapshot: Snapshot) -> dict[str, bytes]:
     return {**shard_indexes([file for file, _ in staged.files], staged.parts), **attached}
 
 
-def _write_tensors(
-    repository: Repository, attempt: Attempt, item: StagedFile
-) -> dict[tuple[str, str], tuple[Chunk, ...]]:
-    """Write one tensor file; returns the chunks that it holds."""
-    file, source = item
-    hashes: list[str] = []
-    if isinstance(source, SharedFile) and repository.share(attempt, file.path, source.earlier, source.record):
-        hashes += source.hashes
-    else:
-        attempt.write(file.path, _file_pieces(item, hashes), file.size, steady=source.steady)
-    start = len(file.header)
-    return {
-        (slot.component, slot.key): (
-            Chunk((0,) * len(spec.shape), spec.shape, file.path, start + slot.begin, start + slot.end, xxh3),
-        )
-        for slot, spec, xxh3 in zip(file.slots, file.specs, hashes, strict=True)
-    }
+class _TensorFiles:
+    """The tensor files of one checkpoint, and what is learned of them while they are written."""
+
+    def __init__(self, repository: Repository, attempt: Attempt, learned: frozenset[tuple[str, str]]) -> None:
+        self._repository = repository
+        self._attempt = attempt
+        self._learned = learned
+        self._not_finite: list[str] = []
+        self._unseen = False
+        self.chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {}
+
+    @property
+    def finite(self) -> bool | None:
+        """Whether parameters and moments are free of NaN and infinities; ``None`` where nobody has looked at all."""
+        if self._not_finite:
+            return False
+        return None if self._unseen or not self._learned else True
+
+    def write(self, item: StagedFile) -> None:
+        """Write one file, or share it with an earlier checkpoint."""
+        file, source = item
+        hashes: Sequence[str]
+        if isinstance(source, SharedFile) and self._share(file.path, source):
+            hashes = source.hashes
+            self._unseen = self._unseen or source.earlier.info.finite is None
+        else:
+            digest = Digest(file, self._learned)
+            self._attempt.write(file.path, _file_pieces(item, digest), file.size, steady=source.steady)
+            hashes = digest.hashes
+            self._not_finite += digest.not_finite
+        start = len(file.header)
+        for slot, spec, xxh3 in zip(file.slots, file.specs, hashes, strict=True):
+            place = Chunk((0,) * len(spec.shape), spec.shape, file.path, start + slot.begin, start + slot.end, xxh3)
+            self.chunks[slot.component, slot.key] = (place,)
+
+    def _share(self, path: str, source: SharedFile) -> bool:
+        return self._repository.share(self._attempt, path, source.earlier, source.record)
 
 
-def _file_pieces(item: StagedFile, hashes: list[str]) -> Iterator[Buffer]:
+def _file_pieces(item: StagedFile, digest: Digest) -> Iterator[Buffer]:
     yield item.file.header
-    yield from item.source.pieces(hashes)
+    yield from item.source.pieces(digest)
 
 
 def _index(staged: Staged, chunks: Mapping[tuple[str, str], tuple[Chunk, ...]]) -> Index:
@@ -114,7 +135,9 @@ def _index(staged: Staged, chunks: Mapping[tuple[str, str], tuple[Chunk, ...]]) 
     return Index(dict(staged.components), chunks, headers)
 
 
-def _manifest(repository: Repository, snapshot: Snapshot, attempt: Attempt, seconds: float) -> Manifest:
+def _manifest(
+    repository: Repository, snapshot: Snapshot, attempt: Attempt, seconds: float, *, finite: bool | None
+) -> Manifest:
     return Manifest(
         id=attempt.id,
         parent=snapshot.parent,
@@ -124,6 +147,7 @@ def _manifest(repository: Repository, snapshot: Snapshot, attempt: Attempt, seco
         created=snapshot.created,
         metrics=snapshot.metrics,
         tags=snapshot.tags,
+        finite=finite,
         data=attempt.data,
         files=dict(attempt.files),
         environment=snapshot.environment,

@@ -91,7 +91,8 @@ class ModuleAdapter:
             meta["non_persistent"] = nodes
         self._warn_once(names, state)
         aliases = _aliases(tree, set(tensors))
-        return Captured(self.kind, tree, tensors, meta, aliases, frozenset(frozen) & tensors.keys())
+        learned = tensors.keys() & {name for name, _ in names.parameters()}
+        return Captured(self.kind, tree, tensors, meta, aliases, frozenset(frozen) & tensors.keys(), frozenset(learned))
 
     def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:
         """Match saved with live keys. Raises :class:`IncompatibleStateError` with all mismatches."""

@@ -26,6 +26,9 @@ from checkpointer.state.plan import Captured, RestoreOptions, RestorePlan, Saved
 from checkpointer.state.stateful import StatefulAdapter
 from checkpointer.state.tensors import dtype_name
 
+STATE = "state."
+"""How the keys of tensors begin that belong to parameters; the others are hyper-parameters."""
+
 
 class OptimizerAdapter:
     """Captures and restores one optimizer; ``modules`` (by component name) name its parameters."""
@@ -57,7 +60,8 @@ class OptimizerAdapter:
             "devices": [[devices[parameter.device] for parameter in group] for group in groups],
             "dtypes": [[dtype_name(parameter.dtype) for parameter in group] for group in groups],
         }
-        return Captured(self.kind, tree, tensors, meta)
+        learned = frozenset(key for key in tensors if key.startswith(STATE))
+        return Captured(self.kind, tree, tensors, meta, learned=learned)
 
     def _encode(self, state: dict[str, Any]) -> tuple[Json, dict[str, torch.Tensor]]:
         """The tree and the tensors of ``state``; the part of the tree that never changes is made once."""

@@ -36,6 +36,8 @@ class Captured:
     """Modules: other ``state_dict`` names of a stored tensor (tied weights) -> the key it is stored under."""
     frozen: frozenset[str] = frozenset()
     """Modules: keys of parameters with ``requires_grad`` False."""
+    learned: frozenset[str] = frozenset()
+    """Keys of parameters and moments: where these hold NaN or infinities, the run has diverged."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,12 @@ class ReadFile(Protocol):
         MUST be safe to call from several threads. Raises CorruptCheckpointError where the file ends too early.
         """
 
+    def read_many(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Fill ``views``, 256 at most, one after the other from byte ``offset`` on; else as ``read_into``."""
+
+    def prefetch(self, offset: int, size: int) -> None:
+        """A hint that these bytes will be read."""
+
     def close(self) -> None: ...
 
 
@@ -79,8 +85,9 @@ class Storage(Protocol):
     def write(self, path: str, pieces: Iterable[Buffer], size: int, *, steady: bool = False) -> float:
         """Create a file of ``size`` bytes from ``pieces``; missing directories are made. It MUST NOT exist.
 
-        A piece is done with when the next one is asked for; ``steady`` promises that all stay as they are until this
-        returns. Returns the seconds that it took to make what was written durable.
+        A piece is done with when the next one is asked for; ``steady`` promises that each stays as it is while the
+        ``memory.STEADY`` after it are asked for, and that it lies in a ``memory.Region``. Returns the seconds that it
+        took to make what was written durable.
         """
 
     def link(self, source: str, target: str) -> bool:
