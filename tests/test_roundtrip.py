@@ -164,7 +164,7 @@ def test_an_index_and_a_header_larger_than_a_block_that_is_read_at_once_are_read
         path = Path(mgr.save(1).result().path)
         assert mgr.verify(1).ok
     assert (path / "index.json").stat().st_size > 2 * BLOCK
-    assert (path / "state.safetensors").stat().st_size > 2 * BLOCK
+    assert (path / "state.safetensors").stat().st_size > BLOCK
     with CheckpointManager(local.url, read_only=True, state=live) as mgr:
         mgr.restore_latest()
     assert_identical(live, state)
