@@ -195,19 +195,25 @@ class CheckpointManager:
 
     # ---------------------------------------------------------------------------------------------- restoring
 
-    def restore_latest(self, **options: Unpack[RestoreKeywords]) -> Restored | None:
+    def restore_latest(self, *, finite: bool = False, **options: Unpack[RestoreKeywords]) -> Restored | None:
         """Restore the newest checkpoint that is whole; ``None`` if the run has none.
 
-        Damaged ones are skipped with a warning and listed in ``Restored.skipped``. Options as for ``restore``.
+        Damaged ones are skipped with a warning and listed in ``Restored.skipped``.
+
+        Args:
+            finite: pass over checkpoints whose parameters or optimizer state hold NaN or infinities: back to before
+                the run diverged.
+            **options: as for ``restore``.
 
         Raises:
+            CheckpointNotFoundError: ``finite``, and every checkpoint holds some.
             CorruptCheckpointError: there are checkpoints, and all are damaged.
             IncompatibleStateError: the newest does not fit the live objects, which stay as they are.
             RunLockedError: another job writes to this run.
         """
         request = restore_request(options, self._config.restore.verify, read_only=self._read_only)
         self._open_for_restoring()
-        restored = self._restorer.latest(request)
+        restored = self._restorer.latest(request, finite=finite)
         self._note_restored(restored.checkpoint if restored else None)
         return restored
 
