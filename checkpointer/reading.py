@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import xxhash
@@ -23,24 +25,32 @@ if TYPE_CHECKING:
 READ_BLOCK = 512 * 1024
 """Bytes read and hashed at a time: small enough that the hash finds them in the processor's cache."""
 
-BATCH = 4 << 20
-"""Bytes that one task of a reading thread reads at least, unless it reads ``BATCH_LENGTH`` chunks."""
+RUN_LENGTH = 256
+"""Small chunks that one request fills at most; every system takes so many buffers."""
 
-BATCH_LENGTH = 512
+LARGE = 16 << 20
+"""Bytes. Several threads share a larger chunk, so that none is left alone with it at the end."""
 
-READ_THREADS = min(8, max(2, os.cpu_count() or 1))
+PREFETCH = 64 << 20
+"""Bytes that the system is asked to read while a restore is prepared."""
+
+SPAN = 4 << 20
+"""Bytes of a large chunk that one thread reads at a time: few huge pages are touched by two threads at once."""
+
+READ_THREADS = min(8, max(4, os.cpu_count() or 1))
+"""More than cores where those are few: some wait for the disk."""
 
 T = TypeVar("T")
 
 
 class Target(Protocol):
-    """Where the bytes of one chunk go. Both methods are called on a reader's thread, in this order."""
+    """Where the bytes of one chunk go. Called on a reader's thread."""
 
-    def open(self) -> memoryview:
-        """Contiguous unsigned bytes of just the chunk's size; allocated only now where it is not live memory."""
+    def memory(self) -> memoryview | None:
+        """Contiguous unsigned bytes, just the chunk's, or ``None`` where bytes cannot go straight into memory."""
 
-    def finish(self) -> None:
-        """The bytes are there and verified."""
+    def blocks(self) -> Iterator[memoryview]:
+        """Where they cannot: buffers to fill, one after the other. Each is carried on when the next is asked for."""
 
 
 class ChunkRead(NamedTuple):
@@ -96,14 +106,16 @@ class CheckpointReader:
                 what = "the header of " if header else ""
                 raise CorruptCheckpointError(f"{what}{self._place(path)} is damaged: its bytes do not match its hash")
 
-    def read(self, reads: Sequence[ChunkRead], *, verify: bool) -> None:
-        """Fill every target, from several threads; the largest first."""
+    def read(self, reads: Iterable[ChunkRead], *, verify: bool) -> None:
+        """Fill every target, from several threads, in the order of the files."""
+        _share(self._tasks(sorted(reads, key=_order), verify=verify))
 
-        def read_batch(batch: Sequence[ChunkRead]) -> None:
-            for read in batch:
-                self._read_chunk(read, verify=verify)
-
-        _in_parallel(read_batch, list(_batches(reads)))
+    def prefetch(self, components: Iterable[str]) -> None:
+        """Let the system begin to read the files of ``components``, while the caller prepares. Only a hint."""
+        keys = set(components)
+        wanted = {parts[0].file for (name, _), parts in self.index.chunks.items() if name in keys and parts}
+        for path in sorted(wanted & self._files.keys()):
+            self._files[path].prefetch(0, PREFETCH // len(wanted))
 
     def check_chunks(self, chunks: Iterable[tuple[str, Chunk]]) -> None:
         """Check the hash of each ``(name, chunk)`` without keeping its bytes."""
@@ -145,18 +157,60 @@ class CheckpointReader:
         sizes = {file: record.size for file, record in self.manifest.files.items()}
         return parse_index(data, sizes, self._place(path))
 
-    def _read_chunk(self, read: ChunkRead, *, verify: bool) -> None:
+    def _tasks(self, reads: Iterable[ChunkRead], *, verify: bool) -> Iterator[Callable[[], None]]:
+        """What one thread does at a time. Small chunks next to each other are one request, large ones are several."""
+        run = _Run()
+        for read in reads:
+            size = read.chunk.end - read.chunk.begin
+            view = read.target.memory()
+            if view is not None and size <= READ_BLOCK:
+                if not run.takes(read.chunk):
+                    yield partial(self._read_run, run, verify=verify)
+                    run = _Run()
+                run.add(read, view)
+            elif view is None:
+                yield partial(self._read_blocks, read, verify=verify)
+            elif size <= LARGE:
+                yield partial(self._read_span, read, view, _Hash(), 0, size, verify=verify)
+            else:
+                shared = _Hash()
+                for start in range(0, size, SPAN):
+                    end = min(start + SPAN, size)
+                    yield partial(self._read_span, read, view, shared, start, end, verify=verify)
+        if run.reads:
+            yield partial(self._read_run, run, verify=verify)
+
+    def _read_run(self, run: _Run, *, verify: bool) -> None:
+        first = run.reads[0].chunk
+        with self._disk_errors(first.file):
+            self._files[first.file].read_many(first.begin, run.views)
+        if verify:
+            for read, view in zip(run.reads, run.views, strict=True):
+                self._compare(read, xxhash.xxh3_128_hexdigest(view))
+
+    def _read_span(
+        self, read: ChunkRead, view: memoryview, hashed: _Hash, begin: int, end: int, *, verify: bool
+    ) -> None:
+        for start in range(begin, end, READ_BLOCK):
+            block = view[start : min(start + READ_BLOCK, end)]
+            self._read_into(self._files[read.chunk.file], read.chunk.file, read.chunk.begin + start, block)
+            if verify and hashed.add(start, block) == len(view):
+                self._compare(read, hashed.hexdigest())
+
+    def _read_blocks(self, read: ChunkRead, *, verify: bool) -> None:
         hasher = xxhash.xxh3_128()
-        view = read.target.open()
-        file = self._files[read.chunk.file]
-        for start in range(0, len(view), READ_BLOCK):
-            block = view[start : start + READ_BLOCK]
-            self._read_into(file, read.chunk.file, read.chunk.begin + start, block)
+        offset = read.chunk.begin
+        for block in read.target.blocks():
+            self._read_into(self._files[read.chunk.file], read.chunk.file, offset, block)
+            offset += len(block)
             if verify:
                 hasher.update(block)
-        if verify and hasher.hexdigest() != read.chunk.xxh3:
+        if verify:
+            self._compare(read, hasher.hexdigest())
+
+    def _compare(self, read: ChunkRead, xxh3: str) -> None:
+        if xxh3 != read.chunk.xxh3:
             raise self._damaged(read.name, read.chunk)
-        read.target.finish()
 
     def _check_chunk(self, name: str, chunk: Chunk) -> None:
         if self._hash(chunk.file, chunk.begin, chunk.end) != chunk.xxh3:
@@ -192,8 +246,14 @@ class CheckpointReader:
         return b"".join([bytes(block) for block in self.blocks(path, begin, end)])  # the blocks are one buffer
 
     def _read_into(self, file: ReadFile, path: str, offset: int, view: memoryview) -> None:
-        try:
+        with self._disk_errors(path):
             file.read_into(offset, view)
+
+    @contextmanager
+    def _disk_errors(self, path: str) -> Iterator[None]:
+        """A bad sector is damage of the checkpoint; other failures are not."""
+        try:
+            yield
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
@@ -203,18 +263,93 @@ class CheckpointReader:
         return self._storage.place(f"{self._directory}/{self.manifest.place(path)}")
 
 
-def _batches(reads: Sequence[ChunkRead]) -> Iterator[Sequence[ChunkRead]]:
-    """The largest chunks first and one by one; small ones together, for handing work to a thread costs more."""
-    batch: list[ChunkRead] = []
-    size = 0
-    for read in sorted(reads, key=lambda read: read.chunk.begin - read.chunk.end):
-        batch.append(read)
-        size += read.chunk.end - read.chunk.begin
-        if size >= BATCH or len(batch) == BATCH_LENGTH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+class _Run:
+    """Small chunks that lie one behind the other in a file."""
+
+    def __init__(self) -> None:
+        self.reads: list[ChunkRead] = []
+        self.views: list[memoryview] = []
+        self._size = 0
+
+    def takes(self, chunk: Chunk) -> bool:
+        """Whether ``chunk`` can be added."""
+        if not self.reads:
+            return True
+        last = self.reads[-1].chunk
+        fits = len(self.reads) < RUN_LENGTH and self._size + chunk.end - chunk.begin <= READ_BLOCK
+        return fits and last.file == chunk.file and last.end == chunk.begin
+
+    def add(self, read: ChunkRead, view: memoryview) -> None:
+        self.reads.append(read)
+        self.views.append(view)
+        self._size += len(view)
+
+
+class _Hash:
+    """The hash of one chunk. Its blocks may come from several threads and out of order."""
+
+    def __init__(self) -> None:
+        self._hasher = xxhash.xxh3_128()
+        self._lock = threading.Lock()
+        self._waiting: dict[int, memoryview] = {}
+        self._done = 0
+        self._busy = False
+
+    def add(self, start: int, block: memoryview) -> int:
+        """Take the block that begins at ``start``. Returns how many bytes are hashed by now; the whole size only once.
+
+        Whoever brings the block that is due hashes it, and those behind it that wait; nobody waits for another.
+        """
+        with self._lock:
+            self._waiting[start] = block
+            if self._busy or self._done not in self._waiting:
+                return -1
+            self._busy = True
+        while True:
+            with self._lock:
+                due = self._waiting.pop(self._done, None)
+                if due is None:
+                    self._busy = False
+                    return self._done
+            self._hasher.update(due)
+            self._done += len(due)
+
+    def hexdigest(self) -> str:
+        return self._hasher.hexdigest()
+
+
+def _order(read: ChunkRead) -> tuple[bool, str, int]:
+    """That of the files, which disks read fastest; but what one thread has to read alone, and takes long, at first."""
+    chunk = read.chunk
+    alone = chunk.end - chunk.begin > LARGE and read.target.memory() is None
+    return (not alone, chunk.file, chunk.begin)
+
+
+def _share(tasks: Iterator[Callable[[], None]]) -> None:
+    """Carry out ``tasks`` on a few threads. The first error is raised and no task begun after it; none runs on."""
+    lock = threading.Lock()
+    failed = threading.Event()
+
+    def work() -> None:
+        try:
+            while not failed.is_set():
+                with lock:
+                    task = next(tasks, None)
+                if task is None:
+                    return
+                task()
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="checkpointer-read") as pool:
+        workers = [pool.submit(work) for _ in range(READ_THREADS)]
+        try:
+            for worker in workers:
+                worker.result()
+        except BaseException:
+            failed.set()
+            raise
 
 
 def _in_parallel(function: Callable[[T], None], items: Sequence[T]) -> None:

@@ -144,10 +144,13 @@ class Restorer:
         self.source: Source | None = None
         """The checkpoint restored last, with the files whose every byte was verified: later saves may share them."""
 
-    def latest(self, request: RestoreRequest) -> Restored | None:
+    def latest(self, request: RestoreRequest, *, finite: bool = False) -> Restored | None:
         """The newest checkpoint that is whole; ``None`` if there is none at all.
 
+        ``finite``: the newest that holds no NaN and no infinities.
+
         Raises:
+            CheckpointNotFoundError: ``finite``, and all that are whole hold some.
             CorruptCheckpointError: there are some, and all are damaged.
             FormatVersionError: one was written by a newer library, so what is newest cannot be known.
         """
@@ -161,6 +164,10 @@ class Restorer:
             if listing.empty:
                 return None
             candidates = [info for info in reversed(listing.checkpoints) if info.path not in skipped]
+            if finite:
+                candidates = [info for info in candidates if info.finite is not False]
+                if not candidates and len(skipped) < len(listing.checkpoints) + len(listing.unreadable):
+                    raise CheckpointNotFoundError(f"every checkpoint in {self._repository.url} holds NaN or infinities")
             try:
                 restored = self._first_whole(candidates, request, skipped)
             except CheckpointNotFoundError:
@@ -233,12 +240,13 @@ class Restorer:
         options = request.options
         if report.missing or report.unexpected:
             options = replace(options, partial=True)
+        reader.prefetch(names)
         plans = self._prepare(reader, names, replace(options, rng=RNG in names))
         if request.verify != "off":
             reader.check_metadata()
         if request.verify == "before":
             reader.check_chunks(_chunks(reader, plans))
-        reader.read(list(_reads(reader, plans)), verify=request.verify != "off")
+        reader.read(_reads(reader, plans), verify=request.verify != "off")
         for name, plan in plans.items():
             plan.apply()
             report.components[name] = plan.report

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+from checkpointer.arena import is_flat
 from checkpointer.index import Chunk
+from checkpointer.memory import view_of
 from checkpointer.state.tensors import host_bytes, raw
+
+BOUNCE = 4 << 20
+"""Bytes that wait in each reading thread on their way to another device, or to memory that is not row-major."""
 
 
 class TensorTarget:
     """One chunk of a tensor as the target of a read: its own memory where the chunk is contiguous there."""
 
+    __slots__ = ("_box",)
+
     def __init__(self, tensor: torch.Tensor, chunk: Chunk) -> None:
-        box = tensor.detach()
-        for dimension, (offset, length) in enumerate(zip(chunk.offsets, chunk.lengths, strict=True)):
-            if length != box.shape[dimension]:
-                box = box.narrow(dimension, offset, length)
-        self._box = raw(box)
-        self._bounce: torch.Tensor | None = None
+        self._box = tensor
+        if chunk.lengths != tensor.shape:
+            self._box = tensor.detach()
+            for dimension, (offset, length) in enumerate(zip(chunk.offsets, chunk.lengths, strict=True)):
+                self._box = self._box.narrow(dimension, offset, length)
 
-    def open(self) -> memoryview:
-        box = self._box
-        if box.device.type != "cpu" or not box.is_contiguous():
-            box = self._bounce = torch.empty(box.shape, dtype=box.dtype)
-        return host_bytes(box)
+    def memory(self) -> memoryview | None:
+        return view_of(self._box.data_ptr(), self._box.nbytes) if is_flat(self._box) else None
 
-    def finish(self) -> None:
-        if self._bounce is not None:
+    def blocks(self) -> Iterator[memoryview]:
+        bounce: torch.Tensor | None = None
+        for part in _parts(raw(self._box)):
+            if bounce is None or bounce.shape != part.shape:
+                bounce = torch.empty(part.shape, dtype=part.dtype)
+            yield host_bytes(bounce)
             with torch.no_grad():
-                self._box.copy_(self._bounce)
-            self._bounce = None
+                part.copy_(bounce)
+
+
+def _parts(box: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views that are small, and one behind the other in row-major order."""
+    size = box.numel() * box.element_size()
+    if size <= BOUNCE:
+        yield box
+        return
+    rows = BOUNCE * len(box) // size
+    for start in range(0, len(box), max(rows, 1)):
+        yield from [box[start : start + rows]] if rows else _parts(box[start])

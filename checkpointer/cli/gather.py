@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
@@ -317,11 +317,16 @@ class _CountingFile:
         self._file = file
         self._count = count
         self.size = file.size
+        self.prefetch = file.prefetch
         self.close = file.close
 
     def read_into(self, offset: int, view: memoryview) -> None:
         self._file.read_into(offset, view)
         self._count(len(view))
+
+    def read_many(self, offset: int, views: Sequence[memoryview]) -> None:
+        self._file.read_many(offset, views)
+        self._count(sum(map(len, views)))
 
 
 __all__ = [

@@ -56,6 +56,7 @@ class ModuleRestore:
         else:
             self._report_flags()
         self._report_unfilled()
+        self.places.announce()
         return RestorePlan(self.places.reads, self._apply, self.report)
 
     def _check_nodes(self) -> None:

@@ -65,6 +65,7 @@ class OptimizerRestore:
                 self._place_group(self.value["param_groups"][source], self.live.param_groups[number], seen)
         for key in sorted(self.keys):
             self.places.allocate(key, self.options.map_location)
+        self.places.announce()
         return RestorePlan(self.places.reads, self._apply, self.report)
 
     def _place_slots(

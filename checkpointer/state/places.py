@@ -12,6 +12,7 @@ import torch
 
 from checkpointer.errors import CorruptCheckpointError, IncompatibleStateError
 from checkpointer.index import TensorSpec
+from checkpointer.memory import expect_use
 from checkpointer.state import tensors
 from checkpointer.state.codec import TORCH_NUMPY
 from checkpointer.state.decoding import Leaf
@@ -28,6 +29,7 @@ class Places:
         self._map_location = map_location
         self._taken: dict[torch.device, list[tuple[int, int]]] = {}
         self._owners: dict[str, torch.Tensor] = {}
+        self._fresh: list[torch.Tensor] = []
 
     def offer(self, key: str, live: object) -> bool:
         """Read ``key`` into the live tensor if dtype, shape and memory allow; whether it will be."""
@@ -62,6 +64,10 @@ class Places:
         for key in sorted(keys):
             self.allocate(key)
 
+    def announce(self) -> None:
+        """All destinations are chosen: let the system know which memory will be touched for the first time."""
+        expect_use(tensors.extent(tensor) for tensor in self._fresh if tensor.is_cpu)
+
     def _take(self, key: str, memory: torch.Tensor) -> bool:
         start, end = tensors.extent(memory)
         taken = self._taken.setdefault(memory.device, [])
@@ -76,12 +82,14 @@ class Places:
 
     def _new(self, key: str, device: MapLocation) -> torch.Tensor:
         try:
-            return tensors.empty_for(self._specs[key], device)
+            made = tensors.empty_for(self._specs[key], device)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise CorruptCheckpointError(f"{self._name}: tensor {key!r} is not well formed: {error}") from error
         except (RuntimeError, MemoryError) as error:
             shape = list(self._specs[key].shape)
             raise IncompatibleStateError(f"{self._name}: no memory for {key!r} {shape} on {device}: {error}") from error
+        self._fresh.append(made)
+        return made
 
 
 def _array_memory(array: np.ndarray[Any, Any]) -> torch.Tensor | None:

@@ -266,6 +266,7 @@ class LocalFile:
         self._fd = fd
         self.size = size
         self._place = place
+        self._advise(0, 0, "POSIX_FADV_SEQUENTIAL")
 
     def read_into(self, offset: int, view: memoryview) -> None:
         position = 0
@@ -274,6 +275,24 @@ class LocalFile:
             if count == 0:
                 raise CorruptCheckpointError(f"{self._place} ends at byte {offset + position}, more was expected")
             position += count
+
+    def read_many(self, offset: int, views: Sequence[memoryview]) -> None:
+        count = os.preadv(self._fd, views, offset)
+        for view in views:
+            if count < len(view):  # interrupted, or the end of the file
+                self.read_into(offset + max(count, 0), view[max(count, 0) :])
+            offset += len(view)
+            count -= len(view)
+
+    def prefetch(self, offset: int, size: int) -> None:
+        self._advise(offset, size, "POSIX_FADV_WILLNEED")
+
+    def _advise(self, offset: int, size: int, name: str) -> None:
+        """A hint; where there is none, or the file system knows it not, reading is only slower."""
+        advice = getattr(os, name, None)
+        if advice is not None:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._fd, offset, size, advice)
 
     def close(self) -> None:
         os.close(self._fd)

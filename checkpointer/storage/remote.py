@@ -302,6 +302,17 @@ class RemoteFile:
                 raise CorruptCheckpointError(f"{self._place} ends before byte {offset + start + len(part)}")
             part[:] = data
 
+    def read_many(self, offset: int, views: Sequence[memoryview]) -> None:
+        whole = memoryview(bytearray(sum(map(len, views))))
+        self.read_into(offset, whole)
+        position = 0
+        for view in views:
+            view[:] = whole[position : position + len(view)]
+            position += len(view)
+
+    def prefetch(self, offset: int, size: int) -> None:
+        """Nothing reads ahead."""
+
     def close(self) -> None:
         """Nothing is held open between reads."""
 
