@@ -29,6 +29,7 @@ from checkpointer.units import (
 
 Mode: TypeAlias = Literal["sync", "async", "lazy"]
 Verify: TypeAlias = Literal["stream", "before", "off"]
+OnFull: TypeAlias = Literal["error", "prune", "skip"]
 _Policy = TypeVar("_Policy")
 
 
@@ -47,6 +48,9 @@ class WritePolicy:
 
     threads: int = 2
     """Threads that copy, hash and write. More may be faster; 1 leaves more of the processor to training."""
+    on_full: OnFull = "error"
+    """Where there is no room for a save. ``"error"``: it fails. ``"prune"``: what retention lets go already is removed,
+    then it is tried once more. ``"skip"``: it is left out with a warning, and training goes on."""
 
     def __post_init__(self) -> None:
         """Raise :class:`ConfigError` for a value that makes no sense."""
@@ -55,6 +59,7 @@ class WritePolicy:
         if self.share is not False:
             count("share", self.share, instead="write false to share nothing")
         count("threads", self.threads, instead="write 1, the fewest there can be")
+        choice("on_full", self.on_full, ("error", "prune", "skip"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,8 @@ class CheckpointManager:
             overwrite: replace the checkpoint of this very step atomically.
 
         Returns:
-            ``None`` if nothing was due, else a handle that is done at the durable commit.
+            ``None`` if nothing was due, or if there is no room and ``write: {on_full: skip}`` says to go without; else
+            a handle that is done at the durable commit.
 
         Raises:
             RunLockedError: another job writes to this run.
@@ -155,13 +156,13 @@ class CheckpointManager:
         self._position.check_order(step, last.step if last else None)
         if last is not None and step == last.step and not overwrite:
             handle = last if force or preempted else None
-        elif force or overwrite or self._is_due(step, epoch, last):
+        elif force or overwrite or preempted or (self._is_due(step, epoch, last) and not self._saver.still_full()):
             handle = self._begin_save(step, epoch, check_metrics(metrics), check_tags(tags), read_attachments(files))
         else:
             handle = None
         if preempted and handle is not None:
-            handle.result()
-            self._stop_ready = True
+            handle = self._made_durable(handle)
+            self._stop_ready = handle is not None
         self._saver.raise_errors(begun=handle is not None and handle is not last)
         return handle
 
@@ -373,7 +374,7 @@ class CheckpointManager:
 
     def _begin_save(
         self, step: int, epoch: int | None, metrics: dict[str, float], tags: tuple[str, ...], files: dict[str, bytes]
-    ) -> PendingSave:
+    ) -> PendingSave | None:
         """Capture and stage everything, then hand it to the writer."""
         began = time.perf_counter()
         self._saver.settle()
@@ -396,8 +397,16 @@ class CheckpointManager:
             stall_seconds=time.perf_counter() - settled,
         )
         handle = self._saver.submit(snapshot)
-        if self._config.write.mode == "sync":
+        if handle is not None and self._config.write.mode == "sync":
             handle.result()
+        return handle
+
+    def _made_durable(self, handle: PendingSave) -> PendingSave | None:
+        """Wait for the commit; ``None`` if the save was left out for want of space."""
+        handle.error()
+        if handle.left_out:
+            return None
+        handle.result()
         return handle
 
     def _last(self) -> PendingSave | None:

@@ -172,13 +172,19 @@ class Repository:
         Raises:
             SaveError: there is not enough free space for it.
         """
+        self.check_space(step, size)
+        return self._protocol.begin(step)
+
+    def check_space(self, step: int, size: int) -> None:
+        """Raise SaveError, with the errno of a full disk, unless ``size`` bytes can be written; quotas are unknown."""
         free = self.storage.free_bytes()
         if free is not None and free < size:
-            raise SaveError(
-                f"{self.url} has {free} bytes free, the checkpoint of step {step} takes {size}; nothing was written. "
-                "Free some space, or keep fewer checkpoints (keep: in the configuration)"
+            full = SaveError(
+                f"{self.url} has {free} bytes free, the checkpoint of step {step} takes {size}, so {size - free} are "
+                "missing; nothing was written. Free some space, or keep fewer checkpoints (keep: in the configuration)"
             )
-        return self._protocol.begin(step)
+            full.errno = errno.ENOSPC
+            raise full
 
     def current_source(self, source: Source) -> Source | None:
         """``source`` with the notes of this moment; ``None`` if it has been removed, replaced or damaged since."""
@@ -188,10 +194,14 @@ class Repository:
             return None
         return replace(source, info=self.current(source.info))
 
+    def can_share(self, source: Source) -> bool:
+        """Whether ``source`` is still there, and nothing is known against it."""
+        current = self.current_source(source)
+        return current is not None and current.info.damaged is None
+
     def share(self, attempt: Attempt, path: str, source: Source, record: FileRecord) -> bool:
         """Let a file of an attempt share the bytes of the same file of ``source``; ``False``: it has to be written."""
-        current = self.current_source(source)
-        if current is None or current.info.damaged is not None:
+        if not self.can_share(source):
             return False
         return attempt.share(path, f"{name_of(source.info)}/{source.place(path)}", record)
 

@@ -14,9 +14,9 @@ from checkpointer.config import Config
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, SaveError
 from checkpointer.info import CheckpointInfo
 from checkpointer.lazy import Stepped
-from checkpointer.pruning import prune
 from checkpointer.repository import Repository
 from checkpointer.sharing import Source
+from checkpointer.space import Space, is_full
 from checkpointer.staging import Shareable, Staged, Stager
 from checkpointer.state import Captured
 from checkpointer.stepping import StepWatch, WatchedSave
@@ -37,6 +37,8 @@ class PendingSave:
         self._future = future
         self.reported = False
         """Whether its error has been raised."""
+        self.left_out = False
+        """Whether it was given up for want of space, as configured: an error to those alone who ask for it."""
 
     def done(self) -> bool:
         """Whether it has been committed durably, or has failed."""
@@ -93,6 +95,7 @@ class Saver:
         self._config = config
         self._on_commit = on_commit
         self._stepped = stepped
+        self._space = Space(repository, config)
         self._stager = Stager(config.write.threads)
         self._steps = StepWatch()
         self._share_with: Source | None = None
@@ -147,16 +150,29 @@ class Saver:
         """Copy whatever a save in flight still has to read from live memory."""
         self._steps.detach()
 
-    def submit(self, snapshot: Snapshot) -> PendingSave:
-        """Write ``snapshot``: at once in ``sync`` mode, else in the background."""
+    def still_full(self) -> bool:
+        """Whether the last save was left out for want of space, and there still is not enough."""
+        return self._space.still_full()
+
+    def submit(self, snapshot: Snapshot) -> PendingSave | None:
+        """Write ``snapshot``: at once in ``sync`` mode, else in the background.
+
+        ``None`` where it has no room and is left out, as configured, if that shows before this returns.
+        """
         self._collect()
+        if not self._space.admits(snapshot, self._settle_pruning):
+            if snapshot.staged.live is not None:
+                snapshot.staged.live.end()
+            return None
         future: Future[CheckpointInfo] = Future()
         handle = self._current = PendingSave(snapshot.step, snapshot.epoch, snapshot.created, future)
         if self._config.write.mode == "sync":
-            self._write(snapshot, future)
+            self._write(snapshot, handle, future)
             self._background = self._executor().submit(self._follow_up, future)
+            if handle.left_out:
+                return None
         else:
-            self._background = self._executor().submit(self._write_and_follow_up, snapshot, future)
+            self._background = self._executor().submit(self._write_and_follow_up, snapshot, handle, future)
             if self._config.write.mode == "lazy":
                 live, size = snapshot.staged.live, sum(file.data_size for file, _ in snapshot.staged.files)
                 self._steps.watch(WatchedSave("lazy" if live else "async", live, size, future.done))
@@ -207,26 +223,53 @@ class Saver:
         error = handle.error()
         if error is None:
             self._committed = handle.result()
-        elif not handle.reported:
+        elif not handle.reported and not handle.left_out:
             with self._guard:
                 self._errors.insert(0, error)
 
-    def _write_and_follow_up(self, snapshot: Snapshot, future: Future[CheckpointInfo]) -> None:
-        self._write(snapshot, future)
+    def _write_and_follow_up(self, snapshot: Snapshot, handle: PendingSave, future: Future[CheckpointInfo]) -> None:
+        self._write(snapshot, handle, future)
         self._follow_up(future)
 
-    def _write(self, snapshot: Snapshot, future: Future[CheckpointInfo]) -> None:
+    def _write(self, snapshot: Snapshot, handle: PendingSave, future: Future[CheckpointInfo]) -> None:
         """Complete ``future``, whatever happens: a writer that died silently would leave the caller waiting."""
         try:
-            info, self._share_with = write_checkpoint(self._repository, snapshot)
+            info, self._share_with = self._write_with_room(snapshot)
         except BaseException as error:  # noqa: BLE001  handed to whoever waits
-            future.set_exception(self._as_save_error(snapshot.step, error))
+            failure = self._as_save_error(snapshot.step, error)
+            try:
+                handle.left_out = self._space.leaves_out(snapshot.step, failure)
+            finally:  # where warnings are errors, too
+                future.set_exception(failure)
         else:
             logger.info("saved %s (%d bytes)", info.path, info.size)
             future.set_result(info)
         finally:
             if snapshot.staged.live is not None:
                 snapshot.staged.live.end()
+
+    def _write_with_room(self, snapshot: Snapshot) -> tuple[CheckpointInfo, Source]:
+        """Write; where that has no room, once more after whatever frees some."""
+        try:
+            return write_checkpoint(self._repository, snapshot)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            parent = () if snapshot.parent is None else (snapshot.parent,)
+            sync = self._config.write.mode == "sync"  # else what prunes is this very thread
+            freed = [sync and self._settle_pruning(), self._space.make_room(protect=parent)]
+            begun = snapshot.staged.live is not None and not isinstance(error, SaveError)
+            if begun or not any(freed):  # what is read from live memory is read once
+                raise
+        return write_checkpoint(self._repository, snapshot)
+
+    def _settle_pruning(self) -> bool:
+        """Wait for the pruning after the last save; whether there was any. On the training thread."""
+        background = self._background
+        if background is None or background.done():
+            return False
+        background.exception()
+        return True
 
     def _as_save_error(self, step: int, error: BaseException) -> BaseException:
         if isinstance(error, CheckpointerError) or not isinstance(error, Exception):  # Ctrl-C stays what it is
@@ -236,6 +279,7 @@ class Saver:
             f"the save of step {step} to {self._repository.url} failed: {reason}. "
             "Earlier checkpoints are untouched; the next save tries again"
         )
+        wrapped.errno = error.errno if isinstance(error, OSError) else None
         wrapped.__cause__ = error
         return wrapped
 
@@ -244,7 +288,8 @@ class Saver:
         if future.exception() is None:
             self._warn_of_divergence(future.result())
             self._announce(future.result())
-            self._prune()
+            self._space.prune()
+            self._space.committed(future.result())
 
     def _warn_of_divergence(self, info: CheckpointInfo) -> None:
         """Once, until a checkpoint is finite again."""
@@ -267,16 +312,3 @@ class Saver:
                 failure.__cause__ = error
                 with self._guard:
                     self._errors.append(failure)
-
-    def _prune(self) -> None:
-        if not (self._config.keep.has_rules or self._config.keep.max_size):
-            return  # everything is kept: there is nothing to list for
-        try:
-            prune(self._repository, self._config.keep)
-        except Exception as error:  # noqa: BLE001  the save is durable: training must go on
-            reason = self._repository.storage.redact(f"{type(error).__name__}: {error}")
-            warnings.warn(
-                f"could not prune {self._repository.url}: {reason}. Old checkpoints take space until it works again",
-                CheckpointerWarning,
-                stacklevel=2,
-            )

@@ -24,6 +24,15 @@ from checkpointer.tensorfile import shard_indexes
 
 logger = logging.getLogger("checkpointer")
 
+BLOCK = 4096
+"""Bytes that a file takes a multiple of."""
+
+SLACK = 2 * layout.MANIFEST_LIMIT
+"""Bytes for the manifest, directories, and plain state in the index, which is measured only once it is written."""
+
+INDEX_ENTRY = 400
+"""Bytes that the index spends on one tensor beside its key, which it names twice; about 270 were measured."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
@@ -53,8 +62,7 @@ def write_checkpoint(repository: Repository, snapshot: Snapshot) -> tuple[Checkp
     began = time.perf_counter()
     files = snapshot.staged.files
     small = _small_files(snapshot)
-    size = sum(file.size for file, source in files if not isinstance(source, SharedFile))
-    attempt = repository.begin(snapshot.step, size + sum(map(len, small.values())))
+    attempt = repository.begin(snapshot.step, bytes_to_write(repository, snapshot))
     try:
         tensors = _TensorFiles(repository, attempt, snapshot.staged.learned)
         for item in files:
@@ -70,6 +78,21 @@ def write_checkpoint(repository: Repository, snapshot: Snapshot) -> tuple[Checkp
         _abandon(repository, attempt)
         raise
     return info, Source.of(info, manifest, index)
+
+
+def bytes_to_write(repository: Repository, snapshot: Snapshot) -> int:
+    """What a save takes on disk: whole blocks of every file but those shared with a checkpoint that is still there."""
+    staged = snapshot.staged
+    earlier = {source.earlier.info.id: source.earlier for _, source in staged.files if isinstance(source, SharedFile)}
+    there = {id for id, source in earlier.items() if repository.can_share(source)}
+    sizes = [
+        file.size
+        for file, source in staged.files
+        if not isinstance(source, SharedFile) or source.earlier.info.id not in there
+    ]
+    sizes += map(len, _small_files(snapshot).values())
+    sizes.append(sum(INDEX_ENTRY + 2 * len(key) for part in staged.components.values() for key in part.tensors))
+    return sum(-(-size // BLOCK) * BLOCK for size in sizes) + SLACK
 
 
 def _abandon(repository: Repository, attempt: Attempt) -> None:

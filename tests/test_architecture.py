@@ -59,9 +59,11 @@ LAYERS = {
     "arguments": layer("arguments", "errors pure", TORCH | STORAGE),
     "comparison": layer("comparison", "errors pure storage repository"),
     "cli": layer("cli __main__", "errors pure settings storage repository arguments comparison cli", TORCH),
-    "state": layer("state arena digest finite lazy overlap staging stepping targets", "errors pure blocks state", STORAGE),
+    "state": layer(
+        "state arena digest finite lazy overlap staging stepping targets", "errors pure blocks state", STORAGE
+    ),
     "manager": layer(
-        "environment writing saving restoring position pacing signals manager migration",
+        "environment writing space saving restoring position pacing signals manager migration",
         "errors pure settings storage repository arguments state manager distributed",
     ),
     "distributed": layer("distributed", "errors pure storage repository state distributed"),

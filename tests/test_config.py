@@ -37,6 +37,7 @@ write:
   mode: sync
   durable: false
   share: false
+  on_full: skip
 restore:
   verify: before
 require_resume: false
@@ -83,7 +84,7 @@ def test_every_key_is_read(load):
             within=timedelta(days=2),
             max_size=500 * 10**9,
         ),
-        write=WritePolicy(mode="sync", durable=False, share=False),
+        write=WritePolicy(mode="sync", durable=False, share=False, on_full="skip"),
         restore=RestorePolicy(verify="before"),
         require_resume=False,
     )
@@ -192,6 +193,7 @@ def test_to_yaml_is_readable():
         "  durable: true\n"
         "  share: 8\n"
         "  threads: 2\n"
+        "  on_full: error\n"
         "restore:\n"
         "  verify: 'off'\n"
         "require_resume: true\n"
@@ -226,6 +228,7 @@ configs = st.builds(
         durable=st.booleans(),
         share=st.just(False) | st.integers(1, 100),
         threads=st.integers(1, 64),
+        on_full=st.sampled_from(["error", "prune", "skip"]),
     ),
     restore=st.builds(RestorePolicy, verify=st.sampled_from(["stream", "before", "off"])),
     require_resume=st.booleans(),
@@ -474,6 +477,8 @@ def test_a_section_of_the_wrong_type_is_refused_by_name(section, value):
         (WritePolicy, "mode", "fast"),
         (WritePolicy, "threads", 0),
         (WritePolicy, "threads", 1.5),
+        (WritePolicy, "on_full", "delete"),
+        (WritePolicy, "on_full", None),
         (WritePolicy, "durable", None),
         (WritePolicy, "share", 0),
         (WritePolicy, "share", -1),

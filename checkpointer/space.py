@@ -1,0 +1,130 @@
+"""Where the disk is full, or will be soon: ``write: {on_full}``, and a warning before it comes to that."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import warnings
+from collections.abc import Callable, Collection
+
+from checkpointer.config import Config
+from checkpointer.errors import CheckpointerWarning, SaveError
+from checkpointer.info import CheckpointInfo
+from checkpointer.pruning import prune
+from checkpointer.repository import Repository
+from checkpointer.writing import Snapshot, bytes_to_write
+
+logger = logging.getLogger("checkpointer")
+
+TIGHT, RECOVERED = 2, 3
+"""Checkpoints that still fit: below the first it is tight, from the second on it has recovered."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a lack of space or an exceeded quota."""
+    return isinstance(error, OSError) and (error.errno in _FULL or is_full(error.__cause__))
+
+
+class Space:
+    """What is decided about space, save after save. The writer and the training thread take turns in using it."""
+
+    def __init__(self, repository: Repository, config: Config) -> None:
+        self._repository = repository
+        self._keep = config.keep
+        self._on_full = config.write.on_full
+        self._wanted: int | None = None
+        """Bytes that the last save would have needed, if it was left out for want of them."""
+        self._episode = False
+        """Whether saves are being left out, and that has been said."""
+        self._tight = False
+
+    def still_full(self) -> bool:
+        """Whether the last save was left out, and the space that it needed is still not there."""
+        if self._wanted is None:
+            return False
+        free = self._free()
+        return free is not None and free < self._wanted
+
+    def admits(self, snapshot: Snapshot, settle: Callable[[], bool]) -> bool:
+        """Whether ``snapshot`` may be written; ``False`` where it has no room, and is left out as configured.
+
+        ``settle`` waits for what may be freeing space at this moment, and says whether there was something.
+        """
+        if self._on_full != "skip" or self._free() is None:
+            return True
+        needed = bytes_to_write(self._repository, snapshot)
+        try:
+            try:
+                self._repository.check_space(snapshot.step, needed)
+            except SaveError:
+                if not settle():
+                    raise
+                self._repository.check_space(snapshot.step, needed)
+        except SaveError as error:
+            self.leaves_out(snapshot.step, error)
+            self._wanted = needed
+            return False
+        return True
+
+    def leaves_out(self, step: int, error: BaseException) -> bool:
+        """Whether a save that ended with ``error`` is simply left out; says so, once until one succeeds again."""
+        if self._on_full != "skip" or not is_full(error):
+            return False
+        if self._episode:
+            logger.info("step %d was not saved either: %s", step, error)
+            return True
+        self._episode = True
+        warnings.warn(
+            f"step {step} was not saved, and training goes on (write: {{on_full: skip}}): {error}. The saves that "
+            "follow are left out without a further warning until there is room",
+            CheckpointerWarning,
+            stacklevel=6,
+        )
+        return True
+
+    def make_room(self, protect: Collection[str]) -> bool:
+        """Remove what retention lets go at this moment, if so configured; whether that was anything."""
+        if self._on_full != "prune":
+            return False
+        return self.prune(protect)
+
+    def committed(self, info: CheckpointInfo) -> None:
+        """A save is durable, and retention has been applied: warn where fewer than two more such saves have room."""
+        self._wanted, self._episode = None, False
+        written = info.statistics.get("bytes_written")
+        size = written if isinstance(written, int) else info.size
+        free = self._free()
+        if free is None or (self._tight and free < RECOVERED * size):
+            return
+        self._tight = free < TIGHT * size
+        if self._tight:
+            warnings.warn(
+                f"{self._repository.url} has {free} bytes free, and saving step {info.step} took {size}: there is no "
+                "room for two more. Free some space, or keep fewer checkpoints (keep: in the configuration)",
+                CheckpointerWarning,
+                stacklevel=2,
+            )
+
+    def prune(self, protect: Collection[str] = ()) -> bool:
+        """Apply retention; whether anything was removed. What goes wrong is a warning: saving goes on."""
+        if not (self._keep.has_rules or self._keep.max_size):
+            return False  # everything is kept: there is nothing to list for
+        try:
+            return bool(prune(self._repository, self._keep, protect=protect).remove)
+        except Exception as error:  # noqa: BLE001  what is saved is durable: training must go on
+            reason = self._repository.storage.redact(f"{type(error).__name__}: {error}")
+            warnings.warn(
+                f"could not prune {self._repository.url}: {reason}. Old checkpoints take space until it works again",
+                CheckpointerWarning,
+                stacklevel=2,
+            )
+            return False
+
+    def _free(self) -> int | None:
+        """Bytes; ``None`` where they cannot be known. A write that fails says more than a question that does."""
+        try:
+            return self._repository.storage.free_bytes()
+        except OSError:
+            return None
