@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from checkpointer.memory import Region
+from checkpointer.memory import Region, copy_memory
 from checkpointer.state.tensors import raw
 
 LARGE = 256 << 10
@@ -92,7 +92,7 @@ class Arena:
             [self._helpers().submit(_copy_pieces, pieces) for _ in range(self._threads - 1)] if len(pieces) > 1 else []
         )
         for target, source, size in small:
-            ctypes.memmove(target, source, size)
+            copy_memory(target, source, size)
         _copy_pieces(pieces)
         for helper in helpers:
             helper.result()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 import xxhash
 
@@ -11,30 +12,81 @@ from checkpointer.tensorfile import TensorFile
 
 
 class Digest:
-    """Takes the bytes of a file's tensors, in order, tensor by tensor."""
+    """Takes all bytes of a file's tensors, in order and in blocks of any size.
+
+    Every operation on a large block lets go of the GIL, and waits for it afterwards where training is busy in Python.
+    So there are few of them, on as many bytes as possible.
+    """
 
     def __init__(self, file: TensorFile, learned: Collection[tuple[str, str]] = ()) -> None:
         """``learned``: (component, key) of tensors that are looked at for NaN and infinities."""
         self.hashes: list[str] = []
         """The xxh3-128 of each tensor that has passed."""
         self.not_finite: list[str] = []
-        """Names of tensors with NaN or infinities."""
-        self._names = [f"{slot.component}.{slot.key}" for slot in file.slots]
-        self._looked_at = [
-            spec.dtype if (slot.component, slot.key) in learned else ""
-            for slot, spec in zip(file.slots, file.specs, strict=True)
-        ]
-        self._hasher = xxhash.xxh3_128()
+        """Names of tensors with NaN or infinities, as far as they have passed."""
+        self._file = file
+        self._position = 0
+        self._hasher: xxhash.xxh3_128 | None = None
+        """Of the tensor that has passed in part."""
+        self._runs = list(_runs(file, learned))
 
     def update(self, block: memoryview) -> None:
-        """The next bytes of the current tensor: whole elements."""
-        self._hasher.update(block)
-        dtype = self._looked_at[len(self.hashes)]
-        if dtype and not all_finite(dtype, block):
-            self.not_finite.append(self._names[len(self.hashes)])
-            self._looked_at[len(self.hashes)] = ""
+        """The next bytes: whole elements."""
+        begin, end = self._position, self._position + len(block)
+        self._position = end
+        slots = self._file.slots
+        while len(self.hashes) < len(slots):
+            slot = slots[len(self.hashes)]
+            part = block[max(slot.begin, begin) - begin : min(slot.end, end) - begin] if slot.begin < end else b""
+            if slot.end > end:
+                self._hasher = self._hasher or xxhash.xxh3_128()
+                self._hasher.update(part)
+                break
+            if self._hasher is None:
+                self.hashes.append(xxhash.xxh3_128_hexdigest(part))
+            else:
+                self._hasher.update(part)
+                self.hashes.append(self._hasher.hexdigest())
+                self._hasher = None
+        self._look(block, begin, end)
 
-    def end_tensor(self) -> None:
-        """The current tensor has passed."""
-        self.hashes.append(self._hasher.hexdigest())
-        self._hasher.reset()
+    def _look(self, block: memoryview, begin: int, end: int) -> None:
+        while self._runs:
+            run = self._runs[0]
+            first, last = max(run.begin, begin), min(run.end, end)
+            if first < last and not all_finite(run.dtype, block[first - begin : last - begin]):
+                self._name(run.dtype, block, begin, first, last)
+            if run.end > end:
+                break
+            self._runs.pop(0)
+
+    def _name(self, dtype: str, block: memoryview, begin: int, first: int, last: int) -> None:
+        """Which tensors it is that are not finite, between ``first`` and ``last``."""
+        for slot in self._file.slots:
+            a, b = max(slot.begin, first), min(slot.end, last)
+            name = f"{slot.component}.{slot.key}"
+            if a < b and name not in self.not_finite[-1:] and not all_finite(dtype, block[a - begin : b - begin]):
+                self.not_finite.append(name)
+
+
+class _Run(NamedTuple):
+    """Neighbouring tensors of one dtype that are looked at."""
+
+    dtype: str
+    begin: int
+    end: int
+
+
+def _runs(file: TensorFile, learned: Collection[tuple[str, str]]) -> Iterator[_Run]:
+    run: _Run | None = None
+    for slot, spec in zip(file.slots, file.specs, strict=True):
+        if (slot.component, slot.key) not in learned:
+            continue
+        if run is not None and (run.dtype, run.end) == (spec.dtype, slot.begin):
+            run = run._replace(end=slot.end)
+            continue
+        if run is not None:
+            yield run
+        run = _Run(spec.dtype, slot.begin, slot.end)
+    if run is not None:
+        yield run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,6 +25,10 @@ _view_of.restype = ctypes.py_object
 
 STEADY = 4
 """How many pieces a storage may hold on to while it asks for the next one: see ``Storage.write``."""
+
+
+SMALL_COPY = 64 << 10
+"""Bytes."""
 
 
 class Region:
@@ -48,6 +53,26 @@ class Region:
     def size(self) -> int:
         """Bytes."""
         return len(self.view)
+
+
+def copy_memory(target: int, source: int, size: int) -> None:
+    """Copy ``size`` bytes from one address to another; large copies without the GIL.
+
+    Small ones keep it: giving it away costs more than they do, and a busy thread takes milliseconds to return it.
+    """
+    (ctypes.memmove if size >= SMALL_COPY else _copy_with_gil)(target, source, size)
+
+
+def _without_releasing() -> Callable[[int, int, int], object]:
+    """Memmove as a function that keeps the GIL, where the system's C library can be called by itself."""
+    if os.name != "posix":
+        return ctypes.memmove
+    function = ctypes.PyDLL(None).memmove
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    return function
+
+
+_copy_with_gil = _without_releasing()
 
 
 def page_aligned(size: int) -> int:

@@ -22,10 +22,14 @@ from checkpointer.sharing import Source as EarlierCheckpoint
 from checkpointer.sharing import candidate
 from checkpointer.state.plan import Captured
 from checkpointer.state.tensors import host_bytes, spec_of
-from checkpointer.tensorfile import ComponentTensors, Slot, TensorFile, plan_files
+from checkpointer.tensorfile import ComponentTensors, TensorFile, plan_files
 
 BLOCK = 1 << 20
 """Bytes hashed and handed on at a time: they stay in the processor's cache in between."""
+
+IMAGE_BLOCK = 32 << 20
+"""Bytes handed on at a time from the arena. In smaller blocks the writer would spend its time waiting for the GIL,
+which a training thread that is busy in Python gives away only every few milliseconds."""
 
 DEVICE_BLOCK = 8 << 20
 """Bytes fetched from another device, or put in row-major order, at a time."""
@@ -96,6 +100,7 @@ class SharedFile:
     def pieces(self, digest: Digest) -> Iterator[memoryview]:
         """For a storage that cannot share after all: from live memory, which has to hold the same bytes still."""
         yield from self._tensors.pieces(digest)
+        digest.update(memoryview(b""))
         if tuple(digest.hashes) != self.hashes:
             raise SaveError(
                 "parameters that do not require gradients were changed while they were being written: it was not "
@@ -139,7 +144,7 @@ class Stager:
             for slot in file.slots
         )
         images = {
-            file.path: _Image(memory[starts[file.path] : starts[file.path] + file.data_size], file.slots)
+            file.path: _Image(memory[starts[file.path] : starts[file.path] + file.data_size])
             for file in self._files
             if file.path in starts
         }
@@ -219,26 +224,14 @@ class _Image:
 
     steady = True
 
-    def __init__(self, memory: memoryview, slots: Sequence[Slot]) -> None:
+    def __init__(self, memory: memoryview) -> None:
         self._memory = memory
-        self._slots = slots
 
     def pieces(self, digest: Digest) -> Iterator[memoryview]:
-        """Whole blocks, whatever lies in them: the tensors' borders matter to the digest alone."""
-        slots = iter(self._slots)
-        slot = next(slots, None)
-        for start in range(0, len(self._memory), DEVICE_BLOCK):
-            end = min(start + DEVICE_BLOCK, len(self._memory))
-            while slot is not None and slot.begin < end:
-                digest.update(self._memory[max(slot.begin, start) : min(slot.end, end)])
-                if slot.end > end:
-                    break
-                digest.end_tensor()
-                slot = next(slots, None)
-            yield self._memory[start:end]
-        while slot is not None:  # without elements, at the end
-            digest.end_tensor()
-            slot = next(slots, None)
+        for start in range(0, len(self._memory), IMAGE_BLOCK):
+            block = self._memory[start : start + IMAGE_BLOCK]
+            digest.update(block)
+            yield block
 
 
 class _LiveTensors:
@@ -254,7 +247,6 @@ class _LiveTensors:
             for block in row_major_blocks(tensor):
                 digest.update(block)
                 yield block
-            digest.end_tensor()
 
 
 def hash_tensors(tensors: Sequence[torch.Tensor], threads: int) -> list[str]:

@@ -151,6 +151,7 @@ class _TensorFiles:
 def _file_pieces(item: StagedFile, digest: Digest) -> Iterator[Buffer]:
     yield item.file.header
     yield from item.source.pieces(digest)
+    digest.update(memoryview(b""))  # tensors without elements at the end
 
 
 def _index(staged: Staged, chunks: Mapping[tuple[str, str], tuple[Chunk, ...]]) -> Index:
