@@ -65,9 +65,9 @@ class Overlap:
             return
         self._costs[choice].append(cost)
         lazy, copied = self._costs["lazy"], self._costs["async"]
-        if len(lazy) == TRIALS and median(lazy) <= copying:
+        if len(lazy) >= TRIALS and median(lazy) <= copying:
             self.decided = "lazy"  # no async save can cost less than its copy
-        elif len(copied) == TRIALS:
+        elif min(len(lazy), len(copied)) >= TRIALS:  # a save that was to be lazy may have copied
             self.decided = "lazy" if median(lazy) <= median(copied) else "async"
 
     def __str__(self) -> str:

@@ -98,6 +98,8 @@ class Saver:
         self._space = Space(repository, config)
         self._stager = Stager(config.write.threads)
         self._steps = StepWatch()
+        if config.write.mode == "lazy":
+            self._steps.begin()
         self._share_with: Source | None = None
         """The checkpoint before, if this process wrote or verified it."""
         self._pool: ThreadPoolExecutor | None = None

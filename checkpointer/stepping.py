@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch._compile import _disable_dynamo
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from checkpointer.lazy import LiveState
 from checkpointer.overlap import Choice, Overlap, StepClock
 
 logger = logging.getLogger("checkpointer")
+
+_watches: weakref.WeakSet[StepWatch] = weakref.WeakSet()
 
 
 class WatchedSave(NamedTuple):
@@ -38,23 +43,40 @@ class StepWatch:
         """How fast live state is copied; measured where the hook had to."""
         self._optimizer: weakref.ref[Any] | None = None
         """Steps of one optimizer are timed: others may have another rhythm."""
-        self._hook: Any = None
+        self._stepping: weakref.ref[Any] | None = None
+        """The optimizer whose step is running."""
+        self._hooks: list[RemovableHandle] = []
+
+    def begin(self) -> None:
+        """Register the hooks, which close takes away. They know this object only as long as somebody else does.
+
+        They stay when it is forgotten without close: removing them then, whenever the garbage collector runs, would
+        disturb a step that walks through all hooks at that moment.
+        """
+        watch = weakref.ref(self)
+        _watches.add(self)
+
+        def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001  as torch calls it
+            found = watch()
+            if found is not None:
+                found.before_step(optimizer)
+
+        def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001  as torch calls it
+            found = watch()
+            if found is not None:
+                found.after_step(optimizer)
+
+        # A compiled step is not to trace them; torch.compiler.disable would import the compiler right now.
+        before, after = _disable_dynamo(before_step), _disable_dynamo(after_step)
+        self._hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
 
     def choose(self) -> Choice:
-        """How the next save had better be written."""
-        return self._overlap.choose()
+        """How the next save had better be written. In the middle of a step no hook comes before the next change."""
+        return "async" if self._in_step else self._overlap.choose()
 
     def save_begins(self) -> None:
-        """``save`` was called. At the first call the hook is registered."""
-        if self._hook is None:
-            watch = weakref.ref(self)
-
-            def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001  as torch calls it
-                found = watch()
-                if found is not None:
-                    found.before_step(optimizer)
-
-            self._hook = register_optimizer_step_pre_hook(before_step)
+        """``save`` was called, and none is under way."""
+        self._collect()
         self._clock.save_begins(time.perf_counter())
 
     def watch(self, save: WatchedSave) -> None:
@@ -63,26 +85,46 @@ class StepWatch:
 
     def before_step(self, optimizer: Any) -> None:
         """Called before each step of every optimizer there is."""
+        if not self._in_step:
+            self._stepping = weakref.ref(optimizer)
         if self._optimizer is None or self._optimizer() is None:
             self._optimizer = weakref.ref(optimizer)
         if self._optimizer() is optimizer:
             self._clock.tick(time.perf_counter())
-            if self._save is not None and self._save.done():
-                self._measure(self._save)
-                self._save = None
+            self._collect()
         self.detach()
+
+    def after_step(self, optimizer: Any) -> None:
+        """Called after each step that did not fail."""
+        if self._stepping is not None and self._stepping() is optimizer:
+            self._stepping = None
 
     def detach(self) -> None:
         """Copy what is not written yet: when this returns the live state may change."""
         if self._save is not None and self._save.live is not None and not self._save.done():
             self._save.live.detach()
 
-    def close(self) -> None:
-        """Take the hook away."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+    def forget(self) -> None:
+        """Leave a save in flight to somebody else."""
         self._save = None
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._save = None
+
+    @property
+    def _in_step(self) -> bool:
+        """Whether a step is running. One that failed counts until that optimizer's next: copying is never wrong."""
+        return self._stepping is not None and self._stepping() is not None
+
+    def _collect(self) -> None:
+        """Measure a save that has ended."""
+        if self._save is not None and self._save.done():
+            self._measure(self._save)
+            self._save = None
 
     def _measure(self, save: WatchedSave) -> None:
         if save.live is not None and save.live.bytes_per_second is not None:
@@ -94,3 +136,13 @@ class StepWatch:
         self._overlap.record(save.choice, cost, save.size / self._bytes_per_second)
         if undecided and self._overlap.decided == "async":
             logger.warning("%s: from now on state is copied when save is called", self._overlap)
+
+
+def _forget_saves() -> None:
+    """In a forked child, which has neither the writer nor the memory that live state is copied to."""
+    for watch in _watches:
+        watch.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_saves)
