@@ -165,6 +165,10 @@ def _parse_component(
     for key, value in _object(raw, "tensors").items():
         what = f"tensor {name}.{key}"
         entry = strictjson.mapping(value, what)
+        usual = _usual(entry, headers)
+        if usual is not None:
+            tensors[key], chunks[name, key] = usual
+            continue
         spec = tensors[key] = _parse_spec(entry, what)
         parts = [_parse_chunk(part, spec, headers, what) for part in strictjson.array(entry.get("chunks"), what)]
         _check_tiling(spec, parts, what)
@@ -174,6 +178,53 @@ def _parse_component(
         raise CorruptCheckpointError(f"component {name!r} has no tree")
     tree: Json = raw["tree"]  # type: ignore[assignment]  # whatever a JSON parser returned
     return Component(kind=kind, tree=tree, tensors=tensors, meta=_object(raw, "meta"))
+
+
+def _usual(
+    entry: Mapping[str, Any], headers: Mapping[str, tuple[int, str]]
+) -> tuple[TensorSpec, tuple[Chunk, ...]] | None:
+    """Spec and chunk of a tensor as nearly all are: row-major, saved from the CPU, in one piece, with elements.
+
+    Models have tens of thousands of them. ``None`` for every other, and for what is not well formed: then the long way
+    says what is wrong.
+    """
+    chunks = entry["chunks"] if entry.keys() == _USUAL_ENTRY else None
+    chunk = chunks[0] if type(chunks) is list and len(chunks) == 1 else None
+    if type(chunk) is not dict or chunk.keys() != _USUAL_CHUNK or not _is_usual(entry, chunk, headers):
+        return None
+    shape = tuple(entry["shape"])
+    begin, end = chunk["range"]
+    return TensorSpec(entry["dtype"], shape), (
+        Chunk(tuple(chunk["offsets"]), shape, chunk["file"], begin, end, chunk["xxh3"]),
+    )
+
+
+def _is_usual(entry: Mapping[str, Any], chunk: Mapping[str, Any], headers: Mapping[str, tuple[int, str]]) -> bool:
+    dtype, file, xxh3 = entry["dtype"], chunk["file"], chunk["xxh3"]
+    shape, span, offsets, lengths = entry["shape"], chunk["range"], chunk["offsets"], chunk["lengths"]
+    if not (type(shape) is type(span) is type(offsets) is type(lengths) is list):
+        return False
+    if not (type(dtype) is type(file) is type(xxh3) is str):
+        return False
+    numbers = [*shape, *span, *offsets, *lengths]
+    return (
+        {int}.issuperset(map(type, numbers))
+        and len(span) == 2
+        and min(numbers) >= 0
+        and max(numbers) < 2**63
+        and shape == lengths
+        and len(offsets) == len(shape) <= MAX_DIMENSIONS
+        and not any(offsets)
+        and dtype in ITEM_SIZES
+        and 0 < span[1] - span[0] == prod(shape) * ITEM_SIZES[dtype]
+        and file in headers
+        and len(xxh3) == 32
+        and not xxh3.strip("0123456789abcdef")
+    )
+
+
+_USUAL_ENTRY = {"dtype", "shape", "chunks"}
+_USUAL_CHUNK = {"offsets", "lengths", "file", "range", "xxh3"}
 
 
 def _parse_spec(entry: Mapping[str, object], what: str) -> TensorSpec:

@@ -22,7 +22,7 @@ from checkpointer.errors import (
 from checkpointer.index import Chunk, Component
 from checkpointer.info import CheckpointInfo
 from checkpointer.notes import Note
-from checkpointer.reading import CheckpointReader, ChunkRead
+from checkpointer.reading import CheckpointReader, ChunkRead, collector_paused
 from checkpointer.repository import Repository
 from checkpointer.sharing import Source
 from checkpointer.state import Adapter, ComponentReport, RestoreOptions, RestorePlan, SavedState, WholeModelLoader
@@ -241,7 +241,8 @@ class Restorer:
         if report.missing or report.unexpected:
             options = replace(options, partial=True)
         reader.prefetch(names)
-        plans = self._prepare(reader, names, replace(options, rng=RNG in names))
+        with collector_paused():
+            plans = self._prepare(reader, names, replace(options, rng=RNG in names))
         if request.verify != "off":
             reader.check_metadata()
         if request.verify == "before":

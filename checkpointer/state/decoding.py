@@ -140,12 +140,13 @@ class Decoder:
         self._depth += 1
         if self._depth > 2 * MAX_DEPTH:
             self._fail("nesting too deep")
-        if isinstance(node, list):
-            value: Any = self._items(node, live)
+        if kind is list:
+            value: Any = self._items(expect_list(node), live)
         else:
             tag, payload = _tag(expect(node, dict))
-            if tag in self._plain_tags:
-                value = self._plain_tags[tag](payload)
+            plain = self._plain_tags.get(tag)
+            if plain is not None:
+                value = plain(payload)
             elif tag in self._live_tags:
                 value = self._live_tags[tag](payload, live)
             else:

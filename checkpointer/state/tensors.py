@@ -102,14 +102,19 @@ def empty_for(spec: TensorSpec, map_location: MapLocation = None) -> torch.Tenso
     device, dtype = device_for(spec, map_location), DTYPES[spec.dtype]
     if spec.dtype not in ITEM_SIZES:
         raise ValueError(f"dtype {spec.dtype} cannot be stored")
-    with warnings.catch_warnings():
+    if spec.strides is None:
+        return _empty(spec.shape, contiguous_strides(spec.shape), dtype, device)
+    if len(spec.strides) != len(spec.shape) or not is_dense(spec.shape, spec.strides):
+        raise ValueError(f"strides {spec.strides} do not fit shape {spec.shape}")
+    return _empty(spec.shape, _normal_strides(spec.shape, spec.strides), dtype, device)
+
+
+def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if dtype != torch.complex32:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    with warnings.catch_warnings():  # takes longer than the tensor
         warnings.filterwarnings("ignore", message="ComplexHalf support is experimental")
-        if spec.strides is None:
-            return torch.empty(spec.shape, dtype=dtype, device=device)
-        if len(spec.strides) != len(spec.shape) or not is_dense(spec.shape, spec.strides):
-            raise ValueError(f"strides {spec.strides} do not fit shape {spec.shape}")
-        strides = _normal_strides(spec.shape, spec.strides)
-        return torch.empty_strided(spec.shape, strides, dtype=dtype, device=device)
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def _normal_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
@@ -143,7 +148,7 @@ def fillable(live: torch.Tensor, spec: TensorSpec) -> bool:
     return (
         is_plain(live)
         and _NAMES[live.dtype] == spec.dtype
-        and tuple(live.shape) == spec.shape
+        and live.shape == spec.shape
         and not live.is_conj()
         and not live.is_neg()
         and not overlaps(live)
@@ -153,14 +158,17 @@ def fillable(live: torch.Tensor, spec: TensorSpec) -> bool:
 
 def extent(tensor: torch.Tensor) -> tuple[int, int]:
     """Addresses of the first byte of a strided tensor's elements and of the first byte after them."""
-    if tensor.numel() == 0:
-        return (tensor.data_ptr(), tensor.data_ptr())
+    if tensor.is_contiguous():
+        start = tensor.data_ptr()
+        return (start, start + tensor.nbytes)
     last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return (tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size())
 
 
 def overlaps(tensor: torch.Tensor) -> bool:
     """Whether two indices may name one element (``expand``, ``as_strided``); True where that is not clear."""
+    if tensor.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
