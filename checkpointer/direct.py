@@ -23,6 +23,9 @@ from checkpointer.memory import PAGE, STEADY, Region, page_aligned
 BLOCK = 8 << 20
 """Bytes of one write."""
 
+STEADY_BLOCK = 256 << 10
+"""Bytes, where the pieces are steady: then only headers, and the odd bytes at the end, have to be gathered."""
+
 IN_FLIGHT = STEADY - 1
 """Blocks that are being written or wait for it. With the one being filled: the extra memory of a save."""
 
@@ -53,7 +56,7 @@ def write_blocks(
     """
     _preallocate(fd, size)
     with ThreadPoolExecutor(threads, thread_name_prefix="checkpointer-disk") as pool:
-        written = _Blocks(fd, pool, size).write(pieces, steady=steady)
+        written = _Blocks(fd, pool, size, steady=steady).write(pieces)
     os.ftruncate(fd, written)  # the last block was filled up
     return written
 
@@ -61,18 +64,20 @@ def write_blocks(
 class _Blocks:
     """One file on its way to the disk."""
 
-    def __init__(self, fd: int, pool: ThreadPoolExecutor, size: int) -> None:
+    def __init__(self, fd: int, pool: ThreadPoolExecutor, size: int, *, steady: bool) -> None:
         self._fd = fd
         self._pool = pool
-        self._block = min(BLOCK, page_aligned(size))
+        self._block = min(STEADY_BLOCK if steady else BLOCK, page_aligned(size))
         ring = np.frombuffer(Region(self._block * (IN_FLIGHT + 1)).view, dtype=np.uint8)
         self._free = [ring[start : start + self._block] for start in range(0, len(ring), self._block)]
         self._flight: deque[tuple[Future[None], np.ndarray[Any, Any] | None]] = deque()
+        self._steady = steady
         self._offset = 0
         """Where the block that is being filled goes."""
         self._filled = 0
 
-    def write(self, pieces: Iterable[bytes | bytearray | memoryview], *, steady: bool) -> int:
+    def write(self, pieces: Iterable[bytes | bytearray | memoryview]) -> int:
+        steady = self._steady
         current: np.ndarray[Any, Any] | None = None
         for piece in pieces:
             rest = np.frombuffer(piece, dtype=np.uint8)

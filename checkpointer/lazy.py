@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,13 +19,9 @@ from torch import nn
 from checkpointer.arena import Arena, Copy, is_flat
 from checkpointer.digest import Digest
 from checkpointer.errors import SaveError
-from checkpointer.memory import STEADY, Region, copy_memory
+from checkpointer.memory import Part, Ring, copy_memory, part_of_memory
 from checkpointer.state.optimizer import STATE
 from checkpointer.tensorfile import Slot
-
-BLOCK = 8 << 20
-"""Bytes copied out of live memory and handed to the storage at a time. The hook waits for one such copy at most. In
-smaller blocks the writer would spend its time waiting for the GIL, which it needs between any two operations."""
 
 WORTH_TIMING = 4 << 20
 """Bytes. Copies of less say nothing about the memory's speed."""
@@ -62,8 +59,6 @@ class LiveState:
         self._tensors = tensors
         self._lock = threading.Lock()
         self._taken = threading.Event()
-        self.ring = Region((STEADY + 1) * BLOCK)
-        """Where the bytes go that are handed to the storage."""
         self._left = sum(live.size for live in tensors)
         """Bytes that the writer has not taken yet."""
         self._detached = False
@@ -71,18 +66,18 @@ class LiveState:
         self.bytes_per_second: float | None = None
         """How fast ``detach`` copied, if it was enough to tell."""
 
-    def take(self, live: LiveTensor, target: int, size: int) -> None:
-        """Copy the next ``size`` bytes of a tensor to the address ``target``.
+    def take(self, live: LiveTensor, target: int, start: int, size: int) -> None:
+        """Copy ``size`` bytes of a tensor, from ``start`` on, to the address ``target``; in order.
 
         Raises:
             SaveError: somebody has changed the tensor since ``save`` was called, and not by a step.
         """
         with self._lock:
             source = live.address if live.copy is None else live.copy
-            copy_memory(target, source + live.position, size)
+            copy_memory(target, source + start, size)
             if live.copy is None:
                 self._note_torn(live)
-            live.position += size
+            live.position = start + size
             self._left -= size
         if not self._left:
             self._taken.set()
@@ -188,31 +183,20 @@ class LazyFile:
 
     steady = True
 
-    def __init__(self, state: LiveState, slots: Sequence[LiveTensor | Copy], memory: int) -> None:
+    def __init__(self, state: LiveState, slots: Sequence[LiveTensor | Copy], memory: int, ring: Ring) -> None:
         """``memory``: the address that the offsets of copies count from."""
         self._state = state
+        self._ring = ring
         self._slots = slots
         self._memory = memory
 
     def pieces(self, digest: Digest) -> Iterator[memoryview]:
         """All bytes in order, in blocks; ``digest`` sees them on the way."""
-        ring = self._state.ring
-        start, filled = 0, 0
-        for slot in self._slots:
-            done = 0
-            while done < slot.size:
-                count = min(slot.size - done, BLOCK - filled)
-                target = ring.address + start + filled
-                if isinstance(slot, LiveTensor):
-                    self._state.take(slot, target, count)
-                else:
-                    copy_memory(target, self._memory + slot.offset + done, count)
-                done += count
-                filled += count
-                if filled == BLOCK:
-                    digest.update(ring.view[start : start + BLOCK])
-                    yield ring.view[start : start + BLOCK]
-                    start, filled = (start + BLOCK) % ring.size, 0
-        if filled:
-            digest.update(ring.view[start : start + filled])
-            yield ring.view[start : start + filled]
+        for block in self._ring.gather(map(self._part, self._slots)):
+            digest.update(block)
+            yield block
+
+    def _part(self, slot: LiveTensor | Copy) -> Part:
+        if isinstance(slot, LiveTensor):
+            return Part(slot.size, partial(self._state.take, slot))
+        return part_of_memory(self._memory + slot.offset, slot.size)

@@ -7,8 +7,8 @@ import functools
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 PAGE = 4096
 """Bytes. The alignment of memory, file offsets and lengths that every device takes."""
@@ -26,6 +26,10 @@ _view_of.restype = ctypes.py_object
 STEADY = 4
 """How many pieces a storage may hold on to while it asks for the next one: see ``Storage.write``."""
 
+
+BLOCK = 8 << 20
+"""Bytes of a block in a ring. With smaller ones a writer would spend its time waiting for the GIL, which it needs
+between any two operations; the hook of ``lazy`` mode waits for the copying of one such block at most."""
 
 SMALL_COPY = 64 << 10
 """Bytes."""
@@ -53,6 +57,43 @@ class Region:
     def size(self) -> int:
         """Bytes."""
         return len(self.view)
+
+
+class Part(NamedTuple):
+    """Bytes that are wanted in memory of ours."""
+
+    size: int
+    copy: Callable[[int, int, int], object]
+    """``(target, start, count)``: copies ``count`` bytes, from byte ``start`` on, to the address ``target``."""
+
+
+def part_of_memory(address: int, size: int) -> Part:
+    """The bytes that lie at ``address``."""
+    return Part(size, lambda target, start, count: copy_memory(target, address + start, count))
+
+
+class Ring:
+    """A few blocks that are filled again and again: what ``Storage.write`` calls steady."""
+
+    def __init__(self) -> None:
+        self._region = Region((STEADY + 1) * BLOCK)
+
+    def gather(self, parts: Iterable[Part]) -> Iterator[memoryview]:
+        """All bytes of ``parts``, in order, in whole blocks but for the last."""
+        region = self._region
+        start = filled = 0
+        for size, copy in parts:
+            done = 0
+            while done < size:
+                count = min(size - done, BLOCK - filled)
+                copy(region.address + start + filled, done, count)
+                done += count
+                filled += count
+                if filled == BLOCK:
+                    yield region.view[start : start + BLOCK]
+                    start, filled = (start + BLOCK) % region.size, 0
+        if filled:
+            yield region.view[start : start + filled]
 
 
 def copy_memory(target: int, source: int, size: int) -> None:

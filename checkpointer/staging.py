@@ -11,13 +11,13 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 import xxhash
 
-from checkpointer.arena import Arena, Copy
+from checkpointer.arena import Arena, Copy, is_flat
 from checkpointer.digest import Digest
 from checkpointer.errors import SaveError
 from checkpointer.index import Component
 from checkpointer.lazy import LazyFile, LiveState, LiveTensor, Stepped
 from checkpointer.manifest import FileRecord
-from checkpointer.memory import cache_aligned, page_aligned
+from checkpointer.memory import Part, Ring, cache_aligned, page_aligned, part_of_memory, view_of
 from checkpointer.sharing import Source as EarlierCheckpoint
 from checkpointer.sharing import candidate
 from checkpointer.state.plan import Captured
@@ -86,16 +86,21 @@ class Staged:
 class SharedFile:
     """A file whose bytes are those of an earlier checkpoint's, hash for hash: it need not be written."""
 
-    steady = False
+    steady = True
 
     def __init__(
-        self, earlier: EarlierCheckpoint, record: FileRecord, hashes: Sequence[str], tensors: Sequence[torch.Tensor]
+        self,
+        earlier: EarlierCheckpoint,
+        record: FileRecord,
+        hashes: Sequence[str],
+        tensors: Sequence[torch.Tensor],
+        ring: Ring,
     ) -> None:
         self.earlier = earlier
         self.record = record
         """What the manifest says of it."""
         self.hashes = tuple(hashes)
-        self._tensors = _LiveTensors(tensors)
+        self._tensors = _LiveTensors(tensors, ring)
 
     def pieces(self, digest: Digest) -> Iterator[memoryview]:
         """For a storage that cannot share after all: from live memory, which has to hold the same bytes still."""
@@ -117,13 +122,14 @@ class Stager:
         self._arena = Arena(threads)
         self._rest = Arena(threads)
         """For live tensors that change before they are written."""
+        self._kept_ring: Ring | None = None
         self._parts: dict[str, ComponentTensors] = {}
         self._files: list[TensorFile] = []
 
     def live(self, captured: Mapping[str, Captured], shareable: Shareable = NOTHING) -> Staged:
         """Refer to live memory: for a writer that finishes before the state may change."""
         shared = self._shared(captured, shareable)
-        sources = [shared.get(file.path) or _LiveTensors(_tensors(file, captured)) for file in self._files]
+        sources = [shared.get(file.path) or _LiveTensors(_tensors(file, captured), self._ring) for file in self._files]
         return self._staged(captured, sources)
 
     def copies(self, captured: Mapping[str, Captured], shareable: Shareable = NOTHING) -> Staged:
@@ -174,13 +180,20 @@ class Stager:
         self._arena.reserve(size)
         self._arena.fill(copies)
         state = LiveState(self._rest, live)
-        files = {path: LazyFile(state, slots, self._arena.address) for path, slots in planned.items()}
+        files = {path: LazyFile(state, slots, self._arena.address, self._ring) for path, slots in planned.items()}
         return self._staged(captured, [shared.get(file.path) or files[file.path] for file in self._files], state)
 
     def close(self) -> None:
         """Give the memory back."""
         self._arena.free()
         self._rest.free()
+        self._kept_ring = None
+
+    @property
+    def _ring(self) -> Ring:
+        if self._kept_ring is None:
+            self._kept_ring = Ring()
+        return self._kept_ring
 
     def _plan(self, captured: Mapping[str, Captured]) -> None:
         """Which tensor goes where. The plan of the last save serves again while names, shapes and dtypes stay."""
@@ -203,7 +216,7 @@ class Stager:
                 tensors = _tensors(file, captured)
                 found = found.confirmed(hash_tensors(tensors, self._threads))
                 if found.record is not None:
-                    shared[file.path] = SharedFile(shareable.source, found.record, found.hashes, tensors)
+                    shared[file.path] = SharedFile(shareable.source, found.record, found.hashes, tensors, self._ring)
             logger.debug("%s: %s", file.path, found.reason)
         return shared
 
@@ -235,18 +248,34 @@ class _Image:
 
 
 class _LiveTensors:
-    """A file's tensors where they are."""
+    """A file's tensors where they are: copied block by block."""
 
-    steady = False
+    steady = True
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], ring: Ring) -> None:
         self._tensors = tensors
+        self._ring = ring
 
     def pieces(self, digest: Digest) -> Iterator[memoryview]:
-        for tensor in self._tensors:
-            for block in row_major_blocks(tensor):
-                digest.update(block)
-                yield block
+        parts = (part for tensor in self._tensors for part in _parts(tensor))
+        for block in self._ring.gather(parts):
+            digest.update(block)
+            yield block
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[Part]:
+    """The row-major bytes of a tensor."""
+    if is_flat(tensor):
+        yield part_of_memory(tensor.data_ptr(), tensor.nbytes)
+    else:
+        yield from map(_part_of_view, row_major_blocks(tensor))
+
+
+def _part_of_view(block: memoryview) -> Part:
+    def copy(target: int, start: int, count: int) -> None:
+        view_of(target, count)[:] = block[start : start + count]
+
+    return Part(len(block), copy)
 
 
 def hash_tensors(tensors: Sequence[torch.Tensor], threads: int) -> list[str]:
