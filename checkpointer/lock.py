@@ -11,7 +11,7 @@ import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +52,36 @@ class WriterLock:
     def proven(self) -> bool:
         """Whether holding it proves that no other writer of this root is alive."""
         return self.held and (self._inside_root or self._url.startswith("memory://"))
+
+    @property
+    def owner(self) -> dict[str, object] | None:
+        """Who says to hold it, or was killed while holding it; ``None`` if nobody."""
+        return read_owner(self._owner_path)
+
+    def taken(self) -> bool | None:
+        """Whether anybody holds it at this moment; ``None`` where the system does not tell. Makes no file.
+
+        It is asked by a shared lock, given back at once.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            return None
+        try:
+            fd = os.open(self._path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+        return False
 
     def acquire(self) -> None:
         """Take the lock, or fail at once.
@@ -139,16 +169,19 @@ class WriterLock:
     def _refusal(self) -> str:
         who = read_owner(self._owner_path)
         same = who is not None and who.get("pid") == os.getpid() and who.get("host") == socket.gethostname()
-        holder = (
-            f"pid {who.get('pid')} on host {who.get('host')} (user {who.get('user')}), since {who.get('since')}"
-            if who
-            else "a process that has not said who it is"
-        )
         if same:
             advice = "That is this process: close its other manager first (mgr.close(), or use it as a context manager)"
         else:
             advice = "Wait for it to end or stop it; to read only (evaluation, a notebook), pass read_only=True"
-        return f"{self._url} is being written by {holder}. {advice}"
+        return f"{self._url} is being written by {described(who)}. {advice}"
+
+
+def described(owner: Mapping[str, object] | None) -> str:
+    """The content of ``owner.json`` for humans."""
+    if owner is None:
+        return "a process that has not said who it is"
+    pid, host, user, since = map(owner.get, ("pid", "host", "user", "since"))
+    return f"pid {pid} on host {host} (user {user}), since {since}"
 
 
 def read_owner(path: Path) -> dict[str, object] | None:

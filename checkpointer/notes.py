@@ -78,6 +78,14 @@ def remove_notes(storage: Storage, checkpoint_id: str) -> None:
     storage.remove_directory(directory)
 
 
+def damaged_notes(storage: Storage, checkpoint_id: str) -> list[str]:
+    """The notes on a checkpoint that cannot be read, and so count as a pin."""
+    directory = f"{layout.NOTES}/{checkpoint_id}"
+    paths = [f"{directory}/{match[0]}" for match in _names(storage, directory)]
+    found = zip(paths, storage.read_many(paths, NOTE_LIMIT), strict=True)
+    return sorted(path for path, data in found if not _whole(data, path))
+
+
 def annotated(info: CheckpointInfo, notes: Iterable[Note]) -> CheckpointInfo:
     """``info`` with ``notes`` replayed over it."""
     for note in notes:
@@ -95,6 +103,16 @@ def annotated(info: CheckpointInfo, notes: Iterable[Note]) -> CheckpointInfo:
 def _names(storage: Storage, directory: str) -> list[re.Match[str]]:
     matches = (_NAME.fullmatch(entry.name) for entry in storage.list_directory(directory))
     return [match for match in matches if match]
+
+
+def _whole(data: bytes | Exception, path: str) -> bool:
+    if isinstance(data, Exception):
+        return not isinstance(data, CorruptCheckpointError)
+    try:
+        strictjson.unseal(data, path)
+    except CorruptCheckpointError:
+        return False
+    return True
 
 
 def _parse(data: bytes | Exception, path: str) -> Note:

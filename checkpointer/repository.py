@@ -230,6 +230,10 @@ class Repository:
             for id in noted_ids(self.storage) - {info.id for info in listing.checkpoints}:
                 remove_notes(self.storage, id)
 
+    def quarantine(self, name: str) -> str | None:
+        """Move a damaged checkpoint to where nothing is ever deleted; ``None`` where the storage cannot move."""
+        return self._protocol.quarantine(name)
+
     def _describe(self, name: str, data: bytes | Exception, noted: set[str]) -> CheckpointInfo | None:
         """The checkpoint in directory ``name``; ``None`` if it has no manifest, and so is none."""
         where = self.storage.place(f"{name}/{layout.MANIFEST}")

@@ -70,7 +70,7 @@ def verify_checkpoint(storage: Storage, directory: str, manifest: Manifest, info
                 read += manifest.files[path].size
     except (CheckpointerError, FileNotFoundError) as error:
         damage.append(str(error))
-    extra = tuple(_extra(storage, directory, manifest))
+    extra = tuple(extra_files(storage, directory, manifest))
     return CheckpointReport(info.path, info.step, info, tuple(damage), extra, read)
 
 
@@ -121,6 +121,7 @@ def _parts(reader: CheckpointReader, path: str) -> list[tuple[str, int, int, str
     return sorted(parts, key=lambda part: part[1:3])
 
 
-def _extra(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
+def extra_files(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
+    """Files in a checkpoint's directory that it does not list."""
     listed = {layout.MANIFEST, *map(manifest.place, manifest.files)}
     return sorted(path for path in walk(storage, directory) if path not in listed)

@@ -1,6 +1,7 @@
 """The command ``checkpointer``: what is in a run root, whether it is whole, and what retention would do.
 
-``base`` is what all commands share, ``commands`` declares most of them, ``comparing`` and ``migrating`` the rest.
+``base`` is what all commands share; ``commands`` declares most of them, ``comparing``, ``doctoring`` and ``migrating``
+the rest.
 ``gather`` collects what they ask for, ``render`` lays it out, ``output`` writes it. torch is imported by ``import`` and
 ``export``, and by ``diff`` once tensors differ; rich only for a terminal.
 """

@@ -23,6 +23,7 @@ from checkpointer.repository import Listing, Repository, Unreadable
 from checkpointer.storage import ReadFile, Storage, open_storage
 
 if TYPE_CHECKING:
+    from checkpointer.doctor import Diagnosis
     from checkpointer.retention import KeepPolicy, RetentionPlan
 
 Json: TypeAlias = "dict[str, Any]"
@@ -222,6 +223,31 @@ def pruned(repository: Repository, policy: KeepPolicy, *, dry_run: bool) -> tupl
     return plan, unreadable
 
 
+def diagnosed(repository: Repository, count: Callable[[int], object], *, fix: bool, deep: bool) -> Diagnosis:
+    """Look the run root over, and with ``fix`` mend what is safe."""
+    from checkpointer.doctor import Doctor  # only this command needs it
+
+    doctor = Doctor(repository, deep=deep, progress=count)
+    return doctor.mend() if fix else doctor.examine()
+
+
+def diagnosis_to_json(diagnosis: Diagnosis) -> Json:
+    """The findings, those that are mended last."""
+    return {
+        "checkpoints": diagnosis.checkpoints,
+        "findings": [
+            {
+                "level": level,
+                "kind": item.kind,
+                "path": item.path,
+                "meaning": item.meaning,
+                "advice": item.advice,
+            }
+            for level, item in diagnosis.verdicts()
+        ],
+    }
+
+
 def plan_to_json(plan: RetentionPlan) -> Json:
     """Both lists of the plan."""
     decisions = {"keep": plan.keep, "remove": plan.remove}
@@ -337,6 +363,8 @@ __all__ = [
     "checks",
     "describe",
     "details",
+    "diagnosed",
+    "diagnosis_to_json",
     "listing",
     "note",
     "opened",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
 
-from checkpointer.cli.output import clean, color_system
+from checkpointer.cli.output import clean, color_system, one_line
 from checkpointer.cost import SaveCost
 from checkpointer.units import roughly
 
@@ -15,12 +15,22 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
     from checkpointer.cli.gather import Checked, Details, Row
+    from checkpointer.doctor import Diagnosis
     from checkpointer.index import TensorSpec
     from checkpointer.readable import Node
     from checkpointer.retention import RetentionPlan
 
 NOTHING = "-"
-STYLES = {"ok": "green", "keep": "green", "damaged": "bold red", "unsupported": "yellow", "remove": "red"}
+STYLES = {
+    "ok": "green",
+    "keep": "green",
+    "fixed": "green",
+    "problem": "bold red",
+    "note": "yellow",
+    "damaged": "bold red",
+    "unsupported": "yellow",
+    "remove": "red",
+}
 _SHORT = 100
 """Characters of a value that a terminal shows."""
 
@@ -137,6 +147,36 @@ def plan_summary(plan: RetentionPlan, *, dry_run: bool) -> str:
     count = len(plan.remove)
     verb = "would remove" if dry_run else "removed"
     return f"{verb} {count} of {count + len(plan.keep)} checkpoints ({human_size(plan.freed)})"
+
+
+def diagnosis_table(diagnosis: Diagnosis) -> Table:
+    """One line for each finding."""
+    columns = (
+        Column("level"),
+        Column("what"),
+        Column("where", fold=True),
+        Column("meaning", fold=True),
+        Column("what to do", fold=True),
+    )
+    rows = [(level, item.kind, item.path, item.meaning, item.advice) for level, item in diagnosis.verdicts()]
+    return Table(columns, rows)
+
+
+def diagnosis_lines(diagnosis: Diagnosis) -> str:
+    """One line for each finding, as plain text."""
+    return "\n".join(
+        f"{level}: {item.kind}: {one_line(item.path)}: {one_line(item.meaning)}; {one_line(item.advice)}"
+        for level, item in diagnosis.verdicts()
+    )
+
+
+def diagnosis_summary(diagnosis: Diagnosis) -> str:
+    """What it comes to."""
+    count = diagnosis.checkpoints
+    problems = sum(finding.level == "problem" for finding in diagnosis.findings)
+    fixed = f", {len(diagnosis.fixed)} fixed" if diagnosis.fixed else ""
+    verdict = "healthy" if diagnosis.ok else f"{problems} problem{'' if problems == 1 else 's'}"
+    return f"{count} checkpoint{'' if count == 1 else 's'}{fixed}, {verdict}"
 
 
 def checked_lines(checked: Checked) -> str:

@@ -95,6 +95,9 @@ class CommitProtocol(Protocol):
 
     def recover(self) -> None: ...
 
+    def quarantine(self, name: str) -> str | None:
+        """Move a damaged checkpoint to where nothing is ever deleted; ``None`` where nothing can be moved."""
+
 
 def read_manifest(storage: Storage, directory: str) -> Manifest | None:
     """The manifest in a directory; ``None`` if there is none, so that it is no checkpoint.

@@ -96,6 +96,9 @@ class MarkerCommit:
             if entry.is_file and entry.name.endswith(".json"):
                 self._recover_removal(f"{layout.TRASH}/{entry.name}")
 
+    def quarantine(self, name: str) -> str | None:  # noqa: ARG002  the seam names it
+        return None  # data can only be copied, and the copy of what is damaged serves nobody
+
     def _put_marker(self, attempt: Attempt, name: str, put: Callable[[str], None]) -> None:
         """The commit point. An answer that was lost, or a repeated request that met its own result, is no failure."""
         marker = f"{name}/{layout.MANIFEST}"
@@ -224,7 +227,7 @@ class MarkerCommit:
     def _is_abandoned(self, path: str, record: dict[str, Any]) -> bool:
         if self._lock.proven:
             return True
-        if record.get("host") == socket.gethostname() and not _alive(record.get("pid")):
+        if owner_is_dead(record):
             return True
         age = self._storage.age(path)
         return age is not None and age > STALE_AFTER
@@ -245,6 +248,11 @@ class MarkerCommit:
             CheckpointerWarning,
             stacklevel=2,
         )
+
+
+def owner_is_dead(record: Mapping[str, object]) -> bool:
+    """Whether the process that an attempt's record names was one of this host, and is no more."""
+    return record.get("host") == socket.gethostname() and not _alive(record.get("pid"))
 
 
 def _name(record: Mapping[str, object]) -> str:

@@ -58,7 +58,7 @@ class RenameCommit:
             name = layout.checkpoint_name(attempt.step, attempt.id)
             self._move(attempt.directory, name)
         elif there.damaged:
-            self._quarantine(name)
+            self.quarantine(name)
             self._move(attempt.directory, name)
         elif there.manifest is None:
             raise SaveError(
@@ -88,6 +88,19 @@ class RenameCommit:
         for entry in self._storage.list_directory(ROOT):
             if entry.is_dir and layout.is_second_name(entry.name):
                 self._take_free_name(entry.name)
+
+    def quarantine(self, directory: str) -> str:
+        """Move something that is in the way, or not ours, to where nothing is ever deleted."""
+        self._storage.make_directory(layout.QUARANTINE)
+        place = f"{layout.QUARANTINE}/{directory.rpartition('/')[2]}-{new_id()[:8]}"
+        self._move(directory, place)
+        warnings.warn(
+            f"moved {self._storage.place(directory)} to {self._storage.place(place)}: it is damaged, or holds files "
+            "that this library did not write. Nothing there is ever deleted: look at it, then remove it by hand",
+            CheckpointerWarning,
+            stacklevel=2,
+        )
+        return place
 
     def _is_abandoned(self, directory: str) -> bool:
         """Holding the OS lock proves every other attempt's owner dead; without it only time tells."""
@@ -122,19 +135,6 @@ class RenameCommit:
         self._storage.make_directory(layout.TRASH)
         self._move(directory, f"{layout.TRASH}/{manifest.id}")
 
-    def _quarantine(self, directory: str) -> str:
-        """Move something that is in the way, or not ours, to where nothing is ever deleted."""
-        self._storage.make_directory(layout.QUARANTINE)
-        place = f"{layout.QUARANTINE}/{directory.rpartition('/')[2]}-{new_id()[:8]}"
-        self._move(directory, place)
-        warnings.warn(
-            f"moved {self._storage.place(directory)} to {self._storage.place(place)}: it is damaged, or holds files "
-            "that this library did not write. Nothing there is ever deleted: look at it, then remove it by hand",
-            CheckpointerWarning,
-            stacklevel=2,
-        )
-        return place
-
     def _dispose(self, directory: str) -> bool:
         """Delete a directory in tmp or trash, but not what is pinned, and no file that a checkpoint does not list."""
         manifest = own_manifest(self._storage, directory)
@@ -151,7 +151,7 @@ class RenameCommit:
             for path in map(manifest.place, manifest.files):
                 self._storage.remove(f"{directory}/{path}")
         if any(path != layout.MANIFEST or manifest is None for path in walk(self._storage, directory)):
-            directory = self._quarantine(directory)  # before the manifest goes: without one, all in tmp would be ours
+            directory = self.quarantine(directory)  # before the manifest goes: without one, all in tmp would be ours
         if manifest is not None:
             self._storage.remove(f"{directory}/{layout.MANIFEST}")
             remove_notes(self._storage, manifest.id)
