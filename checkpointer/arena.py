@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import torch
@@ -88,12 +88,16 @@ class Arena:
                 small.append((target, source, size))
             else:
                 pieces += ((target + at, source + at, min(PIECE, size - at)) for at in range(0, size, PIECE))
-        helpers = (
-            [self._helpers().submit(_copy_pieces, pieces) for _ in range(self._threads - 1)] if len(pieces) > 1 else []
-        )
-        for target, source, size in small:
-            copy_memory(target, source, size)
-        _copy_pieces(pieces)
+        helpers: list[Future[None]] = []
+        try:
+            if len(pieces) > 1:
+                self._call_helpers(pieces, helpers)
+            for target, source, size in small:
+                copy_memory(target, source, size)
+            _copy_pieces(pieces)
+        finally:
+            pieces.clear()  # where this thread was interrupted: nobody may go on, from memory that may be freed now
+            wait(helpers)
         for helper in helpers:
             helper.result()
 
@@ -117,10 +121,16 @@ class Arena:
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
 
-    def _helpers(self) -> ThreadPoolExecutor:
-        if self._pool is None:
+    def _call_helpers(self, pieces: deque[tuple[int, int, int]], helpers: list[Future[None]]) -> None:
+        """Let other threads take pieces too; each is added to ``helpers``."""
+        if self._pool is None and self._threads > 1:
             self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="checkpointer-copy")
-        return self._pool
+        for _ in range(self._threads - 1):
+            assert self._pool is not None
+            try:
+                helpers.append(self._pool.submit(_copy_pieces, pieces))
+            except RuntimeError:  # no thread can be started, for example because the interpreter is about to exit
+                return
 
     def _drop(self) -> None:
         if self._pinned and self._region is not None:

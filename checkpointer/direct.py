@@ -116,13 +116,14 @@ class _Blocks:
         self._offset += len(block)
 
     def _begin(self, view: memoryview) -> Future[None]:
+        block: Future[None] = Future()
         try:
-            return self._pool.submit(_write_at, self._fd, view, self._offset)
-        except RuntimeError:  # the interpreter is about to exit and starts no threads any more
-            done: Future[None] = Future()
-            _write_at(self._fd, view, self._offset)
-            done.set_result(None)
-            return done
+            self._pool.submit(_write_block, block, self._fd, view, self._offset)
+        except RuntimeError:  # no thread can be started, for example because the interpreter is about to exit
+            if block.cancel():  # else one that runs already has found it in the queue
+                block = Future()
+                _write_block(block, self._fd, view, self._offset)
+        return block
 
     def _land(self) -> None:
         """Wait for the oldest block; what went wrong with it ends the file."""
@@ -132,20 +133,38 @@ class _Blocks:
             self._free.append(owner)
 
 
+def _write_block(block: Future[None], fd: int, view: memoryview, offset: int) -> None:
+    """Carry ``block`` out, unless somebody else has by now."""
+    if not block.set_running_or_notify_cancel():
+        return
+    try:
+        _write_at(fd, view, offset)
+    except BaseException as error:  # noqa: BLE001  handed to whoever waits
+        block.set_exception(error)
+    else:
+        block.set_result(None)
+
+
 def _write_at(fd: int, view: memoryview, offset: int) -> None:
     position = 0
     while position < len(view):
+        direct = _is_direct(fd)  # now: another thread may stop it while this one writes
         try:
             count = os.pwrite(fd, view[position:], offset + position)
         except OSError as error:
-            if error.errno != errno.EINVAL or not _stop_direct(fd):
+            if error.errno != errno.EINVAL or not direct:
                 raise
+            _stop_direct(fd)
             continue
-        position += count
-        if position < len(view):
-            position -= position % PAGE  # a short write: the rest has to be aligned again
-            if count < PAGE:
-                raise OSError(errno.EIO, f"only {count} of {len(view) - position} bytes were taken")
+        end = position + count
+        if direct and end < len(view):
+            end -= end % PAGE  # a short write: the rest has to be aligned again
+        if end > position:
+            position = end
+        elif direct:
+            _stop_direct(fd)
+        else:
+            raise OSError(errno.EIO, f"none of {len(view) - position} bytes were taken")
     if not _is_direct(fd):
         _start_write_back(fd, offset, len(view))
 
@@ -156,24 +175,23 @@ def _is_direct(fd: int) -> bool:
     return bool(O_DIRECT and fcntl.fcntl(fd, fcntl.F_GETFL) & O_DIRECT)
 
 
-def _stop_direct(fd: int) -> bool:
-    """Go on through the page cache; ``False`` if that is where the writes go already."""
+def _stop_direct(fd: int) -> None:
+    """Go on through the page cache."""
     import fcntl
 
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    if not (O_DIRECT and flags & O_DIRECT):
-        return False
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~O_DIRECT)
-    return True
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~O_DIRECT)
 
 
 def _preallocate(fd: int, size: int) -> None:
-    """Reserve the blocks of the whole file: a full disk is noticed at once, and the file lies in few extents."""
+    """Reserve the blocks of the whole file: a full disk is noticed at once, and the file lies in few extents.
+
+    Where that cannot be, or a signal comes in between, they are found while writing.
+    """
     call = _system_call("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     if call is None or call(fd, 0, 0, page_aligned(size)) == 0:
         return
     code = ctypes.get_errno()
-    if code not in _UNSUPPORTED:
+    if code not in (*_UNSUPPORTED, errno.EINTR):
         raise OSError(code, os.strerror(code))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import warnings
@@ -132,7 +133,21 @@ class Saver:
         """Make state ready for writing: by reference in ``sync`` mode, by a copy in ``async`` mode.
 
         ``lazy`` mode copies what not only a step changes; the rest is copied before a step, unless written by then.
+
+        Raises:
+            SaveError: there is no memory for the copy.
         """
+        try:
+            return self._stage(captured)
+        except (MemoryError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+                raise
+            raise SaveError(
+                f"there is no memory for a copy of the state: {error!r}. Nothing was written. "
+                "write: {mode: sync} needs no copy, and keeps training waiting while it writes"
+            ) from error
+
+    def _stage(self, captured: Mapping[str, Captured]) -> Staged:
         mode = self._config.write.mode
         shareable = Shareable(self._share_with, self._config.write.share)
         if mode == "sync":
