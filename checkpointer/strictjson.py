@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import xxhash
@@ -41,10 +42,51 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     return mapping(loads(data, where), where)
 
 
+SLICE = 200
+"""Entries of a dict or list that are encoded at a time."""
+
+MAX_LEVELS = 8
+"""Levels that are looked through for long dicts and lists."""
+
+
 def dumps(value: object, *, indent: int | None = None) -> str:
     """Compact (or indented) ASCII JSON; NaN and infinity are refused, for JSON has no word for them."""
-    separators = (",", ":") if indent is None else (",", ": ")
-    return json.dumps(value, allow_nan=False, separators=separators, indent=indent)
+    if indent is None:
+        return "".join(_pieces(value, MAX_LEVELS))
+    return json.dumps(value, allow_nan=False, indent=indent)
+
+
+def _pieces(value: object, levels: int) -> Iterator[str]:
+    """The text of ``value``, piece by piece: one call for all of it would hold the GIL for a tenth of a second."""
+    kind = type(value)
+    if levels == 0 or (kind is not dict and kind is not list) or not value:
+        yield _encode(value)
+        return
+    assert isinstance(value, (dict, list))
+    brackets = "{}" if isinstance(value, dict) else "[]"
+    yield brackets[0]
+    if len(value) > SLICE:
+        entries = iter(value.items() if isinstance(value, dict) else value)
+        separator = ""
+        while part := list(islice(entries, SLICE)):
+            yield separator + _encode(kind(part))[1:-1]
+            separator = ","
+    elif isinstance(value, dict):
+        separator = ""
+        for key, item in value.items():
+            yield separator + _encode({key: None})[1:-5]
+            yield from _pieces(item, levels - 1)
+            separator = ","
+    else:
+        separator = ""
+        for item in value:
+            yield separator
+            yield from _pieces(item, levels - 1)
+            separator = ","
+    yield brackets[1]
+
+
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def loads(data: bytes, what: str) -> Any:
