@@ -28,6 +28,17 @@ def check_step(value: object, what: str = "step") -> int:
     return number
 
 
+def check_seconds(value: object, what: str, *, least: float) -> float:
+    """A number of seconds, at least ``least``.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        raise ConfigError(f"{what} must be a number of seconds, {least:g} or more; got {value!r}")
+    return float(value)
+
+
 def check_metrics(metrics: Mapping[str, object] | None) -> dict[str, float]:
     """Metrics as floats; numbers of NumPy and tensors with one element are converted.
 

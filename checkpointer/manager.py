@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from checkpointer.arguments import check_component_names, check_metrics, check_step, check_tags, read_attachments
+from checkpointer.arguments import (
+    check_component_names,
+    check_metrics,
+    check_seconds,
+    check_step,
+    check_tags,
+    read_attachments,
+)
 from checkpointer.config import Config, load_config
 from checkpointer.environment import environment, inspect_repository
 from checkpointer.errors import (
@@ -36,6 +43,7 @@ from checkpointer.signals import SignalFlag
 from checkpointer.state import Adapter, RngState, adapter_for, modules_of, optimizers_of
 from checkpointer.storage import open_storage
 from checkpointer.verification import VerifyReport
+from checkpointer.watching import watch
 from checkpointer.writing import Snapshot
 
 if TYPE_CHECKING:
@@ -278,6 +286,49 @@ class CheckpointManager:
                 stacklevel=2,
             )
         return ranked[0] if ranked else None
+
+    def watch(
+        self,
+        *,
+        since: CheckpointInfo | None = None,
+        poll: float = 10.0,
+        timeout: float | None = None,
+        stop: Callable[[], object] | None = None,
+    ) -> Iterator[CheckpointInfo]:
+        """Each checkpoint once, in commit order, as they are committed: for evaluators beside the training job.
+
+        ```python
+        with CheckpointManager("runs/gpt", read_only=True, model=model) as mgr:
+            for info in mgr.watch(timeout=3600):
+                try:
+                    mgr.restore(info.step, components=["model"])
+                except CheckpointNotFoundError:
+                    continue                                   # retention was faster
+                mgr.annotate(info, metrics={"accuracy": evaluate(model)})
+        ```
+
+        What retention has removed before its turn, and what is known to be damaged, is passed over. A checkpoint that
+        was replaced under its own name counts as a new one, and may be noticed some looks later than others. Once the
+        first look has succeeded, one that fails is logged, and the next one tries again.
+
+        Args:
+            since: begin after this checkpoint; ``mgr.latest()`` leaves out all that are there. Default: begin with
+                them.
+            poll: seconds between looks. A look is one listing where nothing is new.
+            timeout: end after so many seconds without a new checkpoint; 0: after the first look.
+            stop: asked often; end when it says something true (``threading.Event().is_set``). A signal handler may be
+                what makes it so. ``close`` ends every watch, too.
+        """
+        self._check_usable()
+        poll = check_seconds(poll, "poll", least=0.01)
+        timeout = None if timeout is None else check_seconds(timeout, "timeout", least=0)
+        return watch(
+            self._repository,
+            since=since,
+            poll=poll,
+            timeout=timeout,
+            stopped=lambda: self._closed or (stop is not None and stop()),
+        )
 
     def pin(self, x: StepOrInfo) -> None:
         """Protect a checkpoint from retention until ``unpin``. From any process, without the writer's lock."""

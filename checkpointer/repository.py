@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from checkpointer import layout
@@ -86,6 +87,13 @@ class Repository:
                 found += [info] if info else []
         found.sort(key=lambda info: (info.sequence, info.created, info.id))
         return Listing(tuple(found), tuple(sorted(unreadable, key=lambda item: item.step)))
+
+    def committed_beside(self, known: Collection[str]) -> bool:
+        """Whether a checkpoint has been committed under a name that is not ``known``; one listing if not."""
+        names = [entry.name for entry in self.storage.list_directory("") if entry.is_dir and entry.name not in known]
+        paths = [f"{name}/{layout.MANIFEST}" for name in names if layout.parse_checkpoint_name(name) is not None]
+        found = self.storage.read_many(paths, layout.MANIFEST_LIMIT) if paths else []
+        return any(not isinstance(data, FileNotFoundError) for data in found)
 
     def find(self, step: int) -> CheckpointInfo:
         """The checkpoint of ``step``: the latest committed, if there are several.

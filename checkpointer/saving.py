@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -82,6 +84,15 @@ def finished(info: CheckpointInfo) -> PendingSave:
     return PendingSave(info.step, info.epoch, info.created, future)
 
 
+def _say_what_nobody_asked_for(pid: int, uncollected: list[PendingSave], errors: list[BaseException]) -> None:
+    """Where a manager is dropped, or the program ends, without ``close``: the last chance to notice an error."""
+    if os.getpid() != pid:  # a forked child
+        return
+    failed = [handle for handle in uncollected if handle.failed and not (handle.reported or handle.left_out)]
+    for error in [*errors, *(handle.error() for handle in failed)]:
+        logger.error("nobody has asked whether this was saved (mgr.close() does): %s", error)
+
+
 class Saver:
     """Stages and writes, one save at a time. All methods but the background work belong to the training thread."""
 
@@ -109,6 +120,9 @@ class Saver:
         self._committed: CheckpointInfo | None = None
         self._errors: list[BaseException] = []
         self._guard = threading.Lock()
+        self._uncollected: list[PendingSave] = []
+        """The save last begun, until it is collected."""
+        weakref.finalize(self, _say_what_nobody_asked_for, os.getpid(), self._uncollected, self._errors)
         self._diverged = False
 
     @property
@@ -183,6 +197,7 @@ class Saver:
             return None
         future: Future[CheckpointInfo] = Future()
         handle = self._current = PendingSave(snapshot.step, snapshot.epoch, snapshot.created, future)
+        self._uncollected[:] = [handle]
         if self._config.write.mode == "sync":
             self._write(snapshot, handle, future)
             self._background = self._executor().submit(self._follow_up, future)
@@ -203,7 +218,8 @@ class Saver:
         if not begun:
             self._collect()
         with self._guard:
-            errors, self._errors = self._errors, []
+            errors = self._errors.copy()
+            self._errors.clear()
         for extra in errors[1:]:
             logger.error("another error of the background writer", exc_info=extra)
         if errors:
@@ -237,6 +253,7 @@ class Saver:
         if handle is None or not handle.done():
             return
         self._current = None
+        self._uncollected.clear()
         error = handle.error()
         if error is None:
             self._committed = handle.result()

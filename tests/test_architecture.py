@@ -55,7 +55,9 @@ LAYERS = {
     "settings": layer("config yamlfile", "errors pure settings", TORCH | STORAGE),
     "blocks": layer("memory direct", "errors blocks"),
     "storage": layer("storage lock notes commit", "errors pure blocks storage", TORCH),
-    "repository": layer("doctor reading verification repository pruning", "errors pure storage repository", TORCH),
+    "repository": layer(
+        "doctor reading verification repository pruning watching", "errors pure storage repository", TORCH
+    ),
     "arguments": layer("arguments", "errors pure", TORCH | STORAGE),
     "comparison": layer("comparison", "errors pure storage repository"),
     "cli": layer("cli __main__", "errors pure settings storage repository arguments comparison cli", TORCH),

@@ -65,6 +65,8 @@ def readers_names() -> dict[str, Any]:
         "train_step": train_step,
         "dataset": torch.randn(96, 4),
         "epochs": 2,
+        "evaluate": lambda _: 0.5,
+        "patience": 0,
         "total_steps": 6,
     }
 
