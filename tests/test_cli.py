@@ -128,7 +128,7 @@ def test_ls_prints_one_aligned_line_for_each_checkpoint(run_root):
     assert result.exit_code == 0
     assert header.split() == COLUMNS
     assert [line.split()[:3] for line in lines] == [["100", "0", "1"], ["200", "1", "2"], ["300", "1", "3"]]
-    assert lines[1].split()[6:] == ["val_loss=0.005", "even", "-", "-", "ok"]
+    assert lines[1].split()[6:] == ["val_loss=0.005", "even", "-", "yes", "ok"]
     assert len({line.index("even") for line in lines} | {header.index("TAGS")}) == 1
 
 
@@ -746,7 +746,8 @@ def test_a_terminal_gets_a_coloured_table_without_empty_columns(run_root):
     assert "─────" in text
     assert "\x1b[32mok" in text
     header = next(line for line in visible(text).splitlines() if "step" in line)
-    assert header.split() == ["step", "epoch", "sequence", "created", "age", "size", "metrics", "tags", "status"]
+    columns = ["step", "epoch", "sequence", "created", "age", "size", "metrics", "tags", "finite", "status"]
+    assert header.split() == columns
 
 
 def test_a_terminal_gets_a_tree_from_show_and_colours_from_prune(run_root, config):
