@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import datetime
+from typing import Any
 
 from checkpointer.config import Config
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, SaveError
@@ -200,11 +201,11 @@ class Saver:
         self._uncollected[:] = [handle]
         if self._config.write.mode == "sync":
             self._write(snapshot, handle, future)
-            self._background = self._executor().submit(self._follow_up, future)
+            self._background = self._in_background(self._follow_up, future)
             if handle.left_out:
                 return None
         else:
-            self._background = self._executor().submit(self._write_and_follow_up, snapshot, handle, future)
+            self._background = self._in_background(self._write_and_follow_up, snapshot, handle, future)
             if self._config.write.mode == "lazy":
                 live, size = snapshot.staged.live, sum(file.data_size for file, _ in snapshot.staged.files)
                 self._steps.watch(WatchedSave("lazy" if live else "async", live, size, future.done))
@@ -241,11 +242,18 @@ class Saver:
         self._steps.close()
         self._stager.close()
 
-    def _executor(self) -> ThreadPoolExecutor:
+    def _in_background(self, function: Callable[..., None], *arguments: Any) -> Future[None] | None:
+        """Let the writer's thread carry it out; in this one where no thread can be started any more."""
         # The interpreter joins an executor's threads at exit, so a script that ends during a save still commits it.
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpointer-writer")
-        return self._pool
+        try:
+            return self._pool.submit(function, *arguments)
+        except RuntimeError:  # for example in an atexit handler
+            self._pool.shutdown(wait=False, cancel_futures=True)  # it has no thread, but maybe the task
+            self._pool = None
+            function(*arguments)
+            return None
 
     def _collect(self) -> None:
         """Take a finished save out of flight: its commit, or its error unless somebody has asked its handle."""

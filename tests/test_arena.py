@@ -372,3 +372,40 @@ def test_a_script_that_ends_in_the_middle_of_a_save_commits_it(tmp_path, mode, h
         assert mgr.verify().ok
         mgr.restore(1, components=["model"])
     assert_identical(dict(model.state_dict()), dict(expected.state_dict()))
+
+
+AT_EXIT = """
+import atexit, sys, torch
+from checkpointer import CheckpointManager
+
+mgr = CheckpointManager(sys.argv[1], config={"write": {"mode": sys.argv[2]}}, state={"tensor": torch.ones(1 << 20)})
+
+def last():
+    for step in range(2):
+        print(mgr.save(step).result().step)
+    mgr.close()
+
+atexit.register(last)
+"""
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_saves_from_an_exit_handler_are_committed_though_no_thread_can_be_started(tmp_path, mode):
+    command = [sys.executable, "-c", AT_EXIT, str(tmp_path), mode]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["0", "1"], done.stderr
+
+
+def test_where_the_writer_cannot_be_started_the_save_is_written_once_before_save_returns(tmp_path, monkeypatch):
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with CheckpointManager(tmp_path, **make(1 << 20)) as mgr:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            handle = mgr.save(1)
+            assert handle.done()
+        mgr.save(2).result()
+        mgr.wait()
+        assert [info.step for info in mgr.checkpoints()] == [1, 2]
+        assert mgr.verify().ok
