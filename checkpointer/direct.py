@@ -70,7 +70,9 @@ class _Blocks:
         self._block = min(STEADY_BLOCK if steady else BLOCK, page_aligned(size))
         ring = np.frombuffer(Region(self._block * (IN_FLIGHT + 1)).view, dtype=np.uint8)
         self._free = [ring[start : start + self._block] for start in range(0, len(ring), self._block)]
-        self._flight: deque[tuple[Future[None], np.ndarray[Any, Any] | None]] = deque()
+        self._flight: deque[tuple[Future[None], np.ndarray[Any, Any] | None, int]] = deque()
+        self._piece = 0
+        """Number of the piece in hand."""
         self._steady = steady
         self._offset = 0
         """Where the block that is being filled goes."""
@@ -79,7 +81,7 @@ class _Blocks:
     def write(self, pieces: Iterable[bytes | bytearray | memoryview]) -> int:
         steady = self._steady
         current: np.ndarray[Any, Any] | None = None
-        for piece in pieces:
+        for self._piece, piece in enumerate(pieces):
             rest = np.frombuffer(piece, dtype=np.uint8)
             if steady and not self._filled and len(rest) >= PAGE and _address(rest) % PAGE == 0:
                 whole = len(rest) - len(rest) % PAGE
@@ -95,6 +97,8 @@ class _Blocks:
                 if self._filled == self._block or (steady and not len(rest) and self._filled % PAGE == 0):
                     self._submit(current[: self._filled], current)
                     current, self._filled = None, 0
+            while self._flight and self._flight[0][2] <= self._piece - STEADY:
+                self._land()  # the memory of that piece may be used again when the next one is asked for
         end = self._offset + self._filled
         if current is not None:
             padded = page_aligned(self._filled)
@@ -112,7 +116,7 @@ class _Blocks:
     def _submit(self, block: np.ndarray[Any, Any], owner: np.ndarray[Any, Any] | None) -> None:
         if len(self._flight) == IN_FLIGHT:
             self._land()
-        self._flight.append((self._begin(block.data), owner))
+        self._flight.append((self._begin(block.data), owner, self._piece))
         self._offset += len(block)
 
     def _begin(self, view: memoryview) -> Future[None]:
@@ -127,7 +131,7 @@ class _Blocks:
 
     def _land(self) -> None:
         """Wait for the oldest block; what went wrong with it ends the file."""
-        future, owner = self._flight.popleft()
+        future, owner, _ = self._flight.popleft()
         future.result()
         if owner is not None:
             self._free.append(owner)
