@@ -351,30 +351,29 @@ class DcpAsyncCached(DcpAsync):
     """With one stager for all saves, which keeps its memory; pinned memory is off, where no accelerator is."""
 
     name, title = "dcp.async_save-cached", "dcp.async_save, cached stager"
+    in_thread = False
+    """Whether the stager copies in a thread of its own."""
 
     def __init__(self, folder: Path, training: Training, *, keep_all: bool = False) -> None:
         super().__init__(folder, training, keep_all=keep_all)
         pinned = torch.accelerator.is_available()
-        options = StagingOptions(pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned)
+        options = StagingOptions(
+            pinned, use_shared_memory=False, use_async_staging=self.in_thread, use_non_blocking_copy=pinned
+        )
         self.stager = DefaultStager(options)
 
     def close(self) -> None:
-        """Frees the stager's memory."""
+        """Frees the stager's memory, and ends its thread."""
         assert self.stager is not None
         self.stager.close()
 
 
-class DcpAsyncStaging(DcpAsync):
+class DcpAsyncStaging(DcpAsyncCached):
     """Copies in a thread of its own; the run has to wait for that before it updates anything."""
 
     name, title = "dcp.async_save-staging", "dcp.async_save, async cached stager"
-
-    def __init__(self, folder: Path, training: Training, *, keep_all: bool = False) -> None:
-        super().__init__(folder, training, keep_all=keep_all)
-        pinned = torch.accelerator.is_available()
-        options = StagingOptions(pinned, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=pinned)
-        self.stager = DefaultStager(options)
-        self._staged: Future[Any] | None = None
+    in_thread = True
+    _staged: Future[Any] | None = None
 
     def _save(self, path: Path) -> Pending:
         with _quiet():
@@ -395,11 +394,6 @@ class DcpAsyncStaging(DcpAsync):
         """Waits for the copy."""
         guard: contextlib.AbstractContextManager[object] = self._after_staging()
         return guard
-
-    def close(self) -> None:
-        """Ends the thread, frees the stager's memory."""
-        assert self.stager is not None
-        self.stager.close()
 
 
 # --------------------------------------------------------------------------------------------- torch_checkpointing

@@ -6,11 +6,11 @@ import errno
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import xxhash
 
@@ -40,8 +40,6 @@ SPAN = 4 << 20
 
 READ_THREADS = min(8, max(4, os.cpu_count() or 1))
 """More than cores where those are few: some wait for the disk."""
-
-T = TypeVar("T")
 
 
 class Target(Protocol):
@@ -120,7 +118,7 @@ class CheckpointReader:
 
     def check_chunks(self, chunks: Iterable[tuple[str, Chunk]]) -> None:
         """Check the hash of each ``(name, chunk)`` without keeping its bytes."""
-        _in_parallel(lambda item: self._check_chunk(*item), list(chunks))
+        _share(partial(self._check_chunk, name, chunk) for name, chunk in chunks)
 
     def _open(self, path: str) -> ReadFile:
         record = self.manifest.files[path]
@@ -363,20 +361,4 @@ def _share(tasks: Iterator[Callable[[], None]]) -> None:
                 worker.result()
         except BaseException:
             failed.set()
-            raise
-
-
-def _in_parallel(function: Callable[[T], None], items: Sequence[T]) -> None:
-    """Call ``function`` for each item on a few threads; the first error is raised and the rest is not begun."""
-    if len(items) < 2:
-        for item in items:
-            function(item)
-        return
-    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="checkpointer-read") as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
             raise

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 
 import xxhash
 
@@ -53,6 +54,12 @@ class Snapshot:
     stall_seconds: float = 0.0
     """How long ``save`` held training from then on, up to here."""
 
+    @cached_property
+    def small_files(self) -> dict[str, bytes]:
+        """Attachments, and the indexes of sharded components, by path."""
+        attached = {f"{layout.ATTACHMENTS}/{name}": data for name, data in self.attachments.items()}
+        return {**shard_indexes([file for file, _ in self.staged.files], self.staged.parts), **attached}
+
 
 def write_checkpoint(repository: Repository, snapshot: Snapshot) -> tuple[CheckpointInfo, Source]:
     """Write and commit; durable when this returns. On any error nothing is visible and what was written is removed.
@@ -61,13 +68,12 @@ def write_checkpoint(repository: Repository, snapshot: Snapshot) -> tuple[Checkp
     """
     began = time.perf_counter()
     files = snapshot.staged.files
-    small = _small_files(snapshot)
     attempt = repository.begin(snapshot.step, bytes_to_write(repository, snapshot))
     try:
         tensors = _TensorFiles(repository, attempt, snapshot.staged.learned)
         for item in files:
             tensors.write(item)
-        for path, data in small.items():
+        for path, data in snapshot.small_files.items():
             attempt.write(path, [data], len(data))
         index = _index(snapshot.staged, tensors.chunks)
         data = index.to_bytes()
@@ -90,7 +96,7 @@ def bytes_to_write(repository: Repository, snapshot: Snapshot) -> int:
         for file, source in staged.files
         if not isinstance(source, SharedFile) or source.earlier.info.id not in there
     ]
-    sizes += map(len, _small_files(snapshot).values())
+    sizes += map(len, snapshot.small_files.values())
     sizes.append(sum(INDEX_ENTRY + 2 * len(key) for part in staged.components.values() for key in part.tensors))
     return sum(-(-size // BLOCK) * BLOCK for size in sizes) + SLACK
 
@@ -101,12 +107,6 @@ def _abandon(repository: Repository, attempt: Attempt) -> None:
         repository.abandon(attempt)
     except OSError:
         logger.warning("could not remove the unfinished %s; the next writer will", attempt.directory, exc_info=True)
-
-
-def _small_files(snapshot: Snapshot) -> dict[str, bytes]:
-    attached = {f"{layout.ATTACHMENTS}/{name}": data for name, data in snapshot.attachments.items()}
-    staged = snapshot.staged
-    return {**shard_indexes([file for file, _ in staged.files], staged.parts), **attached}
 
 
 class _TensorFiles:
