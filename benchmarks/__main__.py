@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.rounds,
         options.seed,
         options.loader_workers,
+        options.device,
         tuple(contenders),
         tell=lambda line: print(line, file=sys.stderr, flush=True),
     )
@@ -52,7 +53,10 @@ def _measure_all(workloads: Sequence[Workload], plan: Plan, options: argparse.Na
     from benchmarks import environment, goals, plot, report
     from benchmarks.measure import measure
 
-    run = {"scale": plan.scale, "rounds": plan.rounds, "seed": plan.seed, "loader workers": plan.loader_workers}
+    run = {
+        "scale": plan.scale, "rounds": plan.rounds, "seed": plan.seed, "loader workers": plan.loader_workers,
+        "device": plan.device,
+    }  # fmt: skip
     about = {"environment": environment.describe(plan.folder), "run": run}
     results: dict[str, Result] = {}
     for workload in workloads:
@@ -103,6 +107,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--loader-workers", type=int, default=0, help="forked workers of a DataLoader, alive in every save"
     )
+    parser.add_argument("--device", default="cpu", help="where model and optimizer live, for example cuda")
     parser.add_argument("--dir", type=Path, default=Path("runs/bench/work"), help="on the file system to measure")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="for results.md, results.json and the plots"

@@ -91,5 +91,5 @@ class Reference:
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    flat = [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (one, other)]
+    flat = [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in (one, other)]
     return torch.equal(*flat)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks.buffers import PAGE, Buffer
 from benchmarks.pagecache import evict, load
@@ -27,7 +28,9 @@ TITLES = {
 class Ceilings:
     """Each way of doing it is tried in every round; what counts is the way with the best median."""
 
-    def __init__(self, source: Buffer, scratch: Buffer, folder: Path) -> None:
+    def __init__(self, source: Buffer, scratch: Buffer, folder: Path, device: torch.device | None = None) -> None:
+        """``device``: where the state lives, if it is a GPU."""
+        self._device = device if device is not None and device.type == "cuda" else None
         self._source, self._scratch = source, scratch
         self._path = folder / "ceiling"
         self._pools = {threads: ThreadPoolExecutor(threads) for threads in (1, 2)}
@@ -38,11 +41,10 @@ class Ceilings:
     def measure(self) -> dict[str, dict[str, list[float]]]:
         """Seconds, by ceiling and by the way that it was done."""
         found: dict[str, dict[str, list[float]]] = {name: {} for name in TITLES}
-        for threads in self._pools:
-            for block in (2 * MIB, self._source.size):
-                for _ in range(2):
-                    self._add(found["memcpy"], threads, block, "", self._copy_block)
-        self._check_copy()
+        if self._device is None:
+            self._add_copies(found["memcpy"])
+        else:
+            self._add_copies_from(self._device, found["memcpy"])
         for threads in self._pools:
             for block in (8 * MIB, 16 * MIB):
                 self._add_write(found["write"], threads, block)
@@ -77,6 +79,23 @@ class Ceilings:
 
     def _copy_block(self, begin: int, end: int) -> None:
         np.copyto(self._scratch.array[begin:end], self._source.array[begin:end])
+
+    def _add_copies(self, samples: dict[str, list[float]]) -> None:
+        for threads in self._pools:
+            for block in (2 * MIB, self._source.size):
+                for _ in range(2):
+                    self._add(samples, threads, block, "", self._copy_block)
+        self._check_copy()
+
+    def _add_copies_from(self, device: torch.device, samples: dict[str, list[float]]) -> None:
+        """Into pinned memory."""
+        source = torch.empty(self._source.size, dtype=torch.uint8, device=device).random_()
+        target = torch.empty(self._source.size, dtype=torch.uint8, pin_memory=True)
+        for _ in range(3):
+            finish_device_work()
+            began = time.perf_counter()
+            target.copy_(source)
+            samples.setdefault("GPU to pinned memory", []).append(time.perf_counter() - began)
 
     def _check_copy(self) -> None:
         """After the copies the scratch memory holds the state: checked, so that no ceiling counts what was not done."""
@@ -119,6 +138,12 @@ class Ceilings:
             self._add(samples, 2, block, how, partial(self._read_block, descriptor))
         finally:
             os.close(descriptor)
+
+
+def finish_device_work() -> None:
+    """Until GPUs have done what they were given: they are not part of what the clock shows otherwise."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _note(samples: dict[str, list[float]], threads: int, block: int, how: str, began: float) -> None:

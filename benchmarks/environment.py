@@ -16,6 +16,7 @@ def describe(folder: Path) -> dict[str, str]:
     """By what it is of: processor, memory, file system of ``folder``, versions."""
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch",
+        **({"GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
         "file system": _file_system(folder),
         "kernel": f"{platform.system()} {platform.release().split('-')[0]}",

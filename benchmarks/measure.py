@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks import memory, pagecache
 from benchmarks.buffers import Buffer, Reference
-from benchmarks.ceilings import Ceilings
+from benchmarks.ceilings import Ceilings, finish_device_work
 from benchmarks.contenders import Contender, Pending, Unavailable
 from benchmarks.workloads import Training, Workload
 
@@ -61,6 +61,8 @@ class Plan:
     rounds: int = 5
     seed: int = 0
     loader_workers: int = 0
+    device: str = "cpu"
+    """Where the model and its optimizer live."""
     contenders: tuple[type[Contender], ...] = ()
     steps: int = 4
     """Steps before each save, for the time of a step without one."""
@@ -141,10 +143,12 @@ class _Bench:
     def __init__(self, workload: Workload, plan: Plan, folder: Path) -> None:
         self._workload, self._plan, self._folder = workload, plan, folder
         self._order = random.Random(plan.seed)
-        self._training = workload.build(plan.scale)
+        with torch.device(plan.device):
+            self._training = workload.build(plan.scale)
         self._training.step()  # now there is optimizer state
         self._reference = Reference(self._training)
-        self._ceilings = Ceilings(self._reference.buffer, Buffer(self._reference.buffer.size), folder)
+        scratch = Buffer(self._reference.buffer.size)
+        self._ceilings = Ceilings(self._reference.buffer, scratch, folder, torch.device(plan.device))
         self._ceiling_samples: dict[str, dict[str, list[float]]] = {}
         self._ready: dict[str, type[Contender]] = {}
         self._outcomes = {kind.name: Outcome(kind.name, kind.title, kind.fsyncs) for kind in plan.contenders}
@@ -320,11 +324,13 @@ class _Bench:
         gc.collect()
         began = time.perf_counter()
         restore()
+        finish_device_work()
         live = time.perf_counter()
         if compare:
             self._judge(outcome, target)
             return
         target.step()
+        finish_device_work()
         outcome.add(f"{figure}_step", time.perf_counter() - began)
         outcome.add(figure, live - began)
 
@@ -448,7 +454,8 @@ def _folder(path: Path) -> Iterator[Path]:
 
 
 def _settle() -> None:
-    """Nothing waits to be written or collected."""
+    """Nothing waits to be computed, written or collected."""
+    finish_device_work()
     gc.collect()
     os.sync()
 
@@ -456,6 +463,7 @@ def _settle() -> None:
 def _seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
+    finish_device_work()
     return time.perf_counter() - began
 
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 
-from checkpointer.memory import Region, copy_memory
-from checkpointer.state.tensors import raw
+from checkpointer.devices import Transfer, Transfers, copy_out, is_row_major, pin, unpin
+from checkpointer.memory import Region, copy_memory, page_aligned
 
 LARGE = 256 << 10
 """Bytes. From here on it pays to share a copy with another thread."""
 
-PIECE = 4 << 20
-"""Bytes of a large copy that one thread takes at a time."""
+PIECE = 64 << 20
+"""Bytes that one thread copies at a time, at most. C libraries write around the processor's cache where one copy is
+large compared with it: that takes two thirds of the time."""
+
+SMALLEST_PIECE = 4 << 20
+"""Bytes of a piece, where all threads together have less to copy than a ``PIECE`` each."""
 
 
 class Copy(NamedTuple):
@@ -40,6 +45,8 @@ class Arena:
         self._region: Region | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._pinned = False
+        self._running: Transfers | None = None
+        """What may still be written to, by a GPU."""
 
     @property
     def size(self) -> int:
@@ -57,11 +64,12 @@ class Arena:
 
         ``pinned``: registered with CUDA, so that copies from the GPU run at the bus's speed.
         """
+        self._wait()
         if self._region is None or self._region.size < size:
             self._drop()  # first: both at once may be more than the machine has
             self._region = Region(size)
         if pinned and not self._pinned:
-            self._pinned = _register(self._region)
+            self._pinned = pin(self._region)
         return self._region.view
 
     def fill(self, copies: Iterable[Copy]) -> None:
@@ -80,14 +88,10 @@ class Arena:
     def fill_from_memory(self, spans: Iterable[tuple[int, int, int]]) -> None:
         """Copy ``(offset in the arena, address, bytes)`` each."""
         assert self._region is not None
-        small: list[tuple[int, int, int]] = []
-        pieces: deque[tuple[int, int, int]] = deque()
-        for offset, source, size in spans:
-            target = self._region.address + offset
-            if size < LARGE:
-                small.append((target, source, size))
-            else:
-                pieces += ((target + at, source + at, min(PIECE, size - at)) for at in range(0, size, PIECE))
+        address = self._region.address
+        moves = [(address + offset, source, size) for offset, source, size in spans]
+        small = [move for move in moves if move[2] < LARGE]
+        pieces = _pieces([move for move in moves if move[2] >= LARGE], self._threads)
         helpers: list[Future[None]] = []
         try:
             if len(pieces) > 1:
@@ -101,6 +105,11 @@ class Arena:
         for helper in helpers:
             helper.result()
 
+    def begin(self, copies: Iterable[Copy]) -> Transfers:
+        """Let GPUs carry out ``copies`` beside training, if the memory is pinned."""
+        self._running = Transfers([Transfer(tensor, self.address + offset) for tensor, offset, _ in copies])
+        return self._running
+
     def free(self) -> None:
         """Give the memory and the threads back."""
         self._drop()
@@ -110,16 +119,8 @@ class Arena:
 
     def _fill_from_elsewhere(self, copies: Iterable[Copy]) -> None:
         """From other devices, and from memory that is not row-major."""
-        assert self._region is not None
-        devices = set()
-        for tensor, offset, size in copies:
-            bits = raw(tensor)
-            target = torch.frombuffer(self._region.view, dtype=torch.uint8, count=size, offset=offset)
-            target.view(bits.dtype).view(bits.shape).copy_(bits, non_blocking=self._pinned)
-            if tensor.is_cuda:
-                devices.add(tensor.device)
-        for device in devices:
-            torch.cuda.current_stream(device).synchronize()
+        transfers = [Transfer(tensor, self.address + offset) for tensor, offset, _ in copies]
+        copy_out(transfers, pinned=self._pinned)
 
     def _call_helpers(self, pieces: deque[tuple[int, int, int]], helpers: list[Future[None]]) -> None:
         """Let other threads take pieces too; each is added to ``helpers``."""
@@ -132,16 +133,32 @@ class Arena:
             except RuntimeError:  # no thread can be started, for example because the interpreter is about to exit
                 return
 
+    def _wait(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.wait()
+
     def _drop(self) -> None:
+        self._wait()
         if self._pinned and self._region is not None:
-            _unregister(self._region)
+            unpin(self._region)
         self._pinned = False
         self._region = None
 
 
 def is_flat(tensor: torch.Tensor) -> bool:
     """Whether the row-major bytes of a tensor are what lies in host memory from ``data_ptr()`` on."""
-    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return tensor.is_cpu and is_row_major(tensor)
+
+
+def _pieces(moves: Sequence[tuple[int, int, int]], threads: int) -> deque[tuple[int, int, int]]:
+    """``(target, source, bytes)`` cut so that ``threads`` end at about the same time: the largest come first."""
+    share = sum(size for _, _, size in moves) // (2 * threads)
+    most = min(PIECE, max(SMALLEST_PIECE, page_aligned(share)))
+    cut: list[tuple[int, int, int]] = []
+    for target, source, size in moves:
+        cut += ((target + at, source + at, min(most, size - at)) for at in range(0, size, most))
+    return deque(sorted(cut, key=itemgetter(2), reverse=True))
 
 
 def _copy_pieces(pieces: deque[tuple[int, int, int]]) -> None:
@@ -152,12 +169,3 @@ def _copy_pieces(pieces: deque[tuple[int, int, int]]) -> None:
         except IndexError:
             return
         ctypes.memmove(target, source, size)
-
-
-def _register(region: Region) -> bool:
-    """Pin the region for CUDA; where the driver refuses, copies are only slower."""
-    return int(torch.cuda.cudart().cudaHostRegister(region.address, region.size, 0)) == 0
-
-
-def _unregister(region: Region) -> None:
-    torch.cuda.cudart().cudaHostUnregister(region.address)

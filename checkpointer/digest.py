@@ -64,9 +64,8 @@ class Digest:
         """Which tensors it is that are not finite, between ``first`` and ``last``."""
         for slot in self._file.slots:
             a, b = max(slot.begin, first), min(slot.end, last)
-            name = f"{slot.component}.{slot.key}"
-            if a < b and name not in self.not_finite[-1:] and not all_finite(dtype, block[a - begin : b - begin]):
-                self.not_finite.append(name)
+            if a < b and slot.name not in self.not_finite[-1:] and not all_finite(dtype, block[a - begin : b - begin]):
+                self.not_finite.append(slot.name)
 
 
 class _Run(NamedTuple):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from checkpointer.arena import Arena, Copy, is_flat
+from checkpointer.devices import copies_beside_training
 from checkpointer.digest import Digest
 from checkpointer.errors import SaveError
 from checkpointer.memory import Part, Ring, copy_memory, part_of_memory
@@ -54,9 +55,10 @@ class LiveTensor:
 class LiveState:
     """All live tensors of one save. The writer takes their bytes; ``detach`` copies what it has not taken yet."""
 
-    def __init__(self, arena: Arena, tensors: Sequence[LiveTensor]) -> None:
+    def __init__(self, arena: Arena, tensors: Sequence[LiveTensor], on_gpu: LiveOnGpu | None = None) -> None:
         self._arena = arena
         self._tensors = tensors
+        self._on_gpu = on_gpu
         self._lock = threading.Lock()
         self._taken = threading.Event()
         self._left = sum(live.size for live in tensors)
@@ -87,11 +89,22 @@ class LiveState:
     def detach(self) -> None:
         """Copy what the writer has not taken yet: afterwards the live tensors may change. Never raises."""
         try:
+            if self._on_gpu is not None:
+                self._on_gpu.detach()
             with self._lock:
                 self._copy_rest()
         except Exception:  # no reason for ending a run: training waits until it is written
             logger.warning("could not copy what is not saved yet: training waits for the writer", exc_info=True)
             self._taken.wait()
+
+    def arrived(self) -> None:
+        """Wait until what is copied from GPUs beside training is in the arena.
+
+        Raises:
+            SaveError: as for ``take``.
+        """
+        if self._on_gpu is not None:
+            self._on_gpu.wait()
 
     def end(self) -> None:
         """The save has ended, well or not: nobody needs the live tensors any more."""
@@ -120,7 +133,44 @@ class LiveState:
 
     def _note_torn(self, live: LiveTensor) -> None:
         if live.torn and self._torn is None:
-            self._torn = f"{live.slot.component}.{live.slot.key}"
+            self._torn = live.slot.name
+
+
+class LiveOnGpu:
+    """Tensors on GPUs whose copies are on their way to the arena, beside training."""
+
+    def __init__(self, arena: Arena, transfers: Sequence[tuple[LiveTensor, int]]) -> None:
+        """``transfers``: each tensor, and its offset in the arena."""
+        self._tensors = [live for live, _ in transfers]
+        self._running = arena.begin([Copy(live.tensor, offset, live.size) for live, offset in transfers])
+        self._lock = threading.Lock()
+        self._settled = False
+        self._torn: str | None = None
+
+    def detach(self) -> None:
+        """From now on the current streams may be given changes: they wait for the copies. This process does not."""
+        with self._lock:
+            if not self._settled:
+                self._settle()
+                self._running.order_before_changes()
+
+    def wait(self) -> None:
+        """Until the bytes of all tensors are in the arena.
+
+        Raises:
+            SaveError: somebody has changed one since ``save`` was called, and not by a step.
+        """
+        self._running.wait()
+        with self._lock:
+            if not self._settled:
+                self._settle()
+        if self._torn is not None:
+            raise SaveError(_torn_message(self._torn))
+
+    def _settle(self) -> None:
+        """The last moment before changes are expected."""
+        self._settled = True
+        self._torn = next((live.slot.name for live in self._tensors if live.torn), None)
 
 
 def _torn_message(name: str) -> str:
@@ -144,12 +194,12 @@ class Stepped:
         return bool(self.optimizers)
 
     def holds(self, slot: Slot, tensor: torch.Tensor) -> bool:
-        """Whether the tensor of ``slot`` is one of them, and can be read as it lies in host memory."""
+        """Whether the tensor of ``slot`` is one of them, and can be read as it lies in memory."""
         if slot.component in self.optimizers:
             found = slot.key.startswith(STATE)
         else:
             found = self.parameters.get(tensor.data_ptr()) == slot.end - slot.begin
-        return found and is_flat(tensor) and not tensor.is_inference()
+        return found and (is_flat(tensor) or copies_beside_training(tensor)) and not tensor.is_inference()
 
 
 def stepped(optimizers: Mapping[str, torch.optim.Optimizer], modules: Iterable[nn.Module]) -> Stepped:
@@ -192,6 +242,7 @@ class LazyFile:
 
     def pieces(self, digest: Digest) -> Iterator[memoryview]:
         """All bytes in order, in blocks; ``digest`` sees them on the way."""
+        self._state.arrived()
         for block in self._ring.gather(map(self._part, self._slots)):
             digest.update(block)
             yield block

@@ -76,11 +76,11 @@ class Ring:
     """A few blocks that are filled again and again: what ``Storage.write`` calls steady."""
 
     def __init__(self) -> None:
-        self._region = Region((STEADY + 1) * BLOCK)
+        self.region = Region((STEADY + 1) * BLOCK)
 
     def gather(self, parts: Iterable[Part]) -> Iterator[memoryview]:
         """All bytes of ``parts``, in order, in whole blocks but for the last."""
-        region = self._region
+        region = self.region
         start = filled = 0
         for size, copy in parts:
             done = 0

@@ -6,16 +6,18 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 import xxhash
 
 from checkpointer.arena import Arena, Copy, is_flat
+from checkpointer.devices import copy_bytes_out, is_row_major, pin, unpin
 from checkpointer.digest import Digest
 from checkpointer.errors import SaveError
 from checkpointer.index import Component
-from checkpointer.lazy import LazyFile, LiveState, LiveTensor, Stepped
+from checkpointer.lazy import LazyFile, LiveOnGpu, LiveState, LiveTensor, Stepped
 from checkpointer.manifest import FileRecord
 from checkpointer.memory import Part, Ring, cache_aligned, page_aligned, part_of_memory, view_of
 from checkpointer.sharing import Source as EarlierCheckpoint
@@ -123,12 +125,15 @@ class Stager:
         self._rest = Arena(threads)
         """For live tensors that change before they are written."""
         self._kept_ring: Ring | None = None
+        self._ring_pinned = False
         self._parts: dict[str, ComponentTensors] = {}
         self._files: list[TensorFile] = []
 
     def live(self, captured: Mapping[str, Captured], shareable: Shareable = NOTHING) -> Staged:
         """Refer to live memory: for a writer that finishes before the state may change."""
         shared = self._shared(captured, shareable)
+        if _on_gpu(captured) and not self._ring_pinned:
+            self._ring_pinned = pin(self._ring.region)
         sources = [shared.get(file.path) or _LiveTensors(_tensors(file, captured), self._ring) for file in self._files]
         return self._staged(captured, sources)
 
@@ -141,8 +146,7 @@ class Stager:
             if file.path not in shared:
                 starts[file.path] = size
                 size += page_aligned(file.data_size)
-        pinned = any(tensor.is_cuda for part in captured.values() for tensor in part.tensors.values())
-        memory = self._arena.reserve(size, pinned=pinned)
+        memory = self._arena.reserve(size, pinned=_on_gpu(captured))
         self._arena.fill(
             Copy(captured[slot.component].tensors[slot.key], starts[file.path] + slot.begin, slot.end - slot.begin)
             for file in self._files
@@ -161,25 +165,30 @@ class Stager:
         shared = self._shared(captured, shareable)
         live: list[LiveTensor] = []
         copies: list[Copy] = []
+        on_gpu: list[tuple[LiveTensor, int]] = []
         planned: dict[str, list[LiveTensor | Copy]] = {}
         size = 0
         for file in self._files:
             if file.path in shared:
                 continue
-            slots: list[LiveTensor | Copy] = []
+            slots = planned[file.path] = []
             for slot in file.slots:
                 tensor = captured[slot.component].tensors[slot.key]
-                if changes.holds(slot, tensor):
+                stepped = changes.holds(slot, tensor)
+                if stepped and tensor.is_cpu:
                     live.append(LiveTensor(slot, tensor))
                     slots.append(live[-1])
+                    continue
+                copy = Copy(tensor, size, slot.end - slot.begin)
+                size += cache_aligned(copy.size)
+                slots.append(copy)
+                if stepped:
+                    on_gpu.append((LiveTensor(slot, tensor), copy.offset))
                 else:
-                    copies.append(Copy(tensor, size, slot.end - slot.begin))
-                    slots.append(copies[-1])
-                    size += cache_aligned(slot.end - slot.begin)
-            planned[file.path] = slots
-        self._arena.reserve(size)
+                    copies.append(copy)
+        self._arena.reserve(size, pinned=_on_gpu(captured))
         self._arena.fill(copies)
-        state = LiveState(self._rest, live)
+        state = LiveState(self._rest, live, LiveOnGpu(self._arena, on_gpu) if on_gpu else None)
         files = {path: LazyFile(state, slots, self._arena.address, self._ring) for path, slots in planned.items()}
         return self._staged(captured, [shared.get(file.path) or files[file.path] for file in self._files], state)
 
@@ -187,6 +196,9 @@ class Stager:
         """Give the memory back."""
         self._arena.free()
         self._rest.free()
+        if self._ring_pinned:
+            unpin(self._ring.region)
+            self._ring_pinned = False
         self._kept_ring = None
 
     @property
@@ -267,6 +279,8 @@ def _parts(tensor: torch.Tensor) -> Iterator[Part]:
     """The row-major bytes of a tensor."""
     if is_flat(tensor):
         yield part_of_memory(tensor.data_ptr(), tensor.nbytes)
+    elif is_row_major(tensor):
+        yield Part(tensor.nbytes, partial(copy_bytes_out, tensor))
     else:
         yield from map(_part_of_view, row_major_blocks(tensor))
 
@@ -306,6 +320,10 @@ def row_major_blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
         rows = max(DEVICE_BLOCK // row, 1)
         for start in range(0, len(tensor), rows):
             yield from row_major_blocks(tensor[start] if rows == 1 else tensor[start : start + rows])
+
+
+def _on_gpu(captured: Mapping[str, Captured]) -> bool:
+    return any(tensor.is_cuda for part in captured.values() for tensor in part.tensors.values())
 
 
 def _tensors(file: TensorFile, captured: Mapping[str, Captured]) -> list[torch.Tensor]:

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from checkpointer.arena import is_flat
+from checkpointer.devices import BOUNCE_SIZE, bounce_buffer
 from checkpointer.index import Chunk
 from checkpointer.memory import view_of
 from checkpointer.state.tensors import host_bytes, raw
-
-BOUNCE = 4 << 20
-"""Bytes that wait in each reading thread on their way to another device, or to memory that is not row-major."""
 
 
 class TensorTarget:
@@ -31,21 +29,19 @@ class TensorTarget:
         return view_of(self._box.data_ptr(), self._box.nbytes) if is_flat(self._box) else None
 
     def blocks(self) -> Iterator[memoryview]:
-        bounce: torch.Tensor | None = None
         for part in _parts(raw(self._box)):
-            if bounce is None or bounce.shape != part.shape:
-                bounce = torch.empty(part.shape, dtype=part.dtype)
-            yield host_bytes(bounce)
+            buffer = bounce_buffer(part.device)[: part.nbytes]
+            yield host_bytes(buffer)
             with torch.no_grad():
-                part.copy_(bounce)
+                part.copy_(buffer.view(part.dtype).view(part.shape))
 
 
 def _parts(box: torch.Tensor) -> Iterator[torch.Tensor]:
     """Views that are small, and one behind the other in row-major order."""
     size = box.numel() * box.element_size()
-    if size <= BOUNCE:
+    if size <= BOUNCE_SIZE:
         yield box
         return
-    rows = BOUNCE * len(box) // size
+    rows = BOUNCE_SIZE * len(box) // size
     for start in range(0, len(box), max(rows, 1)):
         yield from [box[start : start + rows]] if rows else _parts(box[start])

@@ -58,6 +58,11 @@ class Slot(NamedTuple):
     begin: int
     end: int
 
+    @property
+    def name(self) -> str:
+        """For errors."""
+        return f"{self.component}.{self.key}"
+
 
 @dataclass(frozen=True)
 class TensorFile:

@@ -62,7 +62,7 @@ LAYERS = {
     "comparison": layer("comparison", "errors pure storage repository"),
     "cli": layer("cli __main__", "errors pure settings storage repository arguments comparison cli", TORCH),
     "state": layer(
-        "state arena digest finite lazy overlap staging stepping targets", "errors pure blocks state", STORAGE
+        "state arena devices digest finite lazy overlap staging stepping targets", "errors pure blocks state", STORAGE
     ),
     "manager": layer(
         "environment writing space saving restoring position pacing signals manager migration",

@@ -16,12 +16,13 @@ import torch
 import xxhash
 
 from checkpointer import CheckpointManager, reading
+from checkpointer.devices import BOUNCE_SIZE
 from checkpointer.errors import CorruptCheckpointError
 from checkpointer.index import Chunk
 from checkpointer.memory import PAGE, expect_use, view_of
 from checkpointer.state.tensors import host_bytes
 from checkpointer.storage.local import LocalFile
-from checkpointer.targets import BOUNCE, TensorTarget
+from checkpointer.targets import TensorTarget
 
 MIB = 1 << 20
 
@@ -167,7 +168,7 @@ def test_no_thread_reads_on_after_a_restore_has_failed(tmp_path: Path, monkeypat
     "tensor",
     [
         torch.arange(24.0).reshape(2, 3, 4).transpose(0, 2),
-        torch.zeros(3, 1, 2 * BOUNCE // 8 + 5, dtype=torch.float64).expand(3, 1, -1)[:, :, ::2],
+        torch.zeros(3, 1, 2 * BOUNCE_SIZE // 8 + 5, dtype=torch.float64).expand(3, 1, -1)[:, :, ::2],
         torch.zeros(4000, 4001, dtype=torch.int16).t(),
         torch.zeros(5, 6, dtype=torch.complex128).t(),
         torch.zeros(7, dtype=torch.bfloat16)[::3],
@@ -180,7 +181,7 @@ def test_a_tensor_that_is_not_row_major_is_filled_by_small_blocks_in_row_major_o
     data = torch.from_numpy(np.random.default_rng(0).integers(0, 64, tensor.nbytes, np.uint8))
     start = 0
     for block in target.blocks():
-        assert len(block) <= BOUNCE
+        assert len(block) <= BOUNCE_SIZE
         torch.frombuffer(block, dtype=torch.uint8).copy_(data[start : start + len(block)]) if len(block) else None
         start += len(block)
     assert start == tensor.nbytes
@@ -202,8 +203,8 @@ def test_what_waits_on_its_way_to_memory_that_is_not_row_major_is_bounded(tmp_pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", watched)
         restored(tmp_path, live)
-    assert 0 < max(sizes) <= BOUNCE
-    assert reading.READ_THREADS * BOUNCE <= 64 * MIB
+    assert 0 < max(sizes) <= BOUNCE_SIZE
+    assert reading.READ_THREADS * BOUNCE_SIZE <= 64 * MIB
     assert all(torch.equal(live[key], state[key]) for key in state)
 
 

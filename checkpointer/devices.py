@@ -1,0 +1,114 @@
+"""GPUs: host memory that they copy to at the bus's speed, and copies that run while training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from checkpointer.memory import Region, view_of
+from checkpointer.state.tensors import raw
+
+BOUNCE_SIZE = 4 << 20
+"""Bytes that wait in each reading thread on their way to another device, or to memory that is not row-major."""
+
+_bounces = threading.local()
+
+
+class Transfer(NamedTuple):
+    """The row-major bytes of a tensor, and the address in host memory where they go."""
+
+    tensor: torch.Tensor
+    target: int
+
+
+def pin(region: Region) -> bool:
+    """Register ``region`` with CUDA; where the driver refuses, copies are only slower."""
+    return int(torch.cuda.cudart().cudaHostRegister(region.address, region.size, 0)) == 0
+
+
+def unpin(region: Region) -> None:
+    """Take back what ``pin`` did, before the memory is freed."""
+    torch.cuda.cudart().cudaHostUnregister(region.address)
+
+
+def copy_out(transfers: Iterable[Transfer], *, pinned: bool) -> None:
+    """Copy from any device and of any strides; when this returns the bytes are there."""
+    devices = set()
+    for tensor, target in transfers:
+        _start(tensor, target, non_blocking=pinned)
+        if tensor.is_cuda:
+            devices.add(tensor.device)
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+
+
+def copy_bytes_out(tensor: torch.Tensor, target: int, start: int, count: int) -> None:
+    """Copy ``count`` of the bytes of a tensor that is row-major on any device, from byte ``start`` on."""
+    flat = raw(tensor).view(-1).view(torch.uint8)
+    torch.frombuffer(view_of(target, count), dtype=torch.uint8).copy_(flat[start : start + count])
+
+
+def is_row_major(tensor: torch.Tensor) -> bool:
+    """Whether the row-major bytes of a tensor are what lies from ``data_ptr()`` on, on its device."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def copies_beside_training(tensor: torch.Tensor) -> bool:
+    """Whether :class:`Transfers` takes it without room for another copy on the GPU."""
+    return tensor.is_cuda and is_row_major(tensor)
+
+
+def bounce_buffer(device: torch.device) -> torch.Tensor:
+    """Bytes that this thread uses again for each piece that it brings to ``device``: pinned where that helps."""
+    pinned = device.type == "cuda"
+    found: torch.Tensor | None = getattr(_bounces, "pinned" if pinned else "plain", None)
+    if found is None:
+        found = torch.empty(BOUNCE_SIZE, dtype=torch.uint8, pin_memory=pinned)
+        setattr(_bounces, "pinned" if pinned else "plain", found)
+    return found
+
+
+class Transfers:
+    """Copies from GPUs into pinned memory, each GPU's on a stream of its own: nobody waits until it must.
+
+    They begin when what the current stream was given before is done. Whoever changes the tensors has to call
+    ``order_before_changes`` first: then the GPU, and not this process, waits for what is not copied yet.
+    """
+
+    def __init__(self, transfers: Sequence[Transfer]) -> None:
+        self._tensors = [transfer.tensor for transfer in transfers]  # their memory must not be given to others
+        self._copied = []
+        for device in dict.fromkeys(tensor.device for tensor in self._tensors):
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for tensor, target in transfers:
+                    if tensor.device == device:
+                        _start(tensor, target, non_blocking=True)
+                self._copied.append((device, stream.record_event()))
+
+    @property
+    def done(self) -> bool:
+        """Whether every byte has been copied."""
+        return all(copied.query() for _, copied in self._copied)
+
+    def order_before_changes(self) -> None:
+        """Whatever the current streams are given from now on happens after the copies."""
+        for device, copied in self._copied:
+            torch.cuda.current_stream(device).wait_event(copied)
+
+    def wait(self) -> None:
+        """Until every byte is there."""
+        for _, copied in self._copied:
+            copied.synchronize()
+
+
+def _start(tensor: torch.Tensor, target: int, *, non_blocking: bool) -> None:
+    if not tensor.numel():
+        return
+    bits = raw(tensor)
+    memory = torch.frombuffer(view_of(target, bits.nbytes), dtype=bits.dtype).view(bits.shape)
+    memory.copy_(bits, non_blocking=non_blocking)
