@@ -105,9 +105,17 @@ class Arena:
         for helper in helpers:
             helper.result()
 
-    def begin(self, copies: Iterable[Copy]) -> Transfers:
-        """Let GPUs carry out ``copies`` beside training, if the memory is pinned."""
-        self._running = Transfers([Transfer(tensor, self.address + offset) for tensor, offset, _ in copies])
+    def begin(self, beside: Iterable[Copy], at_once: Iterable[Copy]) -> Transfers:
+        """Carry out ``at_once``, as far as the processor sees it; GPUs may copy while training goes on.
+
+        Then they copy ``at_once`` before whatever the current stream is given from now on, and ``beside`` when they can.
+        """
+        in_order = []
+        here = []
+        for copy in at_once:
+            (in_order if copy.tensor.is_cuda else here).append(copy)
+        self._running = Transfers(self._transfers(beside), self._transfers(in_order))
+        self.fill(here)
         return self._running
 
     def free(self) -> None:
@@ -119,8 +127,10 @@ class Arena:
 
     def _fill_from_elsewhere(self, copies: Iterable[Copy]) -> None:
         """From other devices, and from memory that is not row-major."""
-        transfers = [Transfer(tensor, self.address + offset) for tensor, offset, _ in copies]
-        copy_out(transfers, pinned=self._pinned)
+        copy_out(self._transfers(copies), pinned=self._pinned)
+
+    def _transfers(self, copies: Iterable[Copy]) -> list[Transfer]:
+        return [Transfer(tensor, self.address + offset) for tensor, offset, _ in copies]
 
     def _call_helpers(self, pieces: deque[tuple[int, int, int]], helpers: list[Future[None]]) -> None:
         """Let other threads take pieces too; each is added to ``helpers``."""

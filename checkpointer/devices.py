@@ -72,38 +72,56 @@ def bounce_buffer(device: torch.device) -> torch.Tensor:
 
 
 class Transfers:
-    """Copies from GPUs into pinned memory, each GPU's on a stream of its own: nobody waits until it must.
+    """Copies from GPUs into pinned memory that nobody waits for until it must.
 
-    They begin when what the current stream was given before is done. Whoever changes the tensors has to call
-    ``order_before_changes`` first: then the GPU, and not this process, waits for what is not copied yet.
+    They begin when what the current stream was given before is done. Those ``in_order`` are next there, so whatever
+    it is given later comes after them. Those ``beside`` run on a stream of their own: whoever changes these tensors has
+    to call ``order_before_changes`` first. Then the GPU, and not this process, waits for what is not copied yet.
     """
 
-    def __init__(self, transfers: Sequence[Transfer]) -> None:
-        self._tensors = [transfer.tensor for transfer in transfers]  # their memory must not be given to others
-        self._copied = []
+    def __init__(self, beside: Sequence[Transfer], in_order: Sequence[Transfer] = ()) -> None:
+        self._tensors = [transfer.tensor for transfer in (*beside, *in_order)]
+        """Their memory must not be given to others."""
+        self._beside = []
+        self._in_order = []
         for device in dict.fromkeys(tensor.device for tensor in self._tensors):
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
+            stream, own = torch.cuda.current_stream(device), side_stream(device)
+            own.wait_stream(stream)
+            with torch.cuda.stream(own):
+                _start_those_on(device, beside)
+                self._beside.append((device, own.record_event()))
             with torch.cuda.stream(stream):
-                for tensor, target in transfers:
-                    if tensor.device == device:
-                        _start(tensor, target, non_blocking=True)
-                self._copied.append((device, stream.record_event()))
+                _start_those_on(device, in_order)
+                self._in_order.append(stream.record_event())
 
     @property
     def done(self) -> bool:
         """Whether every byte has been copied."""
-        return all(copied.query() for _, copied in self._copied)
+        return all(copied.query() for copied in self._events())
 
     def order_before_changes(self) -> None:
         """Whatever the current streams are given from now on happens after the copies."""
-        for device, copied in self._copied:
+        for device, copied in self._beside:
             torch.cuda.current_stream(device).wait_event(copied)
 
     def wait(self) -> None:
         """Until every byte is there."""
-        for _, copied in self._copied:
+        for copied in self._events():
             copied.synchronize()
+
+    def _events(self) -> list[torch.cuda.Event]:
+        return [*(copied for _, copied in self._beside), *self._in_order]
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where copies run that training need not wait for."""
+    return torch.cuda.Stream(device)
+
+
+def _start_those_on(device: torch.device, transfers: Iterable[Transfer]) -> None:
+    for tensor, target in transfers:
+        if tensor.device == device:
+            _start(tensor, target, non_blocking=True)
 
 
 def _start(tensor: torch.Tensor, target: int, *, non_blocking: bool) -> None:

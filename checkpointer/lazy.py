@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from checkpointer.arena import Arena, Copy, is_flat
-from checkpointer.devices import copies_beside_training
+from checkpointer.devices import Transfers, copies_beside_training
 from checkpointer.digest import Digest
 from checkpointer.errors import SaveError
 from checkpointer.memory import Part, Ring, copy_memory, part_of_memory
@@ -55,7 +55,7 @@ class LiveTensor:
 class LiveState:
     """All live tensors of one save. The writer takes their bytes; ``detach`` copies what it has not taken yet."""
 
-    def __init__(self, arena: Arena, tensors: Sequence[LiveTensor], on_gpu: LiveOnGpu | None = None) -> None:
+    def __init__(self, arena: Arena, tensors: Sequence[LiveTensor], on_gpu: LiveOnGpu) -> None:
         self._arena = arena
         self._tensors = tensors
         self._on_gpu = on_gpu
@@ -89,8 +89,7 @@ class LiveState:
     def detach(self) -> None:
         """Copy what the writer has not taken yet: afterwards the live tensors may change. Never raises."""
         try:
-            if self._on_gpu is not None:
-                self._on_gpu.detach()
+            self._on_gpu.detach()
             with self._lock:
                 self._copy_rest()
         except Exception:  # no reason for ending a run: training waits until it is written
@@ -103,8 +102,7 @@ class LiveState:
         Raises:
             SaveError: as for ``take``.
         """
-        if self._on_gpu is not None:
-            self._on_gpu.wait()
+        self._on_gpu.wait()
 
     def end(self) -> None:
         """The save has ended, well or not: nobody needs the live tensors any more."""
@@ -139,10 +137,9 @@ class LiveState:
 class LiveOnGpu:
     """Tensors on GPUs whose copies are on their way to the arena, beside training."""
 
-    def __init__(self, arena: Arena, transfers: Sequence[tuple[LiveTensor, int]]) -> None:
-        """``transfers``: each tensor, and its offset in the arena."""
-        self._tensors = [live for live, _ in transfers]
-        self._running = arena.begin([Copy(live.tensor, offset, live.size) for live, offset in transfers])
+    def __init__(self, tensors: Sequence[LiveTensor], running: Transfers) -> None:
+        self._tensors = tensors
+        self._running = running
         self._lock = threading.Lock()
         self._settled = False
         self._torn: str | None = None

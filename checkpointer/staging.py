@@ -165,7 +165,8 @@ class Stager:
         shared = self._shared(captured, shareable)
         live: list[LiveTensor] = []
         copies: list[Copy] = []
-        on_gpu: list[tuple[LiveTensor, int]] = []
+        on_gpu: list[LiveTensor] = []
+        beside: list[Copy] = []
         planned: dict[str, list[LiveTensor | Copy]] = {}
         size = 0
         for file in self._files:
@@ -183,12 +184,13 @@ class Stager:
                 size += cache_aligned(copy.size)
                 slots.append(copy)
                 if stepped:
-                    on_gpu.append((LiveTensor(slot, tensor), copy.offset))
+                    on_gpu.append(LiveTensor(slot, tensor))
+                    beside.append(copy)
                 else:
                     copies.append(copy)
         self._arena.reserve(size, pinned=_on_gpu(captured))
-        self._arena.fill(copies)
-        state = LiveState(self._rest, live, LiveOnGpu(self._arena, on_gpu) if on_gpu else None)
+        running = self._arena.begin(beside, copies)
+        state = LiveState(self._rest, live, LiveOnGpu(on_gpu, running))
         files = {path: LazyFile(state, slots, self._arena.address, self._ring) for path, slots in planned.items()}
         return self._staged(captured, [shared.get(file.path) or files[file.path] for file in self._files], state)
 
