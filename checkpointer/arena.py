@@ -108,10 +108,10 @@ class Arena:
     def begin(self, beside: Iterable[Copy], at_once: Iterable[Copy]) -> Transfers:
         """Carry out ``at_once``, as far as the processor sees it; GPUs may copy while training goes on.
 
-        Then they copy ``at_once`` before whatever the current stream is given from now on, and ``beside`` when they can.
+        Then they copy ``at_once`` before whatever the current stream is given from now on, ``beside`` when they can.
         """
-        in_order = []
-        here = []
+        in_order: list[Copy] = []
+        here: list[Copy] = []
         for copy in at_once:
             (in_order if copy.tensor.is_cuda else here).append(copy)
         self._running = Transfers(self._transfers(beside), self._transfers(in_order))
