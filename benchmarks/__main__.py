@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # a spawned child imports this module, and should not import all that
     from benchmarks.measure import Plan, Result
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure_all(workloads: Sequence[Workload], plan: Plan, options: argparse.Namespace) -> int:
-    """The report is written anew after each workload: what is measured is not lost."""
-    from benchmarks import environment, goals, plot, report
+    """The report is written anew after each round: what is measured is not lost."""
+    from benchmarks import environment, goals
     from benchmarks.measure import measure
 
     run = {
@@ -60,18 +60,31 @@ def _measure_all(workloads: Sequence[Workload], plan: Plan, options: argparse.Na
     about = {"environment": environment.describe(plan.folder), "run": run}
     results: dict[str, Result] = {}
     for workload in workloads:
-        results[workload.name] = measure(workload, plan)
-        verdicts = goals.judge(results)
-        text = report.to_markdown(results, about)
-        if options.against_goals or options.strict:
-            text += f"\n{report.goals_to_markdown(verdicts)}"
-        (options.out / "results.md").write_text(text, encoding="utf-8")
-        found = json.dumps(report.to_json(results, verdicts, about), indent=1)
-        (options.out / "results.json").write_text(found, encoding="utf-8")
-        plot.draw(results[workload.name], options.out / workload.name)
+
+        def write(result: Result, name: str = workload.name) -> str:
+            results[name] = result
+            return _write(results, about, options)
+
+        text = write(measure(workload, plan, write))
     print(text)
     print(f"written to {options.out}", file=sys.stderr)
-    return 1 if options.strict and any(verdict.holds is False for verdict in verdicts) else 0
+    return 1 if options.strict and any(verdict.holds is False for verdict in goals.judge(results)) else 0
+
+
+def _write(results: Mapping[str, Result], about: Mapping[str, Any], options: argparse.Namespace) -> str:
+    """Markdown, JSON, and a plot of what was measured last; returns the Markdown."""
+    from benchmarks import goals, plot, report
+
+    verdicts = goals.judge(results)
+    text = report.to_markdown(results, about)
+    if options.against_goals or options.strict:
+        text += f"\n{report.goals_to_markdown(verdicts)}"
+    (options.out / "results.md").write_text(text, encoding="utf-8")
+    found = json.dumps(report.to_json(results, verdicts, about), indent=1)
+    (options.out / "results.json").write_text(found, encoding="utf-8")
+    name, result = list(results.items())[-1]
+    plot.draw(result, options.out / name)
+    return text
 
 
 def _select(patterns: str, known: Mapping[str, Chosen]) -> list[Chosen]:

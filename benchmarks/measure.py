@@ -121,8 +121,8 @@ class Result:
         return min(ways.items(), key=lambda item: item[1]) if ways else None
 
 
-def measure(workload: Workload, plan: Plan) -> Result:
-    """All rounds of one workload."""
+def measure(workload: Workload, plan: Plan, after_round: Callable[[Result], object] = lambda _: None) -> Result:
+    """All rounds of one workload. ``after_round`` gets what is measured by then: a long run may be ended early."""
     torch.manual_seed(plan.seed)
     with _folder(plan.folder / workload.name) as folder:
         bench = _Bench(workload, plan, folder)
@@ -130,6 +130,7 @@ def measure(workload: Workload, plan: Plan) -> Result:
             bench.warm_up()
             for number in range(plan.rounds):
                 bench.round(number)
+                after_round(bench.result())
             if workload.successive:
                 bench.successive()
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -25,6 +26,10 @@ SMALLEST_PIECE = 4 << 20
 """Bytes of a piece, where all threads together have less to copy than a ``PIECE`` each."""
 
 
+MOST_THREADS = 8
+"""Memory is busy with fewer."""
+
+
 class Copy(NamedTuple):
     """The row-major bytes of a tensor, and where in the arena they go."""
 
@@ -36,12 +41,12 @@ class Copy(NamedTuple):
 class Arena:
     """Memory that grows when it has to and shrinks never, until it is freed."""
 
-    def __init__(self, threads: int = 2) -> None:
-        """``threads`` copy: one alone may not reach the memory's speed.
+    def __init__(self, threads: int | None = None) -> None:
+        """``threads`` copy, as many as there are cores for if ``None``: training waits for them, and one is slow.
 
         None uses OpenMP, whose barriers wait for a thread that has lost its core.
         """
-        self._threads = threads
+        self._threads = threads or copy_threads()
         self._region: Region | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._pinned = False
@@ -154,6 +159,13 @@ class Arena:
             unpin(self._region)
         self._pinned = False
         self._region = None
+
+
+def copy_threads() -> int:
+    """How many threads copy while training waits: one for each core, shared with other ranks that torchrun started."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return min(MOST_THREADS, max(1, cores // max(1, int(ranks) if ranks.isdecimal() else 1)))
 
 
 def is_flat(tensor: torch.Tensor) -> bool:

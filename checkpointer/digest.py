@@ -77,15 +77,14 @@ class _Run(NamedTuple):
 
 
 def _runs(file: TensorFile, learned: Collection[tuple[str, str]]) -> Iterator[_Run]:
-    run: _Run | None = None
+    dtype, begin, end = "", 0, 0
     for slot, spec in zip(file.slots, file.specs, strict=True):
         if (slot.component, slot.key) not in learned:
             continue
-        if run is not None and (run.dtype, run.end) == (spec.dtype, slot.begin):
-            run = run._replace(end=slot.end)
-            continue
-        if run is not None:
-            yield run
-        run = _Run(spec.dtype, slot.begin, slot.end)
-    if run is not None:
-        yield run
+        if (dtype, end) != (spec.dtype, slot.begin):
+            if begin < end:
+                yield _Run(dtype, begin, end)
+            dtype, begin = spec.dtype, slot.begin
+        end = slot.end
+    if begin < end:
+        yield _Run(dtype, begin, end)

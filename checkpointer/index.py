@@ -7,8 +7,10 @@ that the manifest gives. See FORMAT.md, "index.json".
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -97,14 +99,27 @@ class Index:
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        components = {name: self._component_to_json(name, part) for name, part in self.components.items()}
-        headers = {path: [length, xxh3] for path, (length, xxh3) in self.headers.items()}
-        fields = {"format": FORMAT, "version": VERSION, "files": headers, "components": components}
-        return strictjson.dumps(fields).encode("ascii")
+        with collector_paused():
+            components = {name: self._component_to_json(name, part) for name, part in self.components.items()}
+            headers = {path: [length, xxh3] for path, (length, xxh3) in self.headers.items()}
+            fields = {"format": FORMAT, "version": VERSION, "files": headers, "components": components}
+            return strictjson.dumps(fields).encode("ascii")
 
     def _component_to_json(self, name: str, component: Component) -> dict[str, object]:
         tensors = {key: _tensor_to_json(spec, self.chunks[name, key]) for key, spec in component.tensors.items()}
         return {"kind": component.kind, "meta": dict(component.meta), "tree": component.tree, "tensors": tensors}
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Make many objects that stay: the garbage collector would look at all of them, again and again, for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def parse_index(data: bytes, sizes: Mapping[str, int], where: str) -> Index:
@@ -120,7 +135,11 @@ def parse_index(data: bytes, sizes: Mapping[str, int], where: str) -> Index:
     """
     if len(data) > layout.INDEX_LIMIT:
         raise CorruptCheckpointError(f"{where} is larger than {layout.INDEX_LIMIT} bytes")
-    raw = strictjson.mapping(strictjson.loads(data, where), where)
+    with collector_paused():
+        return _parse(strictjson.mapping(strictjson.loads(data, where), where), sizes, where)
+
+
+def _parse(raw: Mapping[str, object], sizes: Mapping[str, int], where: str) -> Index:
     try:
         _check_version(raw, where)
         headers = {path: _parse_header(path, value, sizes) for path, value in _object(raw, "files").items()}

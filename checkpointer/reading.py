@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -154,8 +153,7 @@ class CheckpointReader:
         if xxhash.xxh3_128_hexdigest(data) != self.manifest.files[path].xxh3:
             raise CorruptCheckpointError(f"{self._place(path)} is damaged: its bytes do not match its hash")
         sizes = {file: record.size for file, record in self.manifest.files.items()}
-        with collector_paused():
-            return parse_index(data, sizes, self._place(path))
+        return parse_index(data, sizes, self._place(path))
 
     def _tasks(self, reads: Iterable[ChunkRead], *, verify: bool) -> Iterator[Callable[[], None]]:
         """What one thread does at a time. Small chunks next to each other are one request, large ones are several."""
@@ -261,18 +259,6 @@ class CheckpointReader:
 
     def _place(self, path: str) -> str:
         return self._storage.place(f"{self._directory}/{self.manifest.place(path)}")
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Make many objects that stay: the garbage collector would look at all of them, again and again, for nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Run:

@@ -19,10 +19,10 @@ from checkpointer.errors import (
     FormatVersionError,
     IncompatibleStateError,
 )
-from checkpointer.index import Chunk, Component
+from checkpointer.index import Chunk, Component, collector_paused
 from checkpointer.info import CheckpointInfo
 from checkpointer.notes import Note
-from checkpointer.reading import CheckpointReader, ChunkRead, collector_paused
+from checkpointer.reading import CheckpointReader, ChunkRead
 from checkpointer.repository import Repository
 from checkpointer.sharing import Source
 from checkpointer.state import Adapter, ComponentReport, RestoreOptions, RestorePlan, SavedState, WholeModelLoader
@@ -187,7 +187,7 @@ class Restorer:
         """
         self.source = None
         try:
-            with self._repository.open(info) as reader:
+            with collector_paused(), self._repository.open(info) as reader:
                 report, verified = self._restore(reader, request)
                 self.source = Source.of(info, reader.manifest, reader.index, verified)
         except FileNotFoundError as error:
@@ -241,8 +241,7 @@ class Restorer:
         if report.missing or report.unexpected:
             options = replace(options, partial=True)
         reader.prefetch(names)
-        with collector_paused():
-            plans = self._prepare(reader, names, replace(options, rng=RNG in names))
+        plans = self._prepare(reader, names, replace(options, rng=RNG in names))
         if request.verify != "off":
             reader.check_metadata()
         if request.verify == "before":

@@ -109,7 +109,7 @@ class Saver:
         self._on_commit = on_commit
         self._stepped = stepped
         self._space = Space(repository, config)
-        self._stager = Stager(config.write.threads)
+        self._stager = Stager()
         self._steps = StepWatch()
         if config.write.mode == "lazy":
             self._steps.begin()

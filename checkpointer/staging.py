@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 import xxhash
 
-from checkpointer.arena import Arena, Copy, is_flat
+from checkpointer.arena import Arena, Copy, copy_threads, is_flat
 from checkpointer.devices import copy_bytes_out, is_row_major, pin, unpin
 from checkpointer.digest import Digest
 from checkpointer.errors import SaveError
@@ -118,11 +118,9 @@ class SharedFile:
 class Stager:
     """Stages the components of a manager, save after save, in memory that it keeps."""
 
-    def __init__(self, threads: int = 2) -> None:
-        """``threads`` copy and hash."""
-        self._threads = threads
-        self._arena = Arena(threads)
-        self._rest = Arena(threads)
+    def __init__(self) -> None:
+        self._arena = Arena()
+        self._rest = Arena()
         """For live tensors that change before they are written."""
         self._kept_ring: Ring | None = None
         self._ring_pinned = False
@@ -228,7 +226,7 @@ class Stager:
             found = candidate(file, shareable.source, shareable.limit)
             if found.record is not None and shareable.source is not None:
                 tensors = _tensors(file, captured)
-                found = found.confirmed(hash_tensors(tensors, self._threads))
+                found = found.confirmed(hash_tensors(tensors))
                 if found.record is not None:
                     shared[file.path] = SharedFile(shareable.source, found.record, found.hashes, tensors, self._ring)
             logger.debug("%s: %s", file.path, found.reason)
@@ -294,11 +292,11 @@ def _part_of_view(block: memoryview) -> Part:
     return Part(len(block), copy)
 
 
-def hash_tensors(tensors: Sequence[torch.Tensor], threads: int) -> list[str]:
+def hash_tensors(tensors: Sequence[torch.Tensor]) -> list[str]:
     """The xxh3-128 of the row-major bytes of each tensor."""
     if sum(tensor.nbytes for tensor in tensors) < WORTH_THREADS:
         return [_hash(tensor) for tensor in tensors]
-    with ThreadPoolExecutor(threads, thread_name_prefix="checkpointer-hash") as pool:
+    with ThreadPoolExecutor(copy_threads(), thread_name_prefix="checkpointer-hash") as pool:
         return list(pool.map(_hash, tensors))
 
 
