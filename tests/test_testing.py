@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from checkpointer.data import ResumableLoader
 from checkpointer.errors import ConfigError
-from checkpointer.testing import _compare_runs, _do, _Lab, _Part, _Record, assert_resume_exact
+from checkpointer.testing import assert_resume_exact
+from checkpointer.testing.resume import compare_runs
+from checkpointer.testing.runs import Lab, Part, Record, do
 
 STEPS, CUT = 6, 2
 Made = tuple[dict[str, Any], Any]
@@ -231,11 +233,11 @@ def not_a_pair() -> Any:
     return parts()
 
 
-class SameProcess(_Lab):
+class SameProcess(Lab):
     """Does every part in this process: four processes that import torch take ten seconds."""
 
-    def run(self, part: _Part) -> _Record:
-        return _do(self.make_run, str(self.folder), part)
+    def run(self, part: Part) -> Record:
+        return do(self.make_run, str(self.folder), part)
 
 
 def test_a_run_that_resumes_exactly_passes():
@@ -250,7 +252,7 @@ def test_a_defect_fails_with_its_cause():
 @pytest.mark.parametrize("make_run", [good, good_object, good_loader])
 @pytest.mark.parametrize("cuts", [(0,), (4,), (0, 1, 2, 3, 4)])
 def test_a_run_that_resumes_exactly_shows_no_difference(make_run, cuts, tmp_path):
-    assert not _compare_runs(SameProcess(make_run, tmp_path, STEPS, cuts))
+    assert not compare_runs(SameProcess(make_run, tmp_path, STEPS, cuts))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +271,7 @@ def test_a_run_that_resumes_exactly_shows_no_difference(make_run, cuts, tmp_path
     ],
 )
 def test_a_defect_is_found_by_name_with_its_cause(make_run, expected, tmp_path):
-    problem = _compare_runs(SameProcess(make_run, tmp_path, STEPS, (CUT,)))
+    problem = compare_runs(SameProcess(make_run, tmp_path, STEPS, (CUT,)))
     assert not [text for text in expected if text not in problem], problem
 
 

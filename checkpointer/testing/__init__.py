@@ -1,0 +1,37 @@
+"""A test for your own training loop: interrupted and resumed, does it go on bit for bit?
+
+```python
+# test_resume.py
+from checkpointer.testing import assert_resume_exact
+
+
+def make_run():
+    torch.manual_seed(0)
+    model, optimizer, loader = ...
+    batches = itertools.cycle(loader)
+
+    def train_step(step):
+        loss = ...
+        return loss
+
+    return {"model": model, "optimizer": optimizer, "loader": loader}, train_step
+
+
+def test_resume_is_exact():
+    assert_resume_exact(make_run, steps=20, interrupt_at=[7, 12])
+```
+
+``make_run`` is called in new processes: it lies at the top of a module, and takes no arguments. It builds everything,
+as the script does before its loop, and returns the components by name, as :class:`CheckpointManager` takes them, and
+the function that trains one step and returns the loss. After it, a resumed process restores the components.
+
+Three things are compared, after each step: the loss; every tensor and every number of every component; and every
+module, tensor, optimizer, scheduler or generator that the step can reach (through closures, attributes, and the globals
+that it names) and that is *not* a component, such as a forgotten average of the weights.
+"""
+
+from __future__ import annotations
+
+from checkpointer.testing.resume import assert_resume_exact
+
+__all__ = ["assert_resume_exact"]
