@@ -621,6 +621,18 @@ def test_new_directories_above_the_root_are_made_durable_too(tmp_path, monkeypat
     assert {".", "a", "a/b", "a/b/run"} <= synced
 
 
+def test_a_directory_whose_name_could_not_be_made_durable_is_not_there_the_next_time(tmp_path, monkeypatch):
+    storage = LocalStorage(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, "the disk is broken")))
+        with pytest.raises(OSError, match="the disk is broken"):
+            storage.make_directory("a/b")
+    assert not (tmp_path / "run").exists()
+    recorder = Recorder(str(tmp_path), monkeypatch)
+    storage.make_directory("a/b")
+    assert [what for kind, what in recorder.events if kind == "fsync"] == [".", "run", "run/a"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="names of descriptors come from /proc")
 def test_a_removal_makes_the_rename_to_the_trash_durable_before_anything_is_deleted(tmp_path, monkeypatch):
     root = str(tmp_path / "run")

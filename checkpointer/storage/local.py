@@ -187,7 +187,12 @@ class LocalStorage:
         for directory in reversed(missing):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(directory)
-            self._sync_path(os.path.dirname(directory))
+            try:
+                self._sync_path(os.path.dirname(directory))
+            except OSError:
+                with contextlib.suppress(OSError):  # the first error counts
+                    os.rmdir(directory)  # or the next call would find it, and take its name for durable
+                raise
 
     def rename(self, old: str, new: str) -> None:
         rename_exclusively(self.place(old), self.place(new))
