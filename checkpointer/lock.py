@@ -129,7 +129,8 @@ class WriterLock:
         """Free the lock; does nothing where this process does not hold it."""
         if self.held and self._lock is not None:
             if self._in_place():  # else the name is that of another owner
-                self._owner_path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # on a disk that fails: it is only who was the last one
+                    self._owner_path.unlink(missing_ok=True)
             self._lock.release()
         self._lock = None
 
@@ -164,7 +165,8 @@ class WriterLock:
             "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "user": _user(),
         }
-        self._owner_path.write_text(json.dumps(owner) + "\n", encoding="utf-8")
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, and restoring needs it
+            self._owner_path.write_text(json.dumps(owner) + "\n", encoding="utf-8")
 
     def _refusal(self) -> str:
         who = read_owner(self._owner_path)

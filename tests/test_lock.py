@@ -314,6 +314,20 @@ def test_releasing_a_lock_that_was_replaced_leaves_the_new_owner_its_name(local)
     second.close()
 
 
+def test_a_lock_is_taken_and_freed_where_nobody_can_say_whose_it_is(local):
+    """As on a disk that is full when a job starts, or read-only by the time it ends."""
+    owner = Path(local.url, ".checkpointer", "owner.json")
+    owner.mkdir(parents=True)  # neither written nor unlinked
+    with CheckpointManager(local.url, config=SYNC, state={"value": 1}) as mgr:
+        mgr.save(1)
+        assert mgr._repository.lock.held
+        with pytest.raises(RunLockedError):
+            CheckpointManager(local.url, state={"value": 1}).restore_latest()
+    assert owner.is_dir()
+    with CheckpointManager(local.url, state={"value": 1}) as mgr:
+        assert mgr.restore_latest().step == 1
+
+
 def test_a_lock_whose_owner_has_not_said_who_it_is_is_still_a_lock(local):
     first = manager(local)
     first.restore_latest()
