@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 
 from checkpointer.devices import Transfer, Transfers, copy_out, is_row_major, pin, unpin
 from checkpointer.memory import Region, copy_memory, page_aligned
+from checkpointer.threads import Pool
 
 LARGE = 256 << 10
 """Bytes. From here on it pays to share a copy with another thread."""
@@ -48,7 +49,7 @@ class Arena:
         """
         self._threads = threads or copy_threads()
         self._region: Region | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: Pool | None = None
         self._pinned = False
         self._running: Transfers | None = None
         """What may still be written to, by a GPU."""
@@ -140,7 +141,7 @@ class Arena:
     def _call_helpers(self, pieces: deque[tuple[int, int, int]], helpers: list[Future[None]]) -> None:
         """Let other threads take pieces too; each is added to ``helpers``."""
         if self._pool is None and self._threads > 1:
-            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="checkpointer-copy")
+            self._pool = Pool(self._threads - 1, thread_name_prefix="checkpointer-copy")
         for _ in range(self._threads - 1):
             assert self._pool is not None
             try:

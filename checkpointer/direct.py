@@ -13,12 +13,13 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
 from checkpointer.memory import PAGE, STEADY, Region, page_aligned
+from checkpointer.threads import Pool
 
 BLOCK = 8 << 20
 """Bytes of one write."""
@@ -55,7 +56,7 @@ def write_blocks(
     writes are under way at a time.
     """
     _preallocate(fd, size)
-    with ThreadPoolExecutor(threads, thread_name_prefix="checkpointer-disk") as pool:
+    with Pool(threads, thread_name_prefix="checkpointer-disk") as pool:
         written = _Blocks(fd, pool, size, steady=steady).write(pieces)
     os.ftruncate(fd, written)  # the last block was filled up
     return written
@@ -64,7 +65,7 @@ def write_blocks(
 class _Blocks:
     """One file on its way to the disk."""
 
-    def __init__(self, fd: int, pool: ThreadPoolExecutor, size: int, *, steady: bool) -> None:
+    def __init__(self, fd: int, pool: Pool, size: int, *, steady: bool) -> None:
         self._fd = fd
         self._pool = pool
         self._block = min(STEADY_BLOCK if steady else BLOCK, page_aligned(size))

@@ -9,7 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import datetime
 from typing import Any
@@ -24,6 +24,7 @@ from checkpointer.space import Space, is_full
 from checkpointer.staging import Shareable, Staged, Stager
 from checkpointer.state import Captured
 from checkpointer.stepping import StepWatch, WatchedSave
+from checkpointer.threads import Pool
 from checkpointer.writing import Snapshot, write_checkpoint
 
 logger = logging.getLogger("checkpointer")
@@ -115,7 +116,7 @@ class Saver:
             self._steps.begin()
         self._share_with: Source | None = None
         """The checkpoint before, if this process wrote or verified it."""
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: Pool | None = None
         self._current: PendingSave | None = None
         self._background: Future[None] | None = None
         self._committed: CheckpointInfo | None = None
@@ -246,7 +247,7 @@ class Saver:
         """Let the writer's thread carry it out; in this one where no thread can be started any more."""
         # The interpreter joins an executor's threads at exit, so a script that ends during a save still commits it.
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpointer-writer")
+            self._pool = Pool(1, thread_name_prefix="checkpointer-writer")
         try:
             return self._pool.submit(function, *arguments)
         except RuntimeError:  # for example in an atexit handler

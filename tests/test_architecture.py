@@ -53,7 +53,7 @@ LAYERS = {
         TORCH | INPUT_OUTPUT,
     ),
     "settings": layer("config yamlfile", "errors pure settings", TORCH | STORAGE),
-    "blocks": layer("memory direct", "errors blocks"),
+    "blocks": layer("direct memory threads", "errors blocks"),
     "storage": layer("storage lock notes commit", "errors pure blocks storage", TORCH),
     "repository": layer(
         "doctor reading verification repository pruning watching", "errors pure storage repository", TORCH
@@ -66,7 +66,7 @@ LAYERS = {
     ),
     "manager": layer(
         "environment writing space saving restoring position pacing signals manager migration",
-        "errors pure settings storage repository arguments state manager distributed",
+        "errors pure settings blocks storage repository arguments state manager distributed",
     ),
     "distributed": layer("distributed", "errors pure storage repository state distributed"),
     "adapters": layer("adapters data testing", "errors pure storage repository state manager distributed adapters"),
