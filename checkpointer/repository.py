@@ -61,6 +61,10 @@ class Repository:
         self.storage = storage
         self.lock = WriterLock(storage.url, storage.lock_path, lambda: storage.make_directory(layout.PRIVATE))
         self._protocol = protocol_for(storage, self.lock)
+        self._abandoned: list[Attempt] = []
+        """Failed attempts whose files could not be removed yet."""
+        self._half_removed: list[str] = []
+        """The ids of checkpoints whose removal has failed."""
 
     @property
     def url(self) -> str:
@@ -185,6 +189,8 @@ class Repository:
 
     def check_space(self, step: int, size: int) -> None:
         """Raise SaveError, with the errno of a full disk, unless ``size`` bytes can be written; quotas are unknown."""
+        with contextlib.suppress(OSError):  # logged when it failed first; the space counts as taken
+            self._clear_away()
         free = self.storage.free_bytes()
         if free is not None and free < size:
             full = SaveError(
@@ -219,8 +225,12 @@ class Repository:
         return self.current(manifest.info(self.storage.place(name)))
 
     def abandon(self, attempt: Attempt) -> None:
-        """Remove what a failed attempt has written."""
-        self._protocol.abandon(attempt)
+        """Remove what a failed attempt has written; what cannot be removed now, before the next one begins.
+
+        A process that lives long would otherwise fill the disk with its failures.
+        """
+        self._abandoned.append(attempt)
+        self._clear_away()
 
     def remove(self, info: CheckpointInfo) -> bool:
         """Remove a checkpoint; ``False`` if it was pinned meanwhile, and stays."""
@@ -228,7 +238,13 @@ class Repository:
             manifest = self.manifest(info)
         except CheckpointNotFoundError:
             return True
-        return self._protocol.remove(name_of(info), manifest)
+        with contextlib.suppress(OSError):  # as above; this removal may succeed all the same
+            self._finish_removals()
+        try:
+            return self._protocol.remove(name_of(info), manifest)
+        except OSError:
+            self._half_removed.append(manifest.id)
+            raise
 
     def recover(self) -> None:
         """Remove what dead writers left half done, and finish what they left half removed."""
@@ -241,6 +257,16 @@ class Repository:
     def quarantine(self, name: str) -> str | None:
         """Move a damaged checkpoint to where nothing is ever deleted; ``None`` where the storage cannot move."""
         return self._protocol.quarantine(name)
+
+    def _clear_away(self) -> None:
+        for attempt in self._abandoned.copy():
+            self._protocol.abandon(attempt)
+            self._abandoned.remove(attempt)
+
+    def _finish_removals(self) -> None:
+        for id in self._half_removed.copy():
+            self._protocol.finish_removal(id)
+            self._half_removed.remove(id)
 
     def _describe(self, name: str, data: bytes | Exception, noted: set[str]) -> CheckpointInfo | None:
         """The checkpoint in directory ``name``; ``None`` if it has no manifest, and so is none."""

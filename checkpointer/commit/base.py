@@ -93,6 +93,9 @@ class CommitProtocol(Protocol):
     def remove(self, name: str, manifest: Manifest) -> bool:
         """Remove a committed checkpoint; ``False`` if it turned out to be pinned and stays."""
 
+    def finish_removal(self, id: str) -> None:
+        """Try once more what ``remove`` of this checkpoint has begun and not ended."""
+
     def recover(self) -> None: ...
 
     def quarantine(self, name: str) -> str | None:

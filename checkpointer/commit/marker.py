@@ -85,6 +85,9 @@ class MarkerCommit:
         self._storage.remove(f"{name}/{layout.MANIFEST}")
         return self._finish_removal(name, manifest)
 
+    def finish_removal(self, id: str) -> None:
+        self._recover_removal(f"{layout.TRASH}/{id}.json")
+
     def recover(self) -> None:
         for entry in self._storage.list_directory(layout.TMP):
             path = f"{layout.TMP}/{entry.name}"

@@ -78,6 +78,10 @@ class RenameCommit:
         self._to_trash(name, manifest)
         return self._dispose(f"{layout.TRASH}/{manifest.id}")
 
+    def finish_removal(self, id: str) -> None:
+        if self._storage.exists(f"{layout.TRASH}/{id}"):
+            self._dispose(f"{layout.TRASH}/{id}")
+
     def recover(self) -> None:
         for entry in self._storage.list_directory(layout.TMP):
             if _is_ours(entry) and self._is_abandoned(f"{layout.TMP}/{entry.name}"):
