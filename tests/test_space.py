@@ -19,7 +19,7 @@ import torch
 
 from checkpointer import CheckpointInfo, CheckpointManager
 from checkpointer.errors import CheckpointerWarning, SaveError
-from checkpointer.storage import LocalStorage
+from checkpointer.storage import LocalStorage, wrapping
 from checkpointer.storage.base import Buffer
 
 SIZE = 400_000
@@ -94,7 +94,7 @@ def run(tmp_path: Path) -> Iterator[MakeRun]:
     def make(on_full: str = "error", mode: str = "async", keep: Mapping[str, Any] | None = None) -> Run:
         disk = SmallDisk(tmp_path / "run")
         config = {"write": {"on_full": on_full, "mode": mode}, "keep": keep or {}}
-        with mock.patch("checkpointer.manager.open_storage", return_value=disk):
+        with wrapping(lambda _: disk):
             mgr = CheckpointManager(tmp_path / "run", config=config, state=torch.ones(SIZE // 4))
         made.append(mgr)
         mgr.restore_latest()
@@ -144,7 +144,7 @@ def test_attachments_count_before_anything_is_written(run: MakeRun) -> None:
 def test_a_file_that_is_shared_needs_no_room(run: MakeRun, tmp_path: Path) -> None:
     model = torch.nn.Linear(SIZE // 400, 100).requires_grad_(False)
     disk = SmallDisk(tmp_path / "frozen")
-    with mock.patch("checkpointer.manager.open_storage", return_value=disk):
+    with wrapping(lambda _: disk):
         mgr = CheckpointManager(tmp_path / "frozen", model=model)
     with mgr, warned():
         made = Run(mgr, disk)
@@ -318,7 +318,7 @@ def test_while_it_is_full_a_save_that_is_due_copies_nothing_and_a_forced_one_is_
 def test_after_a_signal_skip_does_not_pretend_that_the_state_is_durable(tmp_path: Path) -> None:
     disk = SmallDisk(tmp_path / "run")
     config = {"write": {"on_full": "skip"}, "save": {"on_signal": "SIGUSR2"}}
-    with mock.patch("checkpointer.manager.open_storage", return_value=disk):
+    with wrapping(lambda _: disk):
         mgr = CheckpointManager(tmp_path / "run", config=config, state=torch.ones(SIZE // 4))
     with mgr, warned():
         made = Run(mgr, disk)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from checkpointer.errors import ConfigError
 from checkpointer.storage.base import Buffer, Entry, ReadFile, Storage, blocks
 from checkpointer.storage.local import LocalStorage
+
+_wrapper: ContextVar[Callable[[Storage], Storage] | None] = ContextVar("wrapper", default=None)
 
 
 def open_storage(
@@ -24,7 +28,25 @@ def open_storage(
     Raises:
         ConfigError: an empty root, an unknown protocol, or a file system whose package is not installed.
     """
-    text = os.fspath(root)
+    storage = _open(os.fspath(root), options, durable=durable, threads=threads)
+    wrapper = _wrapper.get()
+    return storage if wrapper is None else wrapper(storage)
+
+
+@contextmanager
+def wrapping(wrapper: Callable[[Storage], Storage]) -> Iterator[None]:
+    """Inside, and in this thread, every storage that is opened is handed to ``wrapper``, whose result is used instead.
+
+    For tests: this is how :mod:`checkpointer.testing` injects faults.
+    """
+    token = _wrapper.set(wrapper)
+    try:
+        yield
+    finally:
+        _wrapper.reset(token)
+
+
+def _open(text: str, options: Mapping[str, object] | None, *, durable: bool, threads: int) -> Storage:
     if not text.strip() or "\0" in text:
         raise ConfigError(f"the run root must be a path or a URL, got {text!r}")
     if text.startswith(("file://", "local://")):
@@ -47,4 +69,4 @@ def _open_remote(url: str, options: dict[str, object]) -> Storage:
     return FsspecStorage(fs, path, url, options)
 
 
-__all__ = ["Buffer", "Entry", "LocalStorage", "ReadFile", "Storage", "blocks", "open_storage"]
+__all__ = ["Buffer", "Entry", "LocalStorage", "ReadFile", "Storage", "blocks", "open_storage", "wrapping"]

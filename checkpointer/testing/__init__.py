@@ -1,4 +1,6 @@
-"""A test for your own training loop: interrupted and resumed, does it go on bit for bit?
+"""Tests for your own training loop: does it resume bit for bit, and what does it do when the disk fails?
+
+``assert_resume_exact`` runs a loop twice, once interrupted, and compares:
 
 ```python
 # test_resume.py
@@ -28,10 +30,13 @@ the function that trains one step and returns the loss. After it, a resumed proc
 Three things are compared, after each step: the loss; every tensor and every number of every component; and every
 module, tensor, optimizer, scheduler or generator that the step can reach (through closures, attributes, and the globals
 that it names) and that is *not* a component, such as a forgotten average of the weights.
+
+``Fault`` and ``faulty`` let the storage below a manager fail: see :class:`Fault`.
 """
 
 from __future__ import annotations
 
+from checkpointer.testing.faults import OPERATIONS, Fault, Kind, faulty, faulty_storage
 from checkpointer.testing.resume import assert_resume_exact
 
-__all__ = ["assert_resume_exact"]
+__all__ = ["OPERATIONS", "Fault", "Kind", "assert_resume_exact", "faulty", "faulty_storage"]

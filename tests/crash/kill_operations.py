@@ -14,26 +14,25 @@ import sys
 import s3fs  # noqa: F401 - imported once, in the parent; no client may be made before the fork
 import torch
 
+from checkpointer.testing import Fault, faulty
 from tests.conftest import Root
 from tests.crash.kill_points import in_child
-from tests.crash.test_storage_faults import SCENARIOS, check, prepare, state
-from tests.faults import Fault, under
+from tests.crash.scenarios import SCENARIOS
+from tests.crash.test_storage_faults import check, maker_of
 
 
 def main() -> None:
     scenario, url, options, first, stride = sys.argv[1:]
-    act, allowed = SCENARIOS[scenario]
+    prepare, act, allowed = SCENARIOS[scenario]
     torch.set_num_threads(1)
     number, tried = int(first), 0
     while True:
         root = Root("s3", f"{url}/{number}", json.loads(options))
 
         def work(root: Root = root, number: int = number) -> None:
-            prepare(root)
-            fault = Fault(number)
-            fault.hook = lambda: os.kill(os.getpid(), signal.SIGKILL)
-            with under(fault):
-                act(root, state(0))
+            prepare(maker_of(root))
+            with faulty(Fault(at=number, instead=lambda: os.kill(os.getpid(), signal.SIGKILL))):
+                act(maker_of(root))
 
         status = in_child(work)
         if status not in (0, -signal.SIGKILL):

@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,109 +21,12 @@ import torch
 from checkpointer import CheckpointManager, layout
 from checkpointer.storage import LocalStorage
 from checkpointer.storage import local as local_storage
-from tests.successor import succeed
+from tests.crash.scenarios import SCENARIOS, check_newest, maker, two
 
 EVENTS = frozenset({
     "open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.scandir", "os.truncate", "os.symlink",
     "os.chmod", "kill_points.write", "kill_points.fsync", "kill_points.rename",
 })  # fmt: skip
-
-SYNC = {"write": {"mode": "sync"}, "require_resume": False}
-
-
-def state(value: int) -> dict[str, Any]:
-    """What is saved: a number, and a tensor full of it."""
-    return {"value": value, "tensor": torch.full((3,), float(value))}
-
-
-def manager(root: str, live: dict[str, Any], **config: Any) -> CheckpointManager:
-    return CheckpointManager(root, config={**SYNC, **config}, state=live)
-
-
-# ---------------------------------------------------------------------------------------------- scenarios
-
-
-def empty(root: str) -> None:
-    """No checkpoint at all; the directory above the root exists."""
-
-
-def two(root: str) -> None:
-    """Steps 1 and 2, with the values 1 and 2."""
-    live = state(0)
-    with manager(root, live) as first:
-        for step in (1, 2):
-            live.update(state(step))
-            first.save(step, files={"notes/a.txt": b"attached"})
-
-
-def two_and_pinned(root: str) -> None:
-    two(root)
-    with manager(root, state(0)) as first:
-        first.pin(2)
-
-
-def first_save(root: str, live: dict[str, Any]) -> None:
-    with manager(root, live) as first:
-        live.update(state(1))
-        first.save(1, files={"notes/a.txt": b"attached"})
-
-
-def save_and_prune(root: str, live: dict[str, Any]) -> None:
-    with manager(root, live, keep={"last": 1}) as second:
-        second.restore_latest(components=["state"])
-        live.update(state(3))
-        second.save(3)
-
-
-def overwrite(root: str, live: dict[str, Any]) -> None:
-    with manager(root, live) as second:
-        second.restore_latest(components=["state"])
-        live.update(state(22))
-        second.save(2, overwrite=True)
-
-
-def branch(root: str, live: dict[str, Any]) -> None:
-    with manager(root, live) as second:
-        second.restore(1, components=["state"])
-        live.update(state(22))
-        second.save(2)
-
-
-def remove(root: str, live: dict[str, Any]) -> None:
-    with manager(root, live, keep={"last": 1}) as second:
-        second.prune()
-
-
-def share(root: str, live: dict[str, Any]) -> None:
-    """Step 3 is step 2 again, on the same bytes; then 2 goes."""
-    with manager(root, live, keep={"last": 1}) as second:
-        second.restore_latest(components=["state"])
-        succeed(second._repository, second._repository.find(2), 3)
-        second.prune()
-
-
-def pin(root: str, live: dict[str, Any]) -> None:
-    with CheckpointManager(root, read_only=True) as evaluator:
-        evaluator.pin(1)
-        evaluator.annotate(2, metrics={"score": 1.0}, note="good")
-        evaluator.unpin(1)
-
-
-Scenario = tuple[Callable[[str], None], Callable[[str, dict[str, Any]], None], set[int | None]]
-
-SCENARIOS: dict[str, Scenario] = {
-    "first_save": (empty, first_save, {None, 1}),
-    "save_and_prune": (two, save_and_prune, {2, 3}),
-    "overwrite": (two, overwrite, {2, 22}),
-    "branch": (two, branch, {2, 22}),
-    "branch_beside_pinned": (two_and_pinned, branch, {2, 22}),
-    "remove": (two, remove, {2}),
-    "share": (two, share, {2}),
-    "pin": (two, pin, {2}),
-}
-
-
-# ------------------------------------------------------------------------------------------------- killing
 
 
 class Killer:
@@ -202,38 +105,25 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def check(root: str, allowed: set[int | None]) -> None:
+def check(root: str, allowed: Collection[int | None], what: str) -> None:
     """The newest checkpoint is a whole old or new one, a new writer saves, and no leftover stays."""
-    live = state(0)
-    with CheckpointManager(root, read_only=True, state=live) as reader:
-        restored = reader.restore_latest(components=["state"])
-        assert (None if restored is None else live["value"]) in allowed, (restored, live)
-        if restored is not None:
-            assert restored.skipped == ()
-            assert torch.equal(live["tensor"], torch.full((3,), float(live["value"]))), live
+    with CheckpointManager(root, read_only=True) as reader:
         report = reader.verify()
-        assert report.ok, str(report)
-        assert not [extra for checkpoint in report.checkpoints for extra in checkpoint.extra], str(report)
-    with manager(root, live) as writer:
-        writer.restore_latest(components=["state"])
-        live.update(state(9))
-        writer.save(9)
-        assert writer.verify().ok
-        assert writer.checkpoints()[-1].step == 9
-        ids = {info.id for info in writer.checkpoints()}
-        names = {os.path.basename(info.path) for info in writer.checkpoints()}
+        assert not [extra for checkpoint in report.checkpoints for extra in checkpoint.extra], f"{what}\n{report}"
+    left = check_newest(maker(root), allowed, what)
     storage = LocalStorage(root)
     for folder in (layout.TMP, layout.TRASH, layout.QUARANTINE):
-        assert storage.list_directory(folder) == [], (folder, storage.list_directory(folder))
-    assert {entry.name for entry in storage.list_directory("")} == {*names, layout.PRIVATE}
-    assert {entry.name for entry in storage.list_directory(layout.NOTES)} <= ids
+        assert storage.list_directory(folder) == [], (what, storage.list_directory(folder))
+    names = {os.path.basename(info.path) for info in left}
+    assert {entry.name for entry in storage.list_directory("")} == {*names, layout.PRIVATE}, what
+    assert {entry.name for entry in storage.list_directory(layout.NOTES)} <= {info.id for info in left}, what
 
 
 def run(scenario: str, folder: str, first: int, stride: int) -> int:
     """Kill at the events ``first``, ``first + stride``, … until one is never reached; returns how many there were."""
     prepare, act, allowed = SCENARIOS[scenario]
     base, root = os.path.join(folder, "base"), os.path.join(folder, "run")
-    assert in_child(lambda: prepare(base)) == 0
+    assert in_child(lambda: prepare(maker(base))) == 0
     number, tried = first, 0
     while True:
         shutil.rmtree(root, ignore_errors=True)
@@ -241,14 +131,14 @@ def run(scenario: str, folder: str, first: int, stride: int) -> int:
             shutil.copytree(base, root)
 
         def work(number: int = number) -> None:
-            live = state(0)
             Killer(root, number).install()
-            act(root, live)
+            act(maker(root))
 
         status = in_child(work)
         if status not in (0, -signal.SIGKILL):
             raise SystemExit(f"event {number}: the scenario itself failed with {status}")
-        if in_child(lambda: check(root, allowed)) != 0:
+        what = f"killed at event {number}"
+        if in_child(lambda what=what: check(root, allowed, what)) != 0:  # type: ignore[misc]
             raise SystemExit(f"event {number} of {scenario}: what it left in {root} is not as it should be")
         if status == 0:
             return tried
@@ -260,8 +150,9 @@ def main() -> None:
     scenario, folder, first, stride, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    two(os.path.join(folder, "warm"))  # whatever is imported late is imported now, once
-    check(os.path.join(folder, "warm"), {2})
+    warm = os.path.join(folder, "warm")
+    two(maker(warm))  # whatever is imported late is imported now, once
+    check(warm, {2}, "not killed")
     if rest:
         without_exchange()
     print("ok", run(scenario, folder, int(first), int(stride)))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.crash.scenarios import SCENARIOS
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -27,12 +29,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.timeout(1200)  # with --thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="the program reads /proc")
 @pytest.mark.parametrize("exchange", ["exchange", "no-exchange"])
-@pytest.mark.parametrize(
-    "scenario",
-    ["first_save", "save_and_prune", "overwrite", "branch", "branch_beside_pinned", "remove", "share", "pin"],
-)
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_kill_at_any_event_leaves_the_old_newest_checkpoint_or_the_new_one(folder, stride, scenario, exchange):
-    replaces = scenario in ("overwrite", "branch")
+    replaces = scenario in ("overwriting save", "save over an abandoned branch")
     if exchange == "no-exchange" and not replaces and stride > 1:
         pytest.skip("nothing is exchanged here: only with --thorough")
     step = 1 if stride == 1 else 3 if replaces else 2 * stride
