@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +18,7 @@ from checkpointer import CheckpointManager, layout
 from checkpointer.errors import CheckpointerError
 from checkpointer.manifest import parse_manifest
 from checkpointer.storage import open_storage
+from tests import processes
 from tests.conftest import Root
 from tests.faults import Fault, under
 from tests.successor import succeed
@@ -266,14 +265,8 @@ def test_a_pin_that_was_accepted_holds_whenever_it_comes(request, stride, kind, 
 )
 def test_a_kill_before_any_request_to_an_object_store_loses_no_checkpoint(s3, stride, scenario):
     options = json.dumps(s3.options)
-    step = 1 if stride == 1 else 4 * stride + 1  # each child takes a second to make its first request
+    step = 1 if stride == 1 else 8 * stride + 1  # each child takes a second to make its first request
     program = [sys.executable, "-W", "ignore", "-m", "tests.crash.kill_operations"]
-    done = subprocess.run(
-        [*program, scenario, s3.url, options, "7", str(step)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = processes.run([*program, scenario, s3.url, options, "7", str(step)], timeout=1100)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[-1]) * step > 20
