@@ -166,8 +166,9 @@ def _serve(channel: socket.socket) -> dict[str, Any] | None:
     signal.set_wakeup_fd(waker)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     statuses: dict[int, int] = {}
+    sources: list[Any] = [channel, ended]
     while True:
-        ready = select.select([channel, ended], [], [])[0]
+        ready = select.select(sources, [], [])[0]
         if ended in ready:
             os.read(ended, 4096)
             _tell_statuses(statuses)
