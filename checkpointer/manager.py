@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from functools import partial
@@ -19,7 +20,7 @@ from checkpointer.arguments import (
     check_tags,
     read_attachments,
 )
-from checkpointer.config import Config, load_config
+from checkpointer.config import Config, Mode, load_config
 from checkpointer.environment import environment, inspect_repository
 from checkpointer.errors import (
     CheckpointerError,
@@ -33,13 +34,13 @@ from checkpointer.lazy import stepped
 from checkpointer.notes import Note
 from checkpointer.pacing import Pace
 from checkpointer.position import Position
+from checkpointer.preemption import Preemption
 from checkpointer.pruning import prune
 from checkpointer.repository import Repository
 from checkpointer.restoring import RNG, Restored, RestoreKeywords, Restorer, RestoreRequest, restore_request
 from checkpointer.retention import BestRule, RetentionPlan, rank
 from checkpointer.saving import PendingSave, Saver, finished
 from checkpointer.schedule import due
-from checkpointer.signals import SignalFlag
 from checkpointer.state import Adapter, RngState, adapter_for, modules_of, optimizers_of
 from checkpointer.storage import open_storage
 from checkpointer.verification import VerifyReport
@@ -112,12 +113,12 @@ class CheckpointManager:
         self._position = Position(self._repository, require_resume=self._config.require_resume)
         self._pace = Pace(self._config.save)
         self._closed = False
-        self._stop_ready = False
         self._warned_of_epoch = False
         self._pid = os.getpid()
-        self._signal = SignalFlag()
+        self._preemption = Preemption(self._config.save)
         if not read_only:
-            self._signal.install(self._config.save.on_signal)
+            self._preemption.install()
+            weakref.finalize(self, self._preemption.restore)  # a manager that is dropped catches no signals for ever
             inspect_repository()
 
     # ------------------------------------------------------------------------------------------------ saving
@@ -145,8 +146,10 @@ class CheckpointManager:
             overwrite: replace the checkpoint of this very step atomically.
 
         Returns:
-            ``None`` if nothing was due, or if there is no room and ``write: {on_full: skip}`` says to go without; else
-            a handle that is done at the durable commit.
+            ``None`` if nothing was due, if there is no room and ``write: {on_full: skip}`` says to go without, or if it
+            would not be durable before the ``deadline`` that follows a signal; else a handle that is done at the
+            durable commit. After a signal that is before this returns, in every mode; where only a save that was in
+            flight could be finished before the deadline, the handle is that one's.
 
         Raises:
             RunLockedError: another job writes to this run.
@@ -159,18 +162,21 @@ class CheckpointManager:
         epoch = None if epoch is None else check_step(epoch, "epoch")
         self._open_for_saving()
         self._check_epoch_given(epoch)
-        preempted = self._signal.requested
+        preempted = self._preemption.requested
+        begin = partial(self._begin_save, step, epoch, metrics, tags, files)
         last = self._last()
         self._position.check_order(step, last.step if last else None)
         if last is not None and step == last.step and not overwrite:
             handle = last if force or preempted else None
-        elif force or overwrite or preempted or (self._is_due(step, epoch, last) and not self._saver.still_full()):
-            handle = self._begin_save(step, epoch, check_metrics(metrics), check_tags(tags), read_attachments(files))
+        elif preempted:
+            handle = self._save_in_time(begin)
+        elif force or overwrite or (self._is_due(step, epoch, last) and not self._saver.still_full()):
+            handle = begin(mode=self._config.write.mode)
         else:
             handle = None
         if preempted and handle is not None:
             handle = self._made_durable(handle)
-            self._stop_ready = handle is not None
+            self._preemption.saved = handle is not None
         self._saver.raise_errors(begun=handle is not None and handle is not last)
         return handle
 
@@ -196,11 +202,14 @@ class CheckpointManager:
 
     def stop_requested(self) -> bool:
         """Whether one of the ``on_signal`` signals has come."""
-        return self._signal.requested
+        return self._preemption.requested
 
     def should_stop(self) -> bool:
-        """Whether a signal has come and a save begun after it is durable: leave the loop."""
-        return self._signal.requested and self._stop_ready
+        """Whether a signal has come and a save begun after it is durable: leave the loop.
+
+        With a ``deadline`` also where a save that was in flight is durable, and a new one would not be in time.
+        """
+        return self._preemption.requested and self._preemption.saved
 
     # ---------------------------------------------------------------------------------------------- restoring
 
@@ -379,7 +388,7 @@ class CheckpointManager:
         try:
             self._saver.close()
         finally:
-            self._signal.restore()
+            self._preemption.restore()
             self._repository.lock.release()
         self._saver.raise_errors()
 
@@ -404,8 +413,8 @@ class CheckpointManager:
     # ------------------------------------------------------------------------------------------------ private
 
     def _is_due(self, step: int, epoch: int | None, last: PendingSave | None) -> bool:
-        if self._signal.requested:
-            return True
+        if self._preemption.requested:
+            return self._preemption.allows(self._position.recent) or self._saver.in_flight is not None
         writing = last is not None and not last.done()
         last_created = interval = None
         if self._config.save.every is not None:
@@ -423,32 +432,54 @@ class CheckpointManager:
         )
         return bool(reasons)
 
+    def _save_in_time(self, begin: Callable[..., PendingSave | None]) -> PendingSave | None:
+        """After a signal: the save of ``begin``, in the mode that is durable first, unless it would be too late.
+
+        Then the save that was in flight when the signal came; ``None`` if there was none.
+        """
+        self._saver.settle()
+        last = self._last()
+        recent = self._position.recent
+        if self._preemption.allows(recent):
+            return begin(mode="sync")  # nothing is copied before it is written
+        counts = self._preemption.counts(self._saver.committed_at)
+        self._preemption.says_why(recent, self._position.tip, counts=counts)
+        return last if counts else None
+
     def _begin_save(
-        self, step: int, epoch: int | None, metrics: dict[str, float], tags: tuple[str, ...], files: dict[str, bytes]
+        self,
+        step: int,
+        epoch: int | None,
+        metrics: Mapping[str, Any] | None,
+        tags: Iterable[str],
+        files: Files | None,
+        *,
+        mode: Mode,
     ) -> PendingSave | None:
         """Capture and stage everything, then hand it to the writer."""
+        checked_metrics, checked_tags, attachments = check_metrics(metrics), check_tags(tags), read_attachments(files)
         began = time.perf_counter()
         self._saver.settle()
         settled = time.perf_counter()
         created = datetime.now(timezone.utc)
         self._last()
-        staged = self._saver.stage({name: adapter.capture() for name, adapter in self._adapters.items()})
+        staged = self._saver.stage({name: adapter.capture() for name, adapter in self._adapters.items()}, mode)
         snapshot = Snapshot(
             step=step,
             epoch=epoch,
             created=created,
-            metrics=metrics,
-            tags=tags,
+            metrics=checked_metrics,
+            tags=checked_tags,
             staged=staged,
-            attachments=files,
+            attachments=attachments,
             parent=self._position.tip.id if self._position.tip else None,
             environment=environment(),
-            mode=self._config.write.mode,
+            mode=mode,
             wait_seconds=settled - began,
             stall_seconds=time.perf_counter() - settled,
         )
         handle = self._saver.submit(snapshot)
-        if handle is not None and self._config.write.mode == "sync":
+        if handle is not None and mode == "sync":
             handle.result()
         return handle
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import datetime
 from typing import Any
 
-from checkpointer.config import Config
+from checkpointer.config import Config, Mode
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, SaveError
 from checkpointer.info import CheckpointInfo
 from checkpointer.lazy import Stepped
@@ -126,6 +127,8 @@ class Saver:
         """The save last begun, until it is collected."""
         weakref.finalize(self, _say_what_nobody_asked_for, os.getpid(), self._uncollected, self._errors)
         self._diverged = False
+        self.committed_at: float | None = None
+        """When the last save of this manager was committed, by ``time.monotonic()``."""
 
     @property
     def in_flight(self) -> PendingSave | None:
@@ -145,7 +148,7 @@ class Saver:
             logger.info("waiting for the save of step %d, which is still being written", handle.step)
             handle.error()
 
-    def stage(self, captured: Mapping[str, Captured]) -> Staged:
+    def stage(self, captured: Mapping[str, Captured], mode: Mode) -> Staged:
         """Make state ready for writing: by reference in ``sync`` mode, by a copy in ``async`` mode.
 
         ``lazy`` mode copies what not only a step changes; the rest is copied before a step, unless written by then.
@@ -154,7 +157,7 @@ class Saver:
             SaveError: there is no memory for the copy.
         """
         try:
-            return self._stage(captured)
+            return self._stage(captured, mode)
         except (MemoryError, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.ENOMEM:
                 raise
@@ -163,8 +166,7 @@ class Saver:
                 "write: {mode: sync} needs no copy, and keeps training waiting while it writes"
             ) from error
 
-    def _stage(self, captured: Mapping[str, Captured]) -> Staged:
-        mode = self._config.write.mode
+    def _stage(self, captured: Mapping[str, Captured], mode: Mode) -> Staged:
         shareable = Shareable(self._share_with, self._config.write.share)
         if mode == "sync":
             return self._stager.live(captured, shareable)
@@ -188,7 +190,7 @@ class Saver:
         return self._space.still_full()
 
     def submit(self, snapshot: Snapshot) -> PendingSave | None:
-        """Write ``snapshot``: at once in ``sync`` mode, else in the background.
+        """Write ``snapshot``: at once where its mode is ``sync``, else in the background.
 
         ``None`` where it has no room and is left out, as configured, if that shows before this returns.
         """
@@ -200,14 +202,14 @@ class Saver:
         future: Future[CheckpointInfo] = Future()
         handle = self._current = PendingSave(snapshot.step, snapshot.epoch, snapshot.created, future)
         self._uncollected[:] = [handle]
-        if self._config.write.mode == "sync":
+        if snapshot.mode == "sync":
             self._write(snapshot, handle, future)
             self._background = self._in_background(self._follow_up, future)
             if handle.left_out:
                 return None
         else:
             self._background = self._in_background(self._write_and_follow_up, snapshot, handle, future)
-            if self._config.write.mode == "lazy":
+            if snapshot.mode == "lazy":
                 live, size = snapshot.staged.live, sum(file.data_size for file, _ in snapshot.staged.files)
                 self._steps.watch(WatchedSave("lazy" if live else "async", live, size, future.done))
         return handle
@@ -285,6 +287,7 @@ class Saver:
             finally:  # where warnings are errors, too
                 future.set_exception(failure)
         else:
+            self.committed_at = time.monotonic()
             logger.info("saved %s (%d bytes)", info.path, info.size)
             future.set_result(info)
         finally:
@@ -299,7 +302,7 @@ class Saver:
             if not is_full(error):
                 raise
             parent = () if snapshot.parent is None else (snapshot.parent,)
-            sync = self._config.write.mode == "sync"  # else what prunes is this very thread
+            sync = snapshot.mode == "sync"  # else what prunes is this very thread
             freed = [sync and self._settle_pruning(), self._space.make_room(protect=parent)]
             begun = snapshot.staged.live is not None and not isinstance(error, SaveError)
             if begun or not any(freed):  # what is read from live memory is read once

@@ -57,6 +57,8 @@ class SavePolicy:
     """With ``every="auto"``: the mean time between failures of the job; 12 h unless given."""
     on_signal: tuple[str, ...]
     """Names of the signals that request a save and a stop, such as ``"SIGTERM"``."""
+    deadline: timedelta | None
+    """How long after the first of these signals the process is killed; ``None``: long enough for any save."""
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class SavePolicy:
         max_overhead: float | str | None = None,
         mtbf: timedelta | str | None = None,
         on_signal: str | Sequence[str] | None = None,
+        deadline: timedelta | str | None = None,
     ) -> None:
         values = {
             "every_n_steps": optional(count, "every_n_steps", every_n_steps),
@@ -75,12 +78,15 @@ class SavePolicy:
             "max_overhead": optional(fraction, "max_overhead", max_overhead),
             "mtbf": optional(duration, "mtbf", mtbf),
             "on_signal": _signal_names(on_signal),
+            "deadline": optional(duration, "deadline", deadline),
         }
         for name, default in (("max_overhead", _MAX_OVERHEAD), ("mtbf", _MTBF)):
             if values["every"] == "auto":
                 values[name] = values[name] or default
             elif values[name] is not None:
                 raise FieldError((name,), "has a meaning only for an interval that is measured: add every: auto")
+        if values["deadline"] and not values["on_signal"]:
+            raise FieldError(("deadline",), "counts from a signal: add on_signal: [SIGTERM]")
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -103,8 +109,8 @@ def choose_interval(costs: Sequence[SaveCost], *, max_overhead: float, mtbf: tim
     recent = [cost for cost in costs if cost.to_training is not None][-RECENT:]
     if not recent:
         return None
-    cost = _median([cost.to_training or 0.0 for cost in recent])
-    durable = _median([cost.to_durable or 0.0 for cost in recent])
+    cost = median([cost.to_training or 0.0 for cost in recent])
+    durable = median([cost.to_durable or 0.0 for cost in recent])
     candidates = (
         (math.sqrt(2 * cost * mtbf.total_seconds()), f"best for a failure every {format_duration(mtbf)}"),
         (cost / max_overhead, f"so that they take no more than {format_fraction(max_overhead)} of the time"),
@@ -115,8 +121,8 @@ def choose_interval(costs: Sequence[SaveCost], *, max_overhead: float, mtbf: tim
     return Interval(every, f"every {roughly(seconds)}: saves hold training for {roughly(cost)}; {why}")
 
 
-def _median(values: Sequence[float]) -> float:
-    """The upper one of two in the middle."""
+def median(values: Sequence[float]) -> float:
+    """The middle one; of two in the middle the upper one."""
     return sorted(values)[len(values) // 2]
 
 
@@ -213,4 +219,4 @@ def _signal_name(key: tuple[str | int, ...], value: object) -> str:
     return value
 
 
-__all__ = ["RECENT", "Interval", "SavePolicy", "choose_interval", "due"]
+__all__ = ["RECENT", "Interval", "SavePolicy", "choose_interval", "due", "median"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -16,8 +18,16 @@ class SignalFlag:
     """Handlers for the named signals (``"SIGTERM"``, …) from ``install`` to ``restore``."""
 
     def __init__(self) -> None:
-        self.requested = False
-        self._earlier: dict[signal.Signals, Any] = {}
+        self.since: float | None = None
+        """When the first of them came, by ``time.monotonic()``."""
+        self._earlier: dict[int, Any] = {}
+        self._active = False
+        self._pid = os.getpid()
+
+    @property
+    def requested(self) -> bool:
+        """Whether one of them has come."""
+        return self.since is not None
 
     def install(self, names: Sequence[str]) -> None:
         """Handle the signals from now on. Python allows that in the main thread only; elsewhere it warns."""
@@ -30,21 +40,42 @@ class SignalFlag:
                 stacklevel=3,
             )
             return
+        self._active = True
         for name in names:
             number = signal.Signals[name]
-            self._earlier[number] = signal.signal(number, self._handle)
+            earlier = signal.getsignal(number)
+            self._earlier[number] = signal.SIG_DFL if earlier is None else earlier  # None: not made by Python
+            signal.signal(number, self._handle)
 
     def restore(self) -> None:
-        """Put the earlier handlers back, where nobody has replaced ours meanwhile."""
+        """Put the earlier handlers back.
+
+        Where that is not possible now, because another handler has been set on top or this is not the main thread,
+        ours lets every signal through from now on.
+        """
+        self._active = False
         if threading.current_thread() is not threading.main_thread():
             return
-        for number, handler in self._earlier.items():
+        for number, earlier in self._earlier.items():
             if signal.getsignal(number) == self._handle:
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._earlier.clear()
+                signal.signal(number, earlier)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        earlier: Callable[[int, FrameType | None], object] | Any = self._earlier.get(signal.Signals(number))
+        """Set the flag and call the earlier handler: no more, for this may interrupt any line of Python."""
+        if not self._is_meant(number) and signal.getsignal(number) == self._handle:
+            signal.signal(number, self._earlier[number])
+            signal.raise_signal(number)
+            return
+        if self._is_meant(number) and self.since is None:
+            self.since = time.monotonic()
+        earlier = self._earlier[number]
         if callable(earlier) and earlier is not signal.default_int_handler:  # that one would end the loop at once
             earlier(number, frame)
+
+    def _is_meant(self, number: int) -> bool:
+        """Whether a signal is for the training loop.
+
+        A forked child inherits the handler. SIGTERM must end it as ever: multiprocessing ends its children so, and
+        then waits for them. Other signals may reach the whole group, and data loading workers have to outlive them.
+        """
+        return self._active and (number != signal.SIGTERM or os.getpid() == self._pid)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import secrets
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,20 @@ SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYsecretKEY"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--thorough", action="store_true", help="crash at every point, not at a sample of them")
+    parser.addoption("--thorough", action="store_true", help="every crash point and variant, not a sample of them")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out, but with ``--thorough``, the parameters that a test's mark ``thorough`` calls variants of others."""
+    if config.getoption("--thorough"):
+        return
+    variant = pytest.mark.skip(reason="a variant of a case that runs: only with --thorough")
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        for mark in item.iter_markers("thorough"):
+            (is_variant,) = mark.args
+            if is_variant(*(parameters[name] for name in inspect.signature(is_variant).parameters)):
+                item.add_marker(variant)
 
 
 @pytest.fixture
@@ -73,16 +88,24 @@ class S3Server:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """One S3 server for all tests of this process."""
-    from moto.server import ThreadedMotoServer
+    from moto.moto_server.werkzeug_app import create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class KeepsConnections(WSGIRequestHandler):
+        protocol_version = "HTTP/1.1"
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line for each request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
+    # moto's own server looks for its services in the file system at each request; this one has S3 alone.
+    server = make_server("127.0.0.1", 0, create_backend_app("s3"), threaded=True, request_handler=KeepsConnections)
+    server.daemon_threads = True  # those of connections that clients have not closed
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
     options = {"key": "AKIAIOSFODNNEXAMPLE", "secret": SECRET, "client_kwargs": {"endpoint_url": endpoint}}
     yield S3Server(endpoint, options)
-    server.stop()
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.fixture

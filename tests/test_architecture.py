@@ -48,7 +48,7 @@ def layer(modules: str, imports: str = "", forbidden: frozenset[str] = frozenset
 LAYERS = {
     "errors": layer("errors version", "", TORCH | INPUT_OUTPUT),
     "pure": layer(
-        "layout info strictjson index manifest readable tensorfile sharing units cost schedule retention",
+        "layout info strictjson index manifest readable tensorfile sharing units cost schedule deadline retention",
         "errors pure",
         TORCH | INPUT_OUTPUT,
     ),
@@ -65,7 +65,7 @@ LAYERS = {
         "state arena devices digest finite lazy overlap staging stepping targets", "errors pure blocks state", STORAGE
     ),
     "manager": layer(
-        "environment writing space saving restoring position pacing signals manager migration",
+        "environment writing space saving restoring position pacing preemption signals manager migration",
         "errors pure settings blocks storage repository arguments state manager distributed",
     ),
     "distributed": layer("distributed", "errors pure storage repository state distributed"),

@@ -7,7 +7,6 @@ import faulthandler
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import threading
 import weakref
@@ -25,7 +24,7 @@ from checkpointer import CheckpointManager, arena, memory
 from checkpointer.arena import LARGE, PIECE, Arena, Copy
 from checkpointer.errors import CheckpointerError
 from checkpointer.memory import PAGE, Region, page_aligned
-from tests import gate
+from tests import gate, processes
 from tests.compare import assert_identical
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="about Linux's own bookkeeping")
@@ -363,7 +362,7 @@ if sys.argv[3] == "error":
 @pytest.mark.parametrize("mode, how", [("async", "end"), ("lazy", "error")])
 def test_a_script_that_ends_in_the_middle_of_a_save_commits_it(tmp_path, mode, how):
     command = [sys.executable, "-c", EXIT, str(tmp_path), mode, how]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = processes.run(command)
     assert done.returncode == (1 if how == "error" else 0), done.stderr
     torch.manual_seed(0)
     expected = torch.nn.Linear(1000, 1000)
@@ -392,7 +391,7 @@ atexit.register(last)
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_saves_from_an_exit_handler_are_committed_though_no_thread_can_be_started(tmp_path, mode):
     command = [sys.executable, "-c", AT_EXIT, str(tmp_path), mode]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = processes.run(command, check=True)
     assert done.stdout.split() == ["0", "1"], done.stderr
 
 

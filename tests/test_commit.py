@@ -368,7 +368,7 @@ def act(root: Root, action: str) -> None:
             writer.save(first.step + 1)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(things=FOREIGN, actions=ACTIONS)
 def test_nothing_that_the_library_did_not_make_is_ever_lost(tmp_path_factory, things, actions):
     folder = tmp_path_factory.mktemp("foreign")

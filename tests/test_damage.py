@@ -413,6 +413,11 @@ def test_a_damaged_note_counts_as_a_pin(run, damage):
 # --------------------------------------------------------------------------------------- object stores
 
 
+ON_S3 = [("manifest.json", "cut"), ("index.json", "a flipped bit"), ("state.safetensors", "lengthened")]
+"""Each file once. What differs from one object store to another is how bytes are fetched, not how they are judged."""
+
+
+@pytest.mark.thorough(lambda object_root, file, change: object_root == "s3" and (file, change) not in ON_S3)
 @pytest.mark.parametrize("change", ["a flipped bit", "cut", "deleted", "emptied", "lengthened"])
 @pytest.mark.parametrize("file", ["manifest.json", "index.json", "state.safetensors"])
 def test_damage_on_an_object_store_is_detected_too(object_root, file, change):
@@ -454,7 +459,7 @@ def test_damage_on_an_object_store_is_detected_too(object_root, file, change):
 
 
 @pytest.mark.filterwarnings("ignore:.*has no lock that a dead owner frees")
-def test_damage_on_an_object_store_is_found_and_survived(object_root: Root) -> None:
+def test_damage_on_an_object_store_is_found_and_survived(object_root: Root, stride: int) -> None:
     run = training.at(1, frozen=True)
     with CheckpointManager(object_root.url, storage_options=object_root.options, **run.components) as mgr:
         mgr.save(1)
@@ -465,7 +470,8 @@ def test_damage_on_an_object_store_is_found_and_survived(object_root: Root) -> N
     assert len(objects) == 6
     for path in objects:
         whole = storage.fs.cat_file(path)
-        for data in (whole[:-1], bytes([whole[0] ^ 1]) + whole[1:], whole[:-1] + bytes([whole[-1] ^ 128])):
+        changed = (whole[:-1], bytes([whole[0] ^ 1]) + whole[1:], whole[:-1] + bytes([whole[-1] ^ 128]))
+        for data in changed if stride == 1 or object_root.kind == "memory" else changed[1:2]:
             storage.fs.pipe_file(path, data)
             live = training.at(4, frozen=True)
             reader = CheckpointManager(

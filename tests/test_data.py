@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +38,7 @@ from checkpointer.errors import (
 )
 from checkpointer.state.codec import encode
 from checkpointer.state.decoding import decode
+from tests import processes
 from tests.compare import assert_identical
 
 pytestmark = [
@@ -48,7 +47,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning"),  # Python 3.12 and later
 ]
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+
 ITEMS = 14
 EPOCHS = 3
 CONFIG = {"write": {"mode": "sync", "durable": False}}
@@ -599,7 +598,7 @@ def test_a_resume_in_a_fresh_process_is_exact(tmp_path):
     whole = uninterrupted(lambda: MAP_STYLE["shuffled"](seeded(Augmented(), seed=9), 2), tmp_path / "run")
     step = places(whole)["middle"]
     command = [sys.executable, "-c", CHILD, str(tmp_path / "run"), str(step), str(tmp_path / "out")]
-    subprocess.run(command, check=True, timeout=120, cwd=REPOSITORY)
+    processes.run(command, check=True)
     trace, final = pickle.loads((tmp_path / "out").read_bytes())
     assert_identical(trace, whole.trace[whole.saved_at[step] :])
     assert_identical(final, whole.final())

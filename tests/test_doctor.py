@@ -24,6 +24,7 @@ from checkpointer.errors import CheckpointerWarning, CheckpointNotFoundError, Ru
 from checkpointer.notes import Note
 from checkpointer.repository import Repository
 from checkpointer.storage import LocalStorage, Storage, open_storage
+from tests import processes
 from tests.conftest import Root
 from tests.test_cli import document, error_of, invoke, on_terminal, visible
 
@@ -351,7 +352,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_a_lock_whose_owner_was_killed_is_orphaned_and_removed(local: Root) -> None:
     make(local)
-    subprocess.run([sys.executable, "-c", KILLED, local.url], check=False, cwd=REPOSITORY)
+    processes.run([sys.executable, "-c", KILLED, local.url])
     found = finding(doctor(local).examine(), "orphaned-lock")
     assert "ended without closing" in found.meaning
     assert [item.kind for item in doctor(local).mend().fixed] == ["orphaned-lock"]

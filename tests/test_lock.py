@@ -29,6 +29,7 @@ from checkpointer.lock import WriterLock, read_owner
 from checkpointer.repository import Repository
 from checkpointer.storage import open_storage
 from tests.conftest import Root
+from tests.processes import Process
 
 REPOSITORY = Path(__file__).parents[1]
 SYNC = {"write": {"mode": "sync"}, "require_resume": False}
@@ -93,9 +94,12 @@ sys.stdin.readline()
 """
 
 
-def start(program: str, root: Root, prefix: Sequence[str]) -> subprocess.Popen[str]:
+def start(program: str, root: Root, prefix: Sequence[str]) -> subprocess.Popen[str] | Process:
+    command = [sys.executable, "-W", "ignore", "-c", PRELUDE + program, root.url, json.dumps(root.options)]
+    if not prefix:
+        return Process(command)
     return subprocess.Popen(
-        [*prefix, sys.executable, "-W", "ignore", "-c", PRELUDE + program, root.url, json.dumps(root.options)],
+        [*prefix, *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=REPOSITORY,
@@ -104,7 +108,7 @@ def start(program: str, root: Root, prefix: Sequence[str]) -> subprocess.Popen[s
 
 
 @contextlib.contextmanager
-def running(program: str, root: Root, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
+def running(program: str, root: Root, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[str] | Process]:
     process = start(program, root, prefix)
     try:
         yield process
@@ -116,14 +120,14 @@ def running(program: str, root: Root, prefix: Sequence[str] = ()) -> Iterator[su
                 pipe.close()  # type: ignore[union-attr]
 
 
-def line(process: subprocess.Popen[str], seconds: float = 160) -> str:
+def line(process: subprocess.Popen[str] | Process, seconds: float = 160) -> str:
     """The next line that a process says."""
     assert process.stdout is not None
     assert select.select([process.stdout], [], [], seconds)[0], "the process says nothing"
     return process.stdout.readline().strip()
 
 
-def tell(process: subprocess.Popen[str]) -> None:
+def tell(process: subprocess.Popen[str] | Process) -> None:
     assert process.stdin is not None
     process.stdin.write("go on\n")
     process.stdin.flush()

@@ -10,7 +10,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -40,6 +39,7 @@ from checkpointer.errors import (
 )
 from checkpointer.manifest import FileRecord
 from checkpointer.storage.local import LocalFile
+from tests import processes
 
 MakeManager = Callable[..., CheckpointManager]
 
@@ -783,7 +783,7 @@ def test_a_script_that_ends_during_a_save_still_commits_it(tmp_path: Path) -> No
         mgr = CheckpointManager(sys.argv[1], big=torch.ones(20_000_000))
         mgr.save(1)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], check=True, timeout=120)
+    processes.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], check=True)
     reader = CheckpointManager(tmp_path, read_only=True)
     assert steps(reader) == [1]
     assert reader.verify().ok

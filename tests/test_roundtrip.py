@@ -39,7 +39,7 @@ def bits(tensor: torch.Tensor) -> bytes:
     return bytes(as_bytes(tensor).numpy()) if tensor.numel() else b""
 
 
-EXAMPLES = {"local": 40, "memory": 40, "s3": 8}
+EXAMPLES = {"local": 30, "memory": 30, "s3": 4}
 
 
 def managers(root: Root, url: str, config: dict[str, Any], **components: Any) -> CheckpointManager:

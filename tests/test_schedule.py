@@ -268,3 +268,11 @@ def test_a_policy_cannot_be_changed():
     policy: Any = SavePolicy()
     with pytest.raises(AttributeError):
         policy.every = None
+
+
+def test_a_deadline_is_a_time_after_a_signal():
+    assert SavePolicy(on_signal="SIGTERM", deadline="30s").deadline == timedelta(seconds=30)
+    with pytest.raises(ConfigError, match=r"deadline: counts from a signal: add on_signal: \[SIGTERM\]"):
+        SavePolicy(deadline="30s")
+    with pytest.raises(ConfigError, match="deadline: must be"):
+        SavePolicy(on_signal="SIGTERM", deadline="soon")

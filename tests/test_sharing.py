@@ -201,6 +201,7 @@ def test_the_frozen_file_of_a_real_checkpoint_is_the_only_candidate(repository):
     assert [path for path, record in found.items() if record is not None] == [FROZEN]
 
 
+@pytest.mark.thorough(lambda root, gone: root == "s3" and gone != 2)
 @pytest.mark.parametrize("gone", [1, 2, 3, 4])
 def test_deleting_one_of_several_that_share_a_file_leaves_the_others_whole(repository, gone):
     infos = chain(repository)

@@ -21,7 +21,7 @@ from checkpointer import CheckpointManager, layout
 from checkpointer.errors import CheckpointerError, ConfigError, CorruptCheckpointError, SaveError
 from checkpointer.storage import Entry, LocalStorage, Storage, open_storage
 from checkpointer.storage import local as local_storage
-from tests import training
+from tests import processes, training
 from tests.conftest import SECRET, Root, S3Server
 
 LIMIT = 1 << 20
@@ -84,7 +84,7 @@ def test_a_listing_shows_what_a_second_client_wrote_meanwhile(storage, root):
     else:
         import json
 
-        subprocess.run([sys.executable, "-c", program, root.url, json.dumps(root.options)], check=True, cwd=os.getcwd())
+        processes.run([sys.executable, "-c", program, root.url, json.dumps(root.options)], check=True)
     assert [entry.name for entry in storage.list_directory("a")] == ["second"]
     assert storage.exists("a/second")
     assert not storage.exists("a/first")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +20,7 @@ from checkpointer.errors import ConfigError
 from checkpointer.testing import assert_resume_exact
 from checkpointer.testing.resume import compare_runs
 from checkpointer.testing.runs import Lab, Part, Record, do
+from tests import processes
 
 STEPS, CUT = 6, 2
 Made = tuple[dict[str, Any], Any]
@@ -240,10 +243,39 @@ class SameProcess(Lab):
         return do(self.make_run, str(self.folder), part)
 
 
+class Forked:
+    """In the place of multiprocessing's new processes: forks of one that has only imported torch."""
+
+    class Process:
+        def __init__(self, target: Any, args: tuple[Any, ...]) -> None:
+            self._work = pickle.dumps((target, args))
+            self.exitcode: int | None = None
+
+        def start(self) -> None:
+            code = "import pickle, sys; target, args = pickle.loads(bytes.fromhex(sys.argv[1])); target(*args)"
+            self.exitcode = processes.run([sys.executable, "-c", code, self._work.hex()]).returncode
+
+        def join(self) -> None:
+            pass
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """A new process each time costs seconds."""
+    monkeypatch.setattr("checkpointer.testing.runs.multiprocessing.get_context", lambda _: Forked)
+
+
 def test_a_run_that_resumes_exactly_passes():
+    """In processes that are new indeed."""
+    assert_resume_exact("tests.test_testing:good_object", steps=STEPS, interrupt_at=1)
+
+
+@pytest.mark.usefixtures("forked")
+def test_a_run_that_resumes_exactly_passes_whatever_the_number_of_interruptions():
     assert_resume_exact("tests.test_testing:good_object", steps=STEPS, interrupt_at=[1, 3])
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_defect_fails_with_its_cause():
     with pytest.raises(AssertionError, match=r"(?s)step 3, resumed after step 2.*unregistered state: 'average'"):
         assert_resume_exact(average_not_registered, steps=STEPS, interrupt_at=CUT)
@@ -275,6 +307,7 @@ def test_a_defect_is_found_by_name_with_its_cause(make_run, expected, tmp_path):
     assert not [text for text in expected if text not in problem], problem
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     "make_run, expected",
     [

@@ -24,7 +24,9 @@ from checkpointer.errors import CheckpointerWarning, CheckpointNotFoundError, Co
 from checkpointer.notes import Note
 from checkpointer.storage import LocalStorage
 from checkpointer.watching import WHOLE_LOOK_EVERY
+from tests import processes
 from tests.conftest import Root
+from tests.processes import Process
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SYNC = {"write": {"mode": "sync", "durable": False}, "require_resume": False}
@@ -304,7 +306,7 @@ def test_two_evaluators_beside_a_trainer_that_prunes_see_each_checkpoint_once_an
     from tests import training
 
     command = [sys.executable, "-W", "ignore", "-c", EVALUATOR, str(tmp_path / "run")]
-    evaluators = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) for _ in range(2)]
+    evaluators = [Process(command) for _ in range(2)]
     try:
         for process in evaluators:
             assert process.stdout is not None
@@ -363,7 +365,7 @@ def run_to_the_end(program: str, mode: str, root: Path) -> subprocess.CompletedP
     """In a process of its own, which ends by itself: a deadlock would be a timeout."""
     code = ENDINGS + textwrap.dedent(program)
     command = [sys.executable, "-c", code, mode, str(root)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False, cwd=REPOSITORY)
+    return processes.run(command)
 
 
 @pytest.mark.parametrize("mode", ["async", "lazy"])

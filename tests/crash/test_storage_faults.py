@@ -6,12 +6,10 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -22,6 +20,7 @@ from checkpointer.errors import CheckpointerError
 from checkpointer.manifest import parse_manifest
 from checkpointer.storage import open_storage
 from checkpointer.testing import Fault, Kind, faulty
+from tests import processes
 from tests.conftest import Root
 from tests.crash.scenarios import SCENARIOS, Make, check_newest, maker, state
 
@@ -196,14 +195,8 @@ def test_a_pin_that_was_accepted_holds_whenever_it_comes(request, stride, kind, 
 )
 def test_a_kill_before_any_request_to_an_object_store_loses_no_checkpoint(s3, stride, scenario):
     options = json.dumps(s3.options)
-    step = 1 if stride == 1 else 4 * stride + 1  # each child takes a second to make its first request
+    step = 1 if stride == 1 else 8 * stride + 1  # each child takes a second to make its first request
     program = [sys.executable, "-W", "ignore", "-m", "tests.crash.kill_operations"]
-    done = subprocess.run(
-        [*program, scenario, s3.url, options, "7", str(step)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = processes.run([*program, scenario, s3.url, options, "7", str(step)], timeout=1100)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[-1]) * step > 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -14,11 +13,11 @@ from typing import Any
 import torch
 
 from checkpointer import CheckpointManager
+from tests import processes
 from tests.compare import assert_identical
 from tests.exact_resume.cases import CASES
 from tests.exact_resume.runs import Run, quiet, seed, snapshot
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = {"write": {"mode": "sync", "durable": False}}
 SEED = 1
 OTHER_SEED = 2
@@ -76,7 +75,7 @@ def resume(tasks: Sequence[Task], folder: Path) -> list[Moments | str]:
     job = folder / "job.json"
     job.write_text(json.dumps({"threads": torch.get_num_threads(), "tasks": [asdict(task) for task in tasks]}))
     command = [sys.executable, "-m", "tests.exact_resume.engine", str(job)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = processes.run(command, timeout=1000)
     assert done.returncode == 0, f"the child process ended with {done.returncode}:\n{done.stdout}{done.stderr}"
     return [torch.load(task.out, weights_only=False) for task in tasks]
 

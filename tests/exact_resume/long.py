@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import itertools
 import multiprocessing
@@ -36,12 +37,14 @@ class Outcome:
 def run_case(name: str) -> Outcome:
     """Resume one case from each cut point and compare."""
     begin = time.monotonic()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         try:
             differences = tuple(_differences(name, Path(folder)))
         except Exception as error:
             differences = (f"{type(error).__name__} before the cut: {error}",)
+    torch.set_num_threads(threads)
     return Outcome(name, time.monotonic() - begin, differences)
 
 
@@ -73,8 +76,12 @@ def _report(names: Sequence[str], jobs: int) -> int:
     width = max(map(len, names), default=4)
     failed = 0
     print(f"{'case':<{width}}  {'group':<10}  {'s':>4}  result of cuts after steps {', '.join(map(str, CUTS))}")
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for outcome in pool.map(run_case, names):
+    with contextlib.ExitStack() as stack:
+        outcomes: Iterator[Outcome] = map(run_case, names)
+        if jobs > 1:
+            pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+            outcomes = stack.enter_context(pool).map(run_case, names)
+        for outcome in outcomes:
             failed += bool(outcome.differences)
             result = "DIFFERS" if outcome.differences else "identical"
             group = CASES[outcome.name].group

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from checkpointer.errors import (
     UnsupportedStateError,
 )
 from checkpointer.state import Captured, adapter_for
+from tests import processes
 from tests.compare import assert_identical
 from tests.state.engine import carry, restore, save
 from tests.state.whole_cases import Hooked, Net
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
@@ -85,7 +84,7 @@ def test_a_fresh_process_loads_a_model_that_it_has_not_built(tmp_path):
         f"torch.save(model(torch.tensor({TOKENS.tolist()})).detach(), {str(tmp_path / 'out.pt')!r})\n"
         "print(type(model).__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    done = processes.run([sys.executable, "-c", code], check=True)
     assert done.stdout == "Net\n"
     assert torch.equal(torch.load(tmp_path / "out.pt"), module(TOKENS))
 
