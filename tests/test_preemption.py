@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import multiprocessing
 import os
@@ -365,18 +366,24 @@ def test_what_was_committed_before_the_signal_does_not_count(tmp_path):
 
 
 def test_a_save_in_flight_that_fails_does_not_count_and_is_no_secret(tmp_path):
-    fault = Fault(forever=True)
+    reached, opened = threading.Event(), threading.Event()
+
+    def fail_late() -> None:
+        reached.set()
+        assert opened.wait(gate.PATIENCE)
+        raise OSError(errno.EIO, "injected fault")
+
+    fault = Fault(on=["write"], instead=fail_late)
     fault.end()
-    with faulty(fault), resumed(tmp_path, at(3), deadline="30s") as mgr, gate.closed() as held:
-        mgr.save(1001, force=True)
-        held.reached()
+    with faulty(fault), resumed(tmp_path, at(3), deadline="30s") as mgr:
         fault.restart()
+        mgr.save(1001, force=True)
+        assert reached.wait(gate.PATIENCE)
         send()
-        threading.Timer(0.05, held.open).start()
+        threading.Timer(0.05, opened.set).start()
         with pytest.warns(CheckpointerWarning, match="1000 remains"), pytest.raises(SaveError, match="injected"):
             mgr.save(1002)
         assert not mgr.should_stop()
-        fault.end()
     with CheckpointManager(tmp_path, read_only=True) as reader:
         assert reader.verify().ok
 
