@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,23 +31,33 @@ IMAGE = 320 << 20
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
 
 
-def impossible_here() -> str | None:
-    """Why there can be no power cuts on this machine; ``None`` if there can."""
+def lacking() -> str | None:
+    """What this machine lacks for power cuts, and how to get it; ``None`` if they should be possible."""
     if sys.platform != "linux":
         return "needs Linux"
-    if os.geteuid() != 0:
-        return "needs root, to mount images: sudo scripts/crash_states --only 'power cuts'"
+    again = "then: scripts/crash_states --only 'power cuts'"
+    if not _may_mount() or not os.path.exists("/dev/loop-control"):
+        return f"needs root and loop devices (in a container: --privileged); {again}"
     missing = [name for name in ("mkfs.xfs", "mkfs.ext4", "mount", "umount") if shutil.which(name) is None]
-    if missing:
-        return f"needs {', '.join(missing)}: apt-get install xfsprogs e2fsprogs mount"
+    return f"needs {', '.join(missing)}: apt-get install xfsprogs e2fsprogs mount; {again}" if missing else None
+
+
+def impossible_here() -> str | None:
+    """Why there can be no power cuts on this machine, though nothing seems to be lacking, or what is."""
+    reason = lacking()
+    if reason is not None:
+        return reason
     try:
         with tempfile.TemporaryDirectory() as folder, _reflinks(Path(folder)):
             return None
     except subprocess.CalledProcessError as error:
-        return (
-            f"cannot mount an image here ({error.stderr.strip()[:200]}); a container needs "
-            "--privileged and the host's /dev/loop*"
-        )
+        return f"cannot mount an image here: {error.stderr.strip()[:200]}"
+
+
+def _may_mount() -> bool:
+    """Whether this process has the capability CAP_SYS_ADMIN, number 21."""
+    capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return capabilities is not None and bool(int(capabilities[1], 16) >> 21 & 1)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
 
 from tests.crash.power.engine import Tally, look
-from tests.crash.power.power_cuts import FILE_SYSTEMS, impossible_here, power_cuts, real_states
+from tests.crash.power.power_cuts import FILE_SYSTEMS, impossible_here, lacking, power_cuts, real_states
 from tests.crash.power.scenarios import SCENARIOS, Run, Scenario, nothing, state
 
 pytestmark = [
@@ -18,7 +19,10 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _rig() -> None:
+    """Where nothing is lacking for power cuts they have to be possible, in CI at least."""
     reason = impossible_here()
+    if reason is not None and lacking() is None and os.environ.get("CI"):
+        pytest.fail(reason)
     if reason is not None:
         pytest.skip(reason)
 
