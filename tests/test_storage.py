@@ -623,14 +623,32 @@ def test_new_directories_above_the_root_are_made_durable_too(tmp_path, monkeypat
 
 def test_a_directory_whose_name_could_not_be_made_durable_is_not_there_the_next_time(tmp_path, monkeypatch):
     storage = LocalStorage(tmp_path / "run")
+    fsync = os.fsync
+
+    def broken(fd: int) -> None:
+        if os.path.samestat(os.fstat(fd), os.stat(tmp_path)):
+            raise OSError(errno.EIO, "the disk is broken")
+        fsync(fd)
+
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, "the disk is broken")))
+        patch.setattr(os, "fsync", broken)
         with pytest.raises(OSError, match="the disk is broken"):
             storage.make_directory("a/b")
     assert not (tmp_path / "run").exists()
     recorder = Recorder(str(tmp_path), monkeypatch)
     storage.make_directory("a/b")
     assert [what for kind, what in recorder.events if kind == "fsync"] == [".", "run", "run/a"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of descriptors come from /proc")
+def test_the_name_of_a_directory_that_a_dead_process_may_have_made_is_made_durable_once(tmp_path, monkeypatch):
+    (tmp_path / "run" / "a").mkdir(parents=True)
+    storage = LocalStorage(tmp_path / "run")
+    recorder = Recorder(str(tmp_path), monkeypatch)
+    storage.make_directory("a")
+    assert [what for kind, what in recorder.events if kind == "fsync"] == ["run"]
+    storage.make_directory("a")
+    assert len(recorder.events) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of descriptors come from /proc")

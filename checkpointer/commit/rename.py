@@ -83,6 +83,7 @@ class RenameCommit:
             self._dispose(f"{layout.TRASH}/{id}")
 
     def recover(self) -> None:
+        self._settle()
         for entry in self._storage.list_directory(layout.TMP):
             if _is_ours(entry) and self._is_abandoned(f"{layout.TMP}/{entry.name}"):
                 self._dispose(f"{layout.TMP}/{entry.name}")
@@ -105,6 +106,10 @@ class RenameCommit:
             stacklevel=2,
         )
         return place
+
+    def _settle(self) -> None:
+        """Make durable what a dead writer has renamed: its next step was to be that, and ours builds upon it."""
+        self._storage.sync(*(folder for folder in (ROOT, layout.TMP, layout.TRASH) if self._storage.exists(folder)))
 
     def _is_abandoned(self, directory: str) -> bool:
         """Holding the OS lock proves every other attempt's owner dead; without it only time tells."""
@@ -152,8 +157,7 @@ class RenameCommit:
             if is_pinned(self._storage, manifest):
                 self._bring_back(directory, manifest)
                 return False
-            for path in map(manifest.place, manifest.files):
-                self._storage.remove(f"{directory}/{path}")
+            self._delete_listed(directory, manifest)
         if any(path != layout.MANIFEST or manifest is None for path in walk(self._storage, directory)):
             directory = self.quarantine(directory)  # before the manifest goes: without one, all in tmp would be ours
         if manifest is not None:
@@ -161,6 +165,15 @@ class RenameCommit:
             remove_notes(self._storage, manifest.id)
         remove_empty_directories(self._storage, directory)
         return True
+
+    def _delete_listed(self, directory: str, manifest: Manifest) -> None:
+        """Delete what the manifest lists; durably in trash, where a file that came back without it would be foreign."""
+        paths = [f"{directory}/{path}" for path in map(manifest.place, manifest.files)]
+        for path in paths:
+            self._storage.remove(path)
+        if directory.startswith(layout.TRASH):
+            folders = sorted({path.rpartition("/")[0] for path in paths})
+            self._storage.sync(*filter(self._storage.exists, folders))
 
     def _bring_back(self, directory: str, manifest: Manifest) -> None:
         name = layout.checkpoint_name(manifest.step)

@@ -12,6 +12,7 @@ import shutil
 import stat
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class LocalStorage:
         self.root = os.path.abspath(os.path.expanduser(os.fspath(root)))
         self.durable = durable
         self.threads = threads
+        self._settled: deque[str] = deque(maxlen=64)
+        """Directories whose own names are durable; of those forgotten it is made sure once more."""
 
     @property
     def url(self) -> str:
@@ -184,6 +187,7 @@ class LocalStorage:
         while not os.path.isdir(directory):
             missing.append(directory)
             directory = os.path.dirname(directory)
+        self._settle(directory)
         for directory in reversed(missing):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(directory)
@@ -193,6 +197,7 @@ class LocalStorage:
                 with contextlib.suppress(OSError):  # the first error counts
                     os.rmdir(directory)  # or the next call would find it, and take its name for durable
                 raise
+            self._settled.append(directory)
 
     def rename(self, old: str, new: str) -> None:
         rename_exclusively(self.place(old), self.place(new))
@@ -242,6 +247,16 @@ class LocalStorage:
         except BaseException:
             self.remove(temporary)
             raise
+
+    def _settle(self, directory: str) -> None:
+        """Make the name of a directory durable that is there: a process may have made it and died before it did that.
+
+        Those above need no such care: whoever made this one had made their names durable before.
+        """
+        if directory not in self._settled:
+            with contextlib.suppress(PermissionError):  # above the root: then it was no such process that made it
+                self._sync_path(os.path.dirname(directory))
+            self._settled.append(directory)
 
     def _sync_path(self, directory: str) -> None:
         if not self.durable or sys.platform == "win32":  # Windows cannot open a directory; NTFS journals names
