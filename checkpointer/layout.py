@@ -79,6 +79,12 @@ def tensor_file(component: str, shard: int = 1, shards: int = 1) -> str:
     return f"{stem}.safetensors" if shards == 1 else f"{stem}-{shard:05d}-of-{shards:05d}.safetensors"
 
 
+def rank_file(component: str, rank: int, shard: int = 1, shards: int = 1) -> str:
+    """File of what one rank holds of a component whose tensors are cut: no tool mistakes it for a whole shard."""
+    stem = f"{component_file(component)}-rank-{rank:05d}"
+    return f"{stem}.safetensors" if shards == 1 else f"{stem}-{shard:05d}-of-{shards:05d}.safetensors"
+
+
 def shard_index(component: str) -> str:
     """The Hugging Face index file of a component that is stored in several shards."""
     return f"{component_file(component)}.safetensors.index.json"

@@ -187,6 +187,10 @@ class Repository:
         self.check_space(step, size)
         return self._protocol.begin(step)
 
+    def join(self, step: int, id: str) -> Attempt:
+        """The attempt that the coordinator has begun, for another rank to write its files."""
+        return self._protocol.join(step, id)
+
     def check_space(self, step: int, size: int) -> None:
         """Raise SaveError, with the errno of a full disk, unless ``size`` bytes can be written; quotas are unknown."""
         with contextlib.suppress(OSError):  # logged when it failed first; the space counts as taken
