@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from checkpointer import layout, strictjson
+from checkpointer import layout
 from checkpointer.commit import Attempt
 from checkpointer.dcp.places import MODEL, OBJECTS, PATHS, Place, parse_place
 from checkpointer.distributed.boxes import Box, whole
@@ -30,6 +30,7 @@ from checkpointer.repository import Repository
 from checkpointer.state.codec import Encoder
 from checkpointer.state.tensors import STORABLE, dtype_name
 from checkpointer.storage import open_storage
+from checkpointer.tensorfile import joined_shard_indexes
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class SafetensorsWriter(StorageWriter):
         index = _index(metadata, reports)
         data = index.to_bytes()
         parse_index(data, {path: record.size for path, record in attempt.files.items()}, "the new index")
-        for path, content in {layout.INDEX: data, **_shard_index(index)}.items():
+        for path, content in {layout.INDEX: data, **joined_shard_indexes(index)}.items():
             attempt.write(path, [content], len(content))
         repository.commit(attempt, self._manifest(repository, attempt, len(results)))
         session.attempt = None
@@ -358,18 +359,3 @@ def _dict_node(tree: Mapping[str, Json]) -> Json:
     if any(name.startswith("$") for name in tree):
         return {"$dict": [[name, node] for name, node in tree.items()]}
     return dict(tree)
-
-
-def _shard_index(index: Index) -> dict[str, bytes]:
-    """The Hugging Face index of the model, where that is in several files of whole tensors."""
-    tensors = index.components[MODEL].tensors
-    places = {name: index.chunks[MODEL, name] for name in tensors}
-    files = {chunk.file for chunks in places.values() for chunk in chunks}
-    if len(files) < 2 or any(chunks[0].lengths != tensors[name].shape for name, chunks in places.items()):
-        return {}
-    total = sum(spec.nbytes for spec in tensors.values())
-    content = {
-        "metadata": {"total_size": total},
-        "weight_map": {name: chunks[0].file for name, chunks in places.items()},
-    }
-    return {layout.shard_index(MODEL): strictjson.dumps(content, indent=2).encode("ascii")}
