@@ -38,6 +38,8 @@ class SharedClock:
         self._next = 1
         self._asked = time.monotonic()
         self._asked_at = 0
+        self._skip = 1
+        """Calls from one question to the next; grows step by step, since a loop may begin with fast calls."""
         self._last: tuple[int, Verdict] | None = None
         self.stop = False
         """Whether all ranks know of a signal."""
@@ -74,4 +76,5 @@ class SharedClock:
         now = time.monotonic()
         seconds = max(now - self._asked, 1e-6) / max(self._calls - self._asked_at, 1)
         self._asked, self._asked_at = now, self._calls
-        return max(1, min(int(EVERY / seconds), MOST_CALLS))
+        self._skip = max(1, min(int(EVERY / seconds), 2 * self._skip, MOST_CALLS))
+        return self._skip

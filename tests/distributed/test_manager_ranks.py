@@ -124,3 +124,102 @@ def test_training_goes_on_bit_for_bit_on_every_rank(tmp_path, kind):
         assert state == found
     verified(tmp_path / "broken")
     assert [info.step for info in infos(tmp_path / "broken")] == list(range(STEPS + 1))
+
+
+# ------------------------------------------------------------------------------------ restoring at any layout
+
+
+class Wide(nn.Module):
+    """Sizes that no number of ranks divides evenly, and a layer with fewer rows than there are ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 6, bias=False)
+        self.head = nn.Linear(6, 1)
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.down(torch.relu(self.up(x))))
+
+
+def arranged(layout: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(seed)
+    model = Wide()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if layout == "tp":
+        mesh = init_device_mesh("cpu", (world,))
+        parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    elif layout == "2d":
+        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+    elif layout == "fsdp":
+        fully_shard(model.up)
+        fully_shard(model)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def moved(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Values and moments that any layout computes alike: each element by itself."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.grad = parameter.detach() * 0.5
+    optimizer.step()
+    optimizer.zero_grad()
+    model.scale.fill_(2.5)
+
+
+def values_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
+    found = fingerprint(model, optimizer)
+    del found["random"]
+    return found
+
+
+def save_as(root: str, layout: str, mode: str) -> dict[str, bytes]:
+    model, optimizer = arranged(layout, seed=0)
+    config = {"write": {"mode": mode}}
+    with CheckpointManager(root, config=config, model=model, optimizer=optimizer, note={"n": 7}) as mgr:
+        mgr.save(0)
+        moved(model, optimizer)
+        mgr.save(1, metrics={"loss": 0.5}, files={"config.json": b"{}"})
+        found = values_of(model, optimizer)
+        moved(model, optimizer)  # while it is being written
+    return found
+
+
+def restore_as(root: str, layout: str, *, warm: bool = False, verify: str = "stream") -> list[Any]:
+    model, optimizer = arranged(layout, seed=9)
+    if warm:
+        moved(model, optimizer)
+    note = {"n": 0}
+    with CheckpointManager(root, read_only=True, model=model, optimizer=optimizer, note=note) as mgr:
+        restored = mgr.restore_latest(verify=verify)
+    assert restored.step == 1
+    assert note == {"n": 7}
+    return [values_of(model, optimizer), restored.report.changed]
+
+
+@pytest.mark.parametrize(
+    ("saved", "world", "mode"),
+    [("fsdp", 4, "async"), ("2d", 4, "lazy"), ("tp", 2, "sync"), ("plain", 2, "async"), ("fsdp", 2, "lazy")],
+)
+def test_what_one_layout_saves_every_other_restores(tmp_path, saved, world, mode):
+    expected = run(world, save_as, str(tmp_path), saved, mode)[0]
+    verified(tmp_path)
+    assert infos(tmp_path)[-1].metrics == {"loss": 0.5}
+    for layout, size in (("fsdp", 4), ("2d", 4), ("tp", 2), ("plain", 1)):
+        warm = layout == "tp"
+        for found, changed in (
+            run(size, restore_as, str(tmp_path), layout) if size > 1 else [restore_as(str(tmp_path), layout, warm=warm)]
+        ):
+            assert found == expected, (layout, size)
+            assert any(f"saved by {world} ranks, restored by {size}" in line for line in changed) == (world != size)
+
+
+def test_one_process_saves_and_ranks_restore_before_anything_is_checked(tmp_path):
+    expected = save_as(str(tmp_path), "plain", "sync")
+    for found, _ in run(2, restore_as, str(tmp_path), "fsdp"):
+        assert found == expected
