@@ -232,7 +232,7 @@ def _digest(part: Captured, held: Mapping[str, Held]) -> str:
     """Equal on two ranks that have the same of a component, beside what is shared out."""
     meta = {name: value for name, value in part.meta.items() if name != _DEVICES}
     keys = [key for key, tensor in held.items() if not tensor.spread]
-    hashes = hash_tensors([part.tensors[key] for key in keys], threads=1)
+    hashes = hash_tensors([part.tensors[key] for key in keys])
     told = strictjson.dumps([part.tree, meta, keys, hashes])
     return hashlib.sha256(told.encode("ascii")).hexdigest()
 

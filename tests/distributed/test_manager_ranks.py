@@ -32,7 +32,8 @@ class Net(nn.Module):
         self.last = nn.Linear(7, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.drop(torch.relu(self.norm(self.first(x)))))
+        found: torch.Tensor = self.last(self.drop(torch.relu(self.norm(self.first(x)))))
+        return found
 
 
 def build(kind: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -110,7 +111,7 @@ def verified(root: Path) -> None:
     report = Repository(open_storage(root)).verify_all()
     assert report.ok, str(report)
     assert all(not item.extra for item in report.checkpoints)
-    assert not [item for item in (root / ".checkpointer" / "tmp").iterdir()]
+    assert not list((root / ".checkpointer" / "tmp").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
@@ -140,7 +141,8 @@ class Wide(nn.Module):
         self.register_buffer("scale", torch.ones(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.down(torch.relu(self.up(x))))
+        found: torch.Tensor = self.head(self.down(torch.relu(self.up(x))))
+        return found
 
 
 def arranged(layout: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -190,7 +192,7 @@ def save_as(root: str, layout: str, mode: str) -> dict[str, bytes]:
     return found
 
 
-def restore_as(root: str, layout: str, *, warm: bool = False, verify: str = "stream") -> list[Any]:
+def restore_as(root: str, layout: str, warm: bool = False, verify: str = "stream") -> list[Any]:
     model, optimizer = arranged(layout, seed=9)
     if warm:
         moved(model, optimizer)
@@ -203,7 +205,7 @@ def restore_as(root: str, layout: str, *, warm: bool = False, verify: str = "str
 
 
 @pytest.mark.parametrize(
-    ("saved", "world", "mode"),
+    "saved,world,mode",
     [("fsdp", 4, "async"), ("2d", 4, "lazy"), ("tp", 2, "sync"), ("plain", 2, "async"), ("fsdp", 2, "lazy")],
 )
 def test_what_one_layout_saves_every_other_restores(tmp_path, saved, world, mode):
@@ -211,15 +213,13 @@ def test_what_one_layout_saves_every_other_restores(tmp_path, saved, world, mode
     verified(tmp_path)
     assert infos(tmp_path)[-1].metrics == {"loss": 0.5}
     for layout, size in (("fsdp", 4), ("2d", 4), ("tp", 2), ("plain", 1)):
-        warm = layout == "tp"
-        for found, changed in (
-            run(size, restore_as, str(tmp_path), layout) if size > 1 else [restore_as(str(tmp_path), layout, warm=warm)]
-        ):
+        arguments = (str(tmp_path), layout, layout == "tp")
+        for found, changed in run(size, restore_as, *arguments) if size > 1 else [restore_as(*arguments)]:
             assert found == expected, (layout, size)
             assert any(f"saved by {world} ranks, restored by {size}" in line for line in changed) == (world != size)
 
 
 def test_one_process_saves_and_ranks_restore_before_anything_is_checked(tmp_path):
     expected = save_as(str(tmp_path), "plain", "sync")
-    for found, _ in run(2, restore_as, str(tmp_path), "fsdp"):
+    for found, _ in run(2, restore_as, str(tmp_path), "fsdp", False, "before"):
         assert found == expected
