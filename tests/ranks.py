@@ -86,14 +86,18 @@ def _child(
 ) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    # As torchrun has it, for programs that call init_process_group themselves.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     try:
-        client = dist.TCPStore("127.0.0.1", port, None, is_master=False)
-        limit = dt.timedelta(seconds=60)
-        dist.init_process_group("gloo", store=client, rank=rank, world_size=world, timeout=limit)
+        if not getattr(work, "makes_its_group", False):
+            client = dist.TCPStore("127.0.0.1", port, None, is_master=False)
+            limit = dt.timedelta(seconds=60)
+            dist.init_process_group("gloo", store=client, rank=rank, world_size=world, timeout=limit)
         end.send_bytes(pickle.dumps(Outcome(work(*arguments))))
-        with contextlib.suppress(RuntimeError):  # another rank may be dead, as planned
-            dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):  # another rank may be dead, as planned
+                dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         end.send_bytes(pickle.dumps(Outcome(error=traceback.format_exc())))
     finally:

@@ -1,6 +1,7 @@
 """The commands ``import``, ``export`` and ``consolidate``.
 
-Their library is the manager's side, with torch: loaded when one runs."""
+Their library is the manager's side, with torch: loaded when one runs.
+"""
 
 from __future__ import annotations
 
