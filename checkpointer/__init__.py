@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from checkpointer.version import __version__
 
 if TYPE_CHECKING:
-    from checkpointer import data, errors, retention, testing
+    from checkpointer import data, dcp, errors, retention, testing
     from checkpointer.config import Config
     from checkpointer.info import CheckpointInfo
     from checkpointer.manager import CheckpointManager
@@ -32,7 +32,7 @@ _HOMES = {
     "load_whole_model": "checkpointer.restoring",
     "register_codec": "checkpointer.state",
 }
-_MODULES = ("data", "errors", "retention", "testing")
+_MODULES = ("data", "dcp", "errors", "retention", "testing")
 
 
 def __getattr__(name: str) -> object:
@@ -62,6 +62,7 @@ __all__ = [
     "WholeModel",
     "__version__",
     "data",
+    "dcp",
     "errors",
     "load_whole_model",
     "register_codec",

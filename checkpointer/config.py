@@ -20,6 +20,7 @@ from checkpointer.units import (
     boolean,
     choice,
     count,
+    duration,
     format_duration,
     format_fraction,
     format_size,
@@ -52,6 +53,10 @@ class WritePolicy:
     """Where there is no room for a save. ``"error"``: it fails. ``"prune"``: what retention lets go already is removed,
     then it is tried once more. ``"skip"``: it is left out with a warning, and training goes on."""
 
+    rank_timeout: timedelta | str = timedelta(minutes=30)
+    """With several ranks: how long one waits for the others, the writing of their files included, before the save (or
+    the restore) fails with an error that names those that are missing."""
+
     def __post_init__(self) -> None:
         """Raise :class:`ConfigError` for a value that makes no sense."""
         choice("mode", self.mode, ("sync", "async", "lazy"))
@@ -60,6 +65,12 @@ class WritePolicy:
             count("share", self.share, instead="write false to share nothing")
         count("threads", self.threads, instead="write 1, the fewest there can be")
         choice("on_full", self.on_full, ("error", "prune", "skip"))
+        object.__setattr__(self, "rank_timeout", self.wait)
+
+    @property
+    def wait(self) -> timedelta:
+        """``rank_timeout`` as a duration."""
+        return duration("rank_timeout", self.rank_timeout)
 
 
 @dataclass(frozen=True, kw_only=True)

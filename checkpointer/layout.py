@@ -79,6 +79,24 @@ def tensor_file(component: str, shard: int = 1, shards: int = 1) -> str:
     return f"{stem}.safetensors" if shards == 1 else f"{stem}-{shard:05d}-of-{shards:05d}.safetensors"
 
 
+def rank_file(component: str, rank: int, shard: int = 1, shards: int = 1) -> str:
+    """File of what one rank holds of a component whose tensors are cut: no tool mistakes it for a whole shard."""
+    stem = f"{component_file(component)}-rank-{rank:05d}"
+    return f"{stem}.safetensors" if shards == 1 else f"{stem}-{shard:05d}-of-{shards:05d}.safetensors"
+
+
+def shared_tensors(rank: int, *, own: bool) -> str:
+    """File that the small components of one rank of several share; ``own``: what it has otherwise than the others."""
+    if own:
+        return f"rank-{rank:05d}.safetensors"
+    return SHARED_TENSORS if rank == 0 else f"state-rank-{rank:05d}.safetensors"
+
+
+def rank_index(rank: int) -> str:
+    """The index of what one rank has otherwise than the coordinator."""
+    return f"index-{rank}.json"
+
+
 def shard_index(component: str) -> str:
     """The Hugging Face index file of a component that is stored in several shards."""
     return f"{component_file(component)}.safetensors.index.json"

@@ -21,6 +21,8 @@ from checkpointer.arguments import (
     read_attachments,
 )
 from checkpointer.config import Config, Mode, load_config
+from checkpointer.distributed.clock import Verdict
+from checkpointer.distributed.job import Job
 from checkpointer.environment import environment, inspect_repository
 from checkpointer.errors import (
     CheckpointerError,
@@ -40,12 +42,12 @@ from checkpointer.repository import Repository
 from checkpointer.restoring import RNG, Restored, RestoreKeywords, Restorer, RestoreRequest, restore_request
 from checkpointer.retention import BestRule, RetentionPlan, rank
 from checkpointer.saving import PendingSave, Saver, finished
-from checkpointer.schedule import due
+from checkpointer.schedule import SavePolicy, due
 from checkpointer.state import Adapter, RngState, adapter_for, modules_of, optimizers_of
 from checkpointer.storage import open_storage
 from checkpointer.verification import VerifyReport
 from checkpointer.watching import watch
-from checkpointer.writing import Snapshot
+from checkpointer.writing import Snapshot, refuse
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -109,7 +111,8 @@ class CheckpointManager:
         self._repository = Repository(storage)
         changes = partial(stepped, optimizers_of(components), list(modules.values()))
         self._saver = Saver(self._repository, self._config, on_commit, changes)
-        self._restorer = Restorer(self._repository, adapters)
+        self._job = Job(storage, self._config.write.wait, ",".join(adapters))
+        self._restorer = Restorer(self._repository, adapters, self._job)
         self._position = Position(self._repository, require_resume=self._config.require_resume)
         self._pace = Pace(self._config.save)
         self._closed = False
@@ -162,10 +165,10 @@ class CheckpointManager:
         epoch = None if epoch is None else check_step(epoch, "epoch")
         self._open_for_saving()
         self._check_epoch_given(epoch)
-        preempted = self._preemption.requested
         begin = partial(self._begin_save, step, epoch, metrics, tags, files)
-        last = self._last()
+        last = self._last_of_all(step)
         self._position.check_order(step, last.step if last else None)
+        preempted = self._stop_agreed(step, epoch, last)
         if last is not None and step == last.step and not overwrite:
             handle = last if force or preempted else None
         elif preempted:
@@ -201,15 +204,15 @@ class CheckpointManager:
         self._saver.staged()
 
     def stop_requested(self) -> bool:
-        """Whether one of the ``on_signal`` signals has come."""
-        return self._preemption.requested
+        """Whether one of the ``on_signal`` signals has come, to this rank or, as far as it knows, to another."""
+        return self._preemption.requested or self._job.stop
 
     def should_stop(self) -> bool:
         """Whether a signal has come and a save begun after it is durable: leave the loop.
 
         With a ``deadline`` also where a save that was in flight is durable, and a new one would not be in time.
         """
-        return self._preemption.requested and self._preemption.saved
+        return self.stop_requested() and self._preemption.saved
 
     # ---------------------------------------------------------------------------------------------- restoring
 
@@ -413,15 +416,42 @@ class CheckpointManager:
     # ------------------------------------------------------------------------------------------------ private
 
     def _is_due(self, step: int, epoch: int | None, last: PendingSave | None) -> bool:
-        if self._preemption.requested:
-            return self._preemption.allows(self._position.recent) or self._saver.in_flight is not None
+        if self._stop_agreed(step, epoch, last):
+            alone = self._job.ranks.size == 1  # else all have to come to one answer
+            return not alone or self._preemption.allows(self._position.recent) or self._saver.in_flight is not None
+        policy = self._config.save
+        if self._job.ranks.size == 1:
+            return self._rules_fire(policy, step, epoch, last)
+        without_clock = policy.without_clock()
+        if without_clock is not None and self._rules_fire(without_clock, step, epoch, last):
+            return True
+        return self._ask(step, epoch, last).due
+
+    def _stop_agreed(self, step: int, epoch: int | None, last: PendingSave | None) -> bool:
+        """Whether a signal has come; with several ranks: and all of them know."""
+        if self._job.ranks.size == 1:
+            return self._preemption.requested
+        return self._ask(step, epoch, last).stop
+
+    def _ask(self, step: int, epoch: int | None, last: PendingSave | None) -> Verdict:
+        """What all ranks agree on where clocks and signals matter."""
+        policy = self._config.save
+        if policy.every is None and not policy.on_signal:
+            return Verdict(due=False, stop=False)
+        return self._job.clock.ask(
+            step,
+            signalled=self._preemption.requested,
+            due=lambda: policy.every is not None and self._rules_fire(policy, step, epoch, last),
+        )
+
+    def _rules_fire(self, policy: SavePolicy, step: int, epoch: int | None, last: PendingSave | None) -> bool:
         writing = last is not None and not last.done()
         last_created = interval = None
         if self._config.save.every is not None:
             last_created = last.created if last and writing else self._position.newest_created
             interval = self._pace.interval(self._position.recent)
         reasons = due(
-            self._config.save,
+            policy,
             step=step,
             epoch=epoch,
             last_epoch=last.epoch if last else None,
@@ -440,9 +470,11 @@ class CheckpointManager:
         self._saver.settle()
         last = self._last()
         recent = self._position.recent
-        if self._preemption.allows(recent):
-            return begin(mode="sync")  # nothing is copied before it is written
+        allowed = self._preemption.allows(recent)
         counts = self._preemption.counts(self._saver.committed_at)
+        allowed, counts = self._job.agreed(allowed, counts)
+        if allowed:
+            return begin(mode="sync")  # nothing is copied before it is written
         self._preemption.says_why(recent, self._position.tip, counts=counts)
         return last if counts else None
 
@@ -463,7 +495,14 @@ class CheckpointManager:
         settled = time.perf_counter()
         created = datetime.now(timezone.utc)
         self._last()
-        staged = self._saver.stage({name: adapter.capture() for name, adapter in self._adapters.items()}, mode)
+        share = self._job.cooperation.share(
+            step, lambda: {name: adapter.capture() for name, adapter in self._adapters.items()}
+        )
+        try:
+            staged = self._saver.stage(share, mode)
+        except BaseException as error:
+            refuse(share, f"the save of step {step}", error)
+            raise
         snapshot = Snapshot(
             step=step,
             epoch=epoch,
@@ -475,6 +514,7 @@ class CheckpointManager:
             parent=self._position.tip.id if self._position.tip else None,
             environment=environment(),
             mode=mode,
+            share=share,
             wait_seconds=settled - began,
             stall_seconds=time.perf_counter() - settled,
         )
@@ -490,6 +530,16 @@ class CheckpointManager:
             return None
         handle.result()
         return handle
+
+    def _last_of_all(self, step: int) -> PendingSave | None:
+        """As ``_last``, and the same on every rank where it decides something: what is in flight here may have failed
+        on a rank that has noticed already.
+        """
+        last = self._last()
+        if last is not None and self._job.ranks.size > 1 and step == last.step and not last.done():
+            self._saver.settle()
+            last = self._last()
+        return last
 
     def _last(self) -> PendingSave | None:
         """The save in flight, else the tip. Moves the tip to the last save once it is committed."""
@@ -525,6 +575,9 @@ class CheckpointManager:
 
     def _lock(self) -> None:
         """Become the run's only writer, and clear away what a dead one left half done."""
+        self._job.open(self._take_lock)
+
+    def _take_lock(self) -> None:
         if self._repository.lock.held:
             return
         self._repository.lock.acquire()

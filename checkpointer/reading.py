@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -60,6 +61,20 @@ class ChunkRead(NamedTuple):
     target: Target
 
 
+class Reader(NamedTuple):
+    """Who reads."""
+
+    rank: int
+    size: int
+
+
+ONE_PROCESS = Reader(0, 1)
+
+_OWN_AT_ANY_SIZE = frozenset({"rng", "generator"})
+"""Kinds of components of which a rank takes its own state also where the number of ranks has changed: no two ranks are
+to draw the same numbers."""
+
+
 class CheckpointReader:
     """An open checkpoint. Use as a context manager.
 
@@ -71,14 +86,16 @@ class CheckpointReader:
         FileNotFoundError: the whole checkpoint has vanished (a writer pruned it).
     """
 
-    def __init__(self, storage: Storage, directory: str, manifest: Manifest) -> None:
+    def __init__(self, storage: Storage, directory: str, manifest: Manifest, reader: Reader = ONE_PROCESS) -> None:
+        """``reader``: one of several ranks finds its own state in ``index``, where it differs from the others'."""
         self._storage = storage
+        self._reader = reader
         self._directory = directory
         self.manifest = manifest
         self._stack = ExitStack()
         try:
             self._files: dict[str, ReadFile] = {}
-            self.index = self._read_index()
+            self.index = self._with_own(self._read_index(layout.INDEX))
             for path in manifest.files:
                 self._check_size(path)
         except BaseException:
@@ -142,8 +159,29 @@ class CheckpointReader:
         else:
             file.close()
 
-    def _read_index(self) -> Index:
-        path = layout.INDEX
+    @property
+    def has_own_state(self) -> bool:
+        """Whether this rank's own state was saved, or is the same as rank 0's."""
+        return self._reader.rank < self.manifest.world_size
+
+    def _with_own(self, index: Index) -> Index:
+        """``index`` with what this rank had otherwise than rank 0."""
+        path = layout.rank_index(self._reader.rank)
+        if self._reader.size == 1 or path not in self.manifest.files:
+            return index
+        own = self._read_index(path)
+        same_size = self._reader.size == self.manifest.world_size
+        names = {name for name, part in own.components.items() if same_size or part.kind in _OWN_AT_ANY_SIZE}
+        components = {
+            name: replace(own.components[name], tensors={**part.tensors, **own.components[name].tensors})
+            if name in names
+            else part
+            for name, part in index.components.items()
+        }
+        mine = {place: chunks for place, chunks in own.chunks.items() if place[0] in names}
+        return Index(components, {**index.chunks, **mine}, {**index.headers, **own.headers})
+
+    def _read_index(self, path: str) -> Index:
         if path not in self.manifest.files:
             raise CorruptCheckpointError(f"{self._storage.place(self._directory)} lists no {path}")
         size = self.manifest.files[path].size

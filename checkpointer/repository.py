@@ -20,7 +20,7 @@ from checkpointer.info import CheckpointInfo
 from checkpointer.lock import WriterLock
 from checkpointer.manifest import FileRecord, Manifest, parse_manifest
 from checkpointer.notes import Note, add_note, annotated, noted_ids, read_notes, remove_notes
-from checkpointer.reading import CheckpointReader
+from checkpointer.reading import ONE_PROCESS, CheckpointReader, Reader
 from checkpointer.sharing import Source
 from checkpointer.storage import Storage
 from checkpointer.verification import CheckpointReport, VerifyReport, verify_checkpoint
@@ -134,7 +134,7 @@ class Repository:
             raise CheckpointNotFoundError(f"{info.path} has been removed, or replaced, since it was listed")
         return manifest
 
-    def open(self, info: CheckpointInfo) -> CheckpointReader:
+    def open(self, info: CheckpointInfo, reader: Reader = ONE_PROCESS) -> CheckpointReader:
         """Open a listed checkpoint for reading.
 
         Raises:
@@ -143,7 +143,7 @@ class Repository:
         """
         manifest = self.manifest(info)
         try:
-            return CheckpointReader(self.storage, name_of(info), manifest)
+            return CheckpointReader(self.storage, name_of(info), manifest, reader)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"{info.path} was removed while it was opened") from error
 
@@ -186,6 +186,10 @@ class Repository:
         """
         self.check_space(step, size)
         return self._protocol.begin(step)
+
+    def join(self, step: int, id: str) -> Attempt:
+        """The attempt that the coordinator has begun, for another rank to write its files."""
+        return self._protocol.join(step, id)
 
     def check_space(self, step: int, size: int) -> None:
         """Raise SaveError, with the errno of a full disk, unless ``size`` bytes can be written; quotas are unknown."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 from torch import nn
 
+from checkpointer.distributed.job import Job
+from checkpointer.distributed.ranks import AS_JSON, Alone, Meeting, Ranks
+from checkpointer.distributed.reads import Reads
 from checkpointer.environment import differences, environment
 from checkpointer.errors import (
     CheckpointerWarning,
@@ -19,16 +24,15 @@ from checkpointer.errors import (
     FormatVersionError,
     IncompatibleStateError,
 )
-from checkpointer.index import Chunk, Component, collector_paused
+from checkpointer.index import Chunk, Component, Json, collector_paused
 from checkpointer.info import CheckpointInfo
 from checkpointer.notes import Note
-from checkpointer.reading import CheckpointReader, ChunkRead
-from checkpointer.repository import Repository
+from checkpointer.reading import CheckpointReader, Reader
+from checkpointer.repository import Listing, Repository
 from checkpointer.sharing import Source
 from checkpointer.state import Adapter, ComponentReport, RestoreOptions, RestorePlan, SavedState, WholeModelLoader
 from checkpointer.state.plan import Adapt, MapLocation, Rename
 from checkpointer.storage import open_storage
-from checkpointer.targets import TensorTarget
 from checkpointer.units import did_you_mean
 
 RNG = "rng"
@@ -135,14 +139,34 @@ def restore_request(options: RestoreKeywords, verify: str, *, read_only: bool) -
     )
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A restore that has changed nothing yet."""
+
+    reader: CheckpointReader
+    plans: dict[str, RestorePlan]
+    report: RestoreReport
+    reads: Reads
+    inexact: bool
+    """Whether it is one of all components, so that what makes training inexact is worth a warning."""
+    shared_check: bool = False
+    """Whether a rank reads parts of chunks, which have no hash: then all ranks together check all chunks."""
+
+
 class Restorer:
     """Restores the registered components from a repository."""
 
-    def __init__(self, repository: Repository, adapters: Mapping[str, Adapter]) -> None:
+    def __init__(self, repository: Repository, adapters: Mapping[str, Adapter], job: Job | None = None) -> None:
+        """``job``: whose ranks all restore together."""
         self._repository = repository
+        self._job = job
         self._adapters = adapters
         self.source: Source | None = None
         """The checkpoint restored last, with the files whose every byte was verified: later saves may share them."""
+
+    @property
+    def _ranks(self) -> Ranks:
+        return Alone() if self._job is None else self._job.ranks
 
     def latest(self, request: RestoreRequest, *, finite: bool = False) -> Restored | None:
         """The newest checkpoint that is whole; ``None`` if there is none at all.
@@ -156,18 +180,9 @@ class Restorer:
         """
         skipped: dict[str, Skipped] = {}
         for _ in range(MAX_RELISTS):
-            listing = self._repository.list_checkpoints()
-            for item in listing.unreadable:
-                if isinstance(item.error, FormatVersionError):
-                    raise item.error
-                self._skip(skipped, item.path, item.step, str(item.error))
-            if listing.empty:
+            candidates = self._candidates(skipped, finite=finite)
+            if candidates is None:
                 return None
-            candidates = [info for info in reversed(listing.checkpoints) if info.path not in skipped]
-            if finite:
-                candidates = [info for info in candidates if info.finite is not False]
-                if not candidates and len(skipped) < len(listing.checkpoints) + len(listing.unreadable):
-                    raise CheckpointNotFoundError(f"every checkpoint in {self._repository.url} holds NaN or infinities")
             try:
                 restored = self._first_whole(candidates, request, skipped)
             except CheckpointNotFoundError:
@@ -176,6 +191,40 @@ class Restorer:
                 raise self._none_valid(skipped)
             return restored
         raise CheckpointNotFoundError(f"checkpoints in {self._repository.url} keep vanishing while they are opened")
+
+    def _candidates(self, skipped: dict[str, Skipped], *, finite: bool) -> list[CheckpointInfo] | None:
+        """What to try, the newest first, the same on every rank; ``None`` where there is nothing at all."""
+        found: list[CheckpointInfo] = []
+
+        def look() -> Json:
+            listing = self._repository.list_checkpoints()
+            found[:] = self._usable(listing, skipped, finite=finite)
+            return None if listing.empty else [info.id for info in found]
+
+        def common(seen: Sequence[Json]) -> Json:
+            lists = [ids for ids in seen if isinstance(ids, list)]
+            if not isinstance(seen[0], list):
+                return None
+            return [id for id in seen[0] if all(id in ids for ids in lists)]
+
+        meeting = Meeting(f"looking for a checkpoint in {self._repository.url}", AS_JSON, AS_JSON)
+        agreed = self._ranks.meet(meeting, look, common)
+        if not isinstance(agreed, list):
+            return None
+        known = {info.id: info for info in found}
+        return [known[id] for id in agreed if isinstance(id, str)]
+
+    def _usable(self, listing: Listing, skipped: dict[str, Skipped], *, finite: bool) -> list[CheckpointInfo]:
+        for item in listing.unreadable:
+            if isinstance(item.error, FormatVersionError):
+                raise item.error
+            self._skip(skipped, item.path, item.step, str(item.error))
+        candidates = [info for info in reversed(listing.checkpoints) if info.path not in skipped]
+        if finite:
+            candidates = [info for info in candidates if info.finite is not False]
+            if not candidates and len(skipped) < len(listing.checkpoints) + len(listing.unreadable):
+                raise CheckpointNotFoundError(f"every checkpoint in {self._repository.url} holds NaN or infinities")
+        return candidates
 
     def one(self, info: CheckpointInfo, request: RestoreRequest) -> Restored:
         """Restore just this checkpoint.
@@ -187,8 +236,10 @@ class Restorer:
         """
         self.source = None
         try:
-            with collector_paused(), self._repository.open(info) as reader:
-                report, verified = self._restore(reader, request)
+            with collector_paused(), ExitStack() as stack:
+                prepared = self._prepared(info, request, stack)
+                report, verified = self._restore(prepared, request)
+                reader = prepared.reader
                 self.source = Source.of(info, reader.manifest, reader.index, verified)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"{info.path} was removed while it was read") from error
@@ -229,24 +280,56 @@ class Restorer:
 
     def _remember(self, info: CheckpointInfo, reason: str) -> None:
         """Note damage beside the checkpoint, so that retention, in any process, does not count on it."""
+        if self._ranks.rank:
+            return
         try:
             self._repository.note(info, Note(damaged=reason[:1000]))
         except OSError as error:
             warnings.warn(f"could not note damage of {info.path}: {error}", CheckpointerWarning, stacklevel=2)
 
-    def _restore(self, reader: CheckpointReader, request: RestoreRequest) -> tuple[RestoreReport, set[str]]:
-        """Also returns which tensor files were verified as a whole."""
+    def _prepared(self, info: CheckpointInfo, request: RestoreRequest, stack: ExitStack) -> _Prepared:
+        """Open, match and check, on every rank: nothing live is changed before all of them have succeeded."""
+        found: list[_Prepared] = []
+
+        def prepare() -> Json:
+            who = Reader(self._ranks.rank, self._ranks.size)
+            reader = stack.enter_context(self._repository.open(info, who))
+            found.append(self._prepare_all(reader, request))
+            return found[0].reads.partial
+
+        meeting = Meeting(f"the restore of step {info.step} from {self._repository.url}", AS_JSON, AS_JSON)
+        partial = self._ranks.meet(meeting, prepare, any)
+        return replace(found[0], shared_check=bool(partial))
+
+    def _prepare_all(self, reader: CheckpointReader, request: RestoreRequest) -> _Prepared:
         names, report = self._choose(reader.index.components, request)
         options = request.options
         if report.missing or report.unexpected:
             options = replace(options, partial=True)
+        if RNG in names and not reader.has_own_state:
+            names.remove(RNG)
+            report.missing.append(RNG)
         reader.prefetch(names)
         plans = self._prepare(reader, names, replace(options, rng=RNG in names))
         if request.verify != "off":
             reader.check_metadata()
         if request.verify == "before":
             reader.check_chunks(_chunks(reader, plans))
-        reader.read(_reads(reader, plans), verify=request.verify != "off")
+        return _Prepared(reader, plans, report, Reads.of(reader, plans), inexact=not options.partial)
+
+    def _restore(self, prepared: _Prepared, request: RestoreRequest) -> tuple[RestoreReport, set[str]]:
+        """Also returns which tensor files were verified as a whole."""
+        reader, plans, report = prepared.reader, prepared.plans, prepared.report
+
+        def read() -> Json:
+            verify = request.verify != "off"
+            prepared.reads.carry_out(reader, verify=verify)
+            if verify and prepared.shared_check:
+                reader.check_chunks(_share_of_checks(reader, plans, self._ranks))
+            return None
+
+        meeting = Meeting(f"reading {self._repository.url}, step {reader.manifest.step}", AS_JSON, AS_JSON)
+        self._ranks.meet(meeting, read, lambda _: None)
         for name, plan in plans.items():
             plan.apply()
             report.components[name] = plan.report
@@ -259,7 +342,8 @@ class Restorer:
             )
         found = differences(reader.manifest.environment, environment())
         report.changed += found.all
-        if found.exactness and not options.partial and not request.read_only:
+        report.changed += _world_changed(reader.manifest.world_size, self._ranks.size)
+        if found.exactness and prepared.inexact and not request.read_only:
             self._warn_inexact(reader, found.exactness)
         return report, set() if request.verify == "off" else _wholly_read(reader, plans)
 
@@ -382,8 +466,18 @@ def _wholly_read(reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> 
     return reader.index.headers.keys() - left_out
 
 
-def _reads(reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> Iterator[ChunkRead]:
-    for name, plan in plans.items():
-        for key, tensor in plan.reads.items():
-            for chunk in reader.index.chunks[name, key]:
-                yield ChunkRead(f"{name}.{key}", chunk, TensorTarget(tensor, chunk))
+def _share_of_checks(
+    reader: CheckpointReader, plans: Mapping[str, RestorePlan], ranks: Ranks
+) -> Iterator[tuple[str, Chunk]]:
+    """This rank's part of all chunks that are wanted."""
+    return itertools.islice(_chunks(reader, plans), ranks.rank, None, ranks.size)
+
+
+def _world_changed(saved: int, live: int) -> list[str]:
+    if saved == live:
+        return []
+    told = (
+        f"saved by {saved} ranks, restored by {live}: each rank below {saved} goes on with the random numbers of the "
+        "rank of its number, others keep theirs; a position in the data is that of rank 0, for every rank"
+    )
+    return [told]

@@ -9,13 +9,14 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from checkpointer.config import Config, Mode
+from checkpointer.distributed.cooperation import Share
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, SaveError
 from checkpointer.info import CheckpointInfo
 from checkpointer.lazy import Stepped
@@ -23,7 +24,6 @@ from checkpointer.repository import Repository
 from checkpointer.sharing import Source
 from checkpointer.space import Space, is_full
 from checkpointer.staging import Shareable, Staged, Stager
-from checkpointer.state import Captured
 from checkpointer.stepping import StepWatch, WatchedSave
 from checkpointer.threads import Pool
 from checkpointer.writing import Snapshot, write_checkpoint
@@ -148,7 +148,7 @@ class Saver:
             logger.info("waiting for the save of step %d, which is still being written", handle.step)
             handle.error()
 
-    def stage(self, captured: Mapping[str, Captured], mode: Mode) -> Staged:
+    def stage(self, share: Share, mode: Mode) -> Staged:
         """Make state ready for writing: by reference in ``sync`` mode, by a copy in ``async`` mode.
 
         ``lazy`` mode copies what not only a step changes; the rest is copied before a step, unless written by then.
@@ -157,7 +157,7 @@ class Saver:
             SaveError: there is no memory for the copy.
         """
         try:
-            return self._stage(captured, mode)
+            return self._stage(share, mode)
         except (MemoryError, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.ENOMEM:
                 raise
@@ -166,8 +166,10 @@ class Saver:
                 "write: {mode: sync} needs no copy, and keeps training waiting while it writes"
             ) from error
 
-    def _stage(self, captured: Mapping[str, Captured], mode: Mode) -> Staged:
-        shareable = Shareable(self._share_with, self._config.write.share)
+    def _stage(self, share: Share, mode: Mode) -> Staged:
+        captured = share.captured
+        limit: int | Literal[False] = self._config.write.share if share.ranks.size == 1 else False
+        shareable = Shareable(self._share_with, limit)
         if mode == "sync":
             return self._stager.live(captured, shareable)
         if mode == "lazy":
@@ -195,7 +197,8 @@ class Saver:
         ``None`` where it has no room and is left out, as configured, if that shows before this returns.
         """
         self._collect()
-        if not self._space.admits(snapshot, self._settle_pruning):
+        alone = snapshot.share.ranks.size == 1
+        if alone and not self._space.admits(snapshot, self._settle_pruning):
             if snapshot.staged.live is not None:
                 snapshot.staged.live.end()
             return None
@@ -204,7 +207,7 @@ class Saver:
         self._uncollected[:] = [handle]
         if snapshot.mode == "sync":
             self._write(snapshot, handle, future)
-            self._background = self._in_background(self._follow_up, future)
+            self._background = self._in_background(self._follow_up, snapshot, future)
             if handle.left_out:
                 return None
         else:
@@ -274,7 +277,7 @@ class Saver:
 
     def _write_and_follow_up(self, snapshot: Snapshot, handle: PendingSave, future: Future[CheckpointInfo]) -> None:
         self._write(snapshot, handle, future)
-        self._follow_up(future)
+        self._follow_up(snapshot, future)
 
     def _write(self, snapshot: Snapshot, handle: PendingSave, future: Future[CheckpointInfo]) -> None:
         """Complete ``future``, whatever happens: a writer that died silently would leave the caller waiting."""
@@ -294,12 +297,12 @@ class Saver:
             if snapshot.staged.live is not None:
                 snapshot.staged.live.end()
 
-    def _write_with_room(self, snapshot: Snapshot) -> tuple[CheckpointInfo, Source]:
+    def _write_with_room(self, snapshot: Snapshot) -> tuple[CheckpointInfo, Source | None]:
         """Write; where that has no room, once more after whatever frees some."""
         try:
             return write_checkpoint(self._repository, snapshot)
         except OSError as error:
-            if not is_full(error):
+            if not is_full(error) or snapshot.share.ranks.size > 1:  # which would all have to try again
                 raise
             parent = () if snapshot.parent is None else (snapshot.parent,)
             sync = snapshot.mode == "sync"  # else what prunes is this very thread
@@ -329,9 +332,9 @@ class Saver:
         wrapped.__cause__ = error
         return wrapped
 
-    def _follow_up(self, future: Future[CheckpointInfo]) -> None:
-        """After a durable commit: tell the user's callback, then prune."""
-        if future.exception() is None:
+    def _follow_up(self, snapshot: Snapshot, future: Future[CheckpointInfo]) -> None:
+        """After a durable commit, on the coordinator: tell the user's callback, then prune."""
+        if future.exception() is None and snapshot.share.coordinator:
             self._warn_of_divergence(future.result())
             self._announce(future.result())
             self._space.prune()

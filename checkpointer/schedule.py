@@ -90,6 +90,12 @@ class SavePolicy:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    def without_clock(self) -> SavePolicy | None:
+        """The rules that need no clock, so that all ranks come to one answer; ``None`` where there are others alone."""
+        if self.every is not None and self.every_n_steps is None and self.every_n_epochs is None:
+            return None
+        return SavePolicy(every_n_steps=self.every_n_steps, every_n_epochs=self.every_n_epochs)
+
 
 @dataclass(frozen=True)
 class Interval:

@@ -211,7 +211,11 @@ class Stager:
         """Which tensor goes where. The plan of the last save serves again while names, shapes and dtypes stay."""
         parts = {
             name: ComponentTensors(
-                part.kind, {key: spec_of(tensor) for key, tensor in part.tensors.items()}, part.frozen, part.aliases
+                part.kind,
+                {key: spec_of(tensor) for key, tensor in part.tensors.items()},
+                part.frozen,
+                part.aliases,
+                part.naming,
             )
             for name, part in captured.items()
         }

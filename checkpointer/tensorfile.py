@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from checkpointer import layout, strictjson
 from checkpointer.errors import CorruptCheckpointError
-from checkpointer.index import ITEM_SIZES, Chunk, TensorSpec
+from checkpointer.index import ITEM_SIZES, Chunk, Index, TensorSpec
 
 SHARD_LIMIT = 50 * 10**9
 """Bytes of tensors in one file at most (a larger tensor gets a file of its own); the limit of the Hugging Face hub."""
@@ -39,6 +39,32 @@ _DTYPES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
+class Naming:
+    """How the files of one rank of several are called."""
+
+    rank: int
+    own: bool = False
+    """Whether this is what the rank has otherwise than the coordinator: all of that is one file."""
+    cut: bool = False
+    """Whether tensors of the component are cut, so that its files are no shards in the sense of Hugging Face."""
+    first: int = 1
+    """The number of this rank's first shard, where they are."""
+    total: int | None = None
+    """Shards of all ranks together; ``None``: those of this rank are all."""
+
+    def path(self, component: str, number: int, count: int) -> str:
+        """The file of the ``number``-th of this rank's ``count`` shards of a component."""
+        if self.cut:
+            return layout.rank_file(component, self.rank, number, count)
+        return layout.tensor_file(component, self.first + number - 1, count if self.total is None else self.total)
+
+    @property
+    def shared_path(self) -> str:
+        """The file that small components share."""
+        return layout.shared_tensors(self.rank, own=self.own)
+
+
+@dataclass(frozen=True)
 class ComponentTensors:
     """The tensors of one component, as far as the layout of files depends on them."""
 
@@ -48,6 +74,8 @@ class ComponentTensors:
     """Keys whose bytes are expected never to change: they get shards of their own, which later saves can share."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other names of stored keys (tied weights); written to the file's metadata as safetensors does."""
+    naming: Naming | None = None
+    """``None``: one process writes all."""
 
 
 class Slot(NamedTuple):
@@ -103,21 +131,27 @@ def plan_files(components: Mapping[str, ComponentTensors], shard_limit: int | No
     """
     limit = SHARD_LIMIT if shard_limit is None else shard_limit
     files: list[TensorFile] = []
-    small: list[tuple[str, str]] = []
+    small: dict[str, list[tuple[str, str]]] = {}
     for name, component in components.items():
         if not component.specs:
             continue
         if _shares_file(component):
-            small += [(name, key) for key in component.specs]
+            path = layout.SHARED_TENSORS if component.naming is None else component.naming.shared_path
+            small.setdefault(path, []).extend((name, key) for key in component.specs)
             continue
         shards = _shards(component, limit)
         for number, keys in enumerate(shards, start=1):
-            path = layout.tensor_file(name, number, len(shards))
+            path = (component.naming or _ONE_PROCESS).path(name, number, len(shards))
             files.append(_build(path, [(name, key, key) for key in keys], components))
-    if small:
-        named = [(name, key, f"{name}/{key}") for name, key in small]
-        files.append(_build(layout.SHARED_TENSORS, named, components))
+    for path, tensors in small.items():
+        files.append(_build(path, [(name, key, f"{name}/{key}") for name, key in tensors], components))
     return files
+
+
+def count_files(component: ComponentTensors, shard_limit: int | None = None) -> int:
+    """How many files of its own a component gets."""
+    limit = SHARD_LIMIT if shard_limit is None else shard_limit
+    return 0 if _shares_file(component) else len(_shards(component, limit))
 
 
 def shard_indexes(files: Iterable[TensorFile], components: Mapping[str, ComponentTensors]) -> dict[str, bytes]:
@@ -128,13 +162,26 @@ def shard_indexes(files: Iterable[TensorFile], components: Mapping[str, Componen
             if file.path not in (layout.tensor_file(slot.component), layout.SHARED_TENSORS):
                 maps.setdefault(slot.component, {})[slot.key] = file.path
     return {
-        layout.shard_index(name): strictjson.dumps(
-            {
-                "metadata": {"total_size": sum(spec.nbytes for spec in components[name].specs.values())},
-                "weight_map": weight_map,
-            },
-            indent=2,
-        ).encode("ascii")
+        layout.shard_index(name): _shard_index(components[name].specs, weight_map) for name, weight_map in maps.items()
+    }
+
+
+def _shard_index(specs: Mapping[str, TensorSpec], weight_map: Mapping[str, str]) -> bytes:
+    total = sum(spec.nbytes for spec in specs.values())
+    content = {"metadata": {"total_size": total}, "weight_map": dict(weight_map)}
+    return strictjson.dumps(content, indent=2).encode("ascii")
+
+
+def joined_shard_indexes(index: Index) -> dict[str, bytes]:
+    """As :func:`shard_indexes`, for files of several ranks. None for a component of which a tensor is cut."""
+    maps: dict[str, dict[str, str]] = {}
+    for name, component in index.components.items():
+        files = {key: [chunk.file for chunk in index.chunks[name, key]] for key in component.tensors}
+        different = {file for places in files.values() for file in places}
+        if len(different) > 1 and {layout.tensor_file(name, 1, len(different))} <= different:
+            maps[name] = {key: places[0] for key, places in files.items()}
+    return {
+        layout.shard_index(name): _shard_index(index.components[name].tensors, weight_map)
         for name, weight_map in maps.items()
     }
 
@@ -162,7 +209,12 @@ def _signature(entry: object, what: str) -> tuple[str, tuple[int, ...], tuple[in
     return dtype, strictjson.integers(fields.get("shape"), what), strictjson.integers(fields.get("data_offsets"), what)
 
 
+_ONE_PROCESS = Naming(0)
+
+
 def _shares_file(component: ComponentTensors) -> bool:
+    if component.naming is not None and component.naming.own:
+        return True
     if component.kind in _ALWAYS_OWN_FILE:
         return False
     return sum(spec.nbytes for spec in component.specs.values()) < SMALL_COMPONENT

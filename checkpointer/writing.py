@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 
 import xxhash
 
-from checkpointer import layout
+from checkpointer import layout, strictjson
 from checkpointer.commit import Attempt
 from checkpointer.digest import Digest
-from checkpointer.index import Chunk, Index, Json
+from checkpointer.distributed.cooperation import OWN, Share
+from checkpointer.distributed.ranks import AS_JSON, Alone, Meeting
+from checkpointer.distributed.report import Places, RankFiles, RankFilesForm, all_finite_over_ranks, separated
+from checkpointer.index import Chunk, Index, Json, parse_index
 from checkpointer.info import CheckpointInfo
-from checkpointer.manifest import Manifest
+from checkpointer.manifest import Manifest, parse_manifest
 from checkpointer.repository import Repository
 from checkpointer.sharing import Source
 from checkpointer.staging import SharedFile, Staged, StagedFile
 from checkpointer.storage import Buffer
-from checkpointer.tensorfile import shard_indexes
+from checkpointer.tensorfile import joined_shard_indexes, shard_indexes
 
 logger = logging.getLogger("checkpointer")
 
@@ -49,6 +53,8 @@ class Snapshot:
     parent: str | None
     environment: Mapping[str, Json]
     mode: str = "sync"
+    share: Share = field(default_factory=lambda: Share(Alone(), {}, {}, {}))
+    """Which part of the save this process writes; all of it where there is one."""
     wait_seconds: float = 0.0
     """How long ``save`` waited for the one before."""
     stall_seconds: float = 0.0
@@ -57,33 +63,119 @@ class Snapshot:
     @cached_property
     def small_files(self) -> dict[str, bytes]:
         """Attachments, and the indexes of sharded components, by path."""
+        if not self.share.coordinator:
+            return {}
         attached = {f"{layout.ATTACHMENTS}/{name}": data for name, data in self.attachments.items()}
+        if self.share.ranks.size > 1:  # the shards of all ranks are known only when all have written
+            return attached
         return {**shard_indexes([file for file, _ in self.staged.files], self.staged.parts), **attached}
 
 
-def write_checkpoint(repository: Repository, snapshot: Snapshot) -> tuple[CheckpointInfo, Source]:
+def write_checkpoint(repository: Repository, snapshot: Snapshot) -> tuple[CheckpointInfo, Source | None]:
     """Write and commit; durable when this returns. On any error nothing is visible and what was written is removed.
 
-    Returns the checkpoint, and what a later one needs to share its files.
+    Returns the checkpoint, and what a later one needs to share its files. Every rank calls this; each writes its own
+    files, and the coordinator commits once all have.
     """
     began = time.perf_counter()
-    files = snapshot.staged.files
-    attempt = repository.begin(snapshot.step, bytes_to_write(repository, snapshot))
+    ranks = snapshot.share.ranks
+    meeting = Meeting(f"the save of step {snapshot.step} to {repository.url}", RankFilesForm(), _CommittedForm())
+    attempt = _begin(repository, snapshot, meeting.what)
+
+    def commit(parts: Sequence[RankFiles]) -> _Committed:
+        return _commit(repository, snapshot, attempt, parts, began)
+
     try:
-        tensors = _TensorFiles(repository, attempt, snapshot.staged.learned)
-        for item in files:
-            tensors.write(item)
-        for path, data in snapshot.small_files.items():
-            attempt.write(path, [data], len(data))
-        index = _index(snapshot.staged, tensors.chunks)
-        data = index.to_bytes()
-        attempt.write(layout.INDEX, [data], len(data))
-        manifest = _manifest(repository, snapshot, attempt, time.perf_counter() - began, finite=tensors.finite)
-        info = repository.commit(attempt, manifest)
+        done = ranks.meet(meeting, lambda: _write_files(repository, attempt, snapshot), commit)
     except BaseException:
-        _abandon(repository, attempt)
+        if ranks.rank == 0:
+            _abandon(repository, attempt)
         raise
-    return info, Source.of(info, manifest, index)
+    return done.info, Source.of(done.info, done.manifest, done.index) if ranks.size == 1 and done.index else None
+
+
+def refuse(share: Share, what: str, error: BaseException) -> None:
+    """Let the other ranks know that this one cannot write its part: they are waiting for it."""
+
+    def fail() -> Json:
+        raise error
+
+    def begin(sizes: Sequence[Json]) -> Json:
+        raise AssertionError(sizes)
+
+    with contextlib.suppress(BaseException):  # ``error`` itself, which the caller raises
+        share.ranks.meet(Meeting(what, AS_JSON, AS_JSON), fail, begin)
+
+
+def _begin(repository: Repository, snapshot: Snapshot, what: str) -> Attempt:
+    """A new attempt, of which every rank knows."""
+    begun: list[Attempt] = []
+
+    def begin(sizes: Sequence[Json]) -> Json:
+        begun.append(repository.begin(snapshot.step, sum(size for size in sizes if isinstance(size, int))))
+        return begun[0].id
+
+    meeting = Meeting(what, AS_JSON, AS_JSON)
+    id = snapshot.share.ranks.meet(meeting, lambda: bytes_to_write(repository, snapshot), begin)
+    return begun[0] if begun else repository.join(snapshot.step, str(id))
+
+
+def _write_files(repository: Repository, attempt: Attempt, snapshot: Snapshot) -> RankFiles:
+    """All files of this rank but the index of the checkpoint."""
+    tensors = _TensorFiles(repository, attempt, snapshot)
+    for item in snapshot.staged.files:
+        tensors.write(item)
+    for path, data in snapshot.small_files.items():
+        attempt.write(path, [data], len(data))
+    shared, own = separated(tensors.chunks, _headers(snapshot.staged))
+    if any(name.startswith(OWN) for name in snapshot.staged.components):
+        data = _own_index(snapshot.staged, own).to_bytes()
+        attempt.write(layout.rank_index(snapshot.share.ranks.rank), [data], len(data))
+    return RankFiles(
+        files=dict(attempt.files),
+        headers=shared.headers,
+        chunks=shared.chunks,
+        finite=tensors.finite,
+        learned=bool(snapshot.staged.learned),
+        fsync_seconds=attempt.fsync_seconds,
+    )
+
+
+@dataclass(frozen=True)
+class _Committed:
+    info: CheckpointInfo
+    manifest: Manifest
+    index: Index | None
+    """Known to the coordinator alone."""
+
+
+class _CommittedForm:
+    def pack(self, value: _Committed) -> Json:
+        return {"path": value.info.path, "manifest": value.manifest.to_bytes().decode("ascii")}
+
+    def unpack(self, raw: Json) -> _Committed:
+        part = strictjson.mapping(raw, "commit")
+        manifest = parse_manifest(part["manifest"].encode("ascii"), "the manifest of the coordinator")
+        return _Committed(manifest.info(part["path"]), manifest, None)
+
+
+def _commit(
+    repository: Repository, snapshot: Snapshot, attempt: Attempt, parts: Sequence[RankFiles], began: float
+) -> _Committed:
+    """On the coordinator, after every rank has written."""
+    index = _index(snapshot, parts)
+    for part in parts:
+        attempt.files.update(part.files)
+    data = index.to_bytes()
+    if len(parts) > 1:
+        sizes = {path: record.size for path, record in attempt.files.items()}
+        parse_index(data, sizes, "the index of all ranks")  # every byte of every tensor is there, exactly once
+        for path, content in joined_shard_indexes(index).items():
+            attempt.write(path, [content], len(content))
+    attempt.write(layout.INDEX, [data], len(data))
+    seconds = time.perf_counter() - began
+    manifest = _manifest(repository, snapshot, attempt, seconds, finite=all_finite_over_ranks(parts), ranks=len(parts))
+    return _Committed(repository.commit(attempt, manifest), manifest, index)
 
 
 def bytes_to_write(repository: Repository, snapshot: Snapshot) -> int:
@@ -112,10 +204,11 @@ def _abandon(repository: Repository, attempt: Attempt) -> None:
 class _TensorFiles:
     """The tensor files of one checkpoint, and what is learned of them while they are written."""
 
-    def __init__(self, repository: Repository, attempt: Attempt, learned: frozenset[tuple[str, str]]) -> None:
+    def __init__(self, repository: Repository, attempt: Attempt, snapshot: Snapshot) -> None:
         self._repository = repository
         self._attempt = attempt
-        self._learned = learned
+        self._learned = snapshot.staged.learned
+        self._boxes = snapshot.share.boxes
         self._not_finite: list[str] = []
         self._unseen = False
         self.chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {}
@@ -141,7 +234,9 @@ class _TensorFiles:
             self._not_finite += digest.not_finite
         start = len(file.header)
         for slot, spec, xxh3 in zip(file.slots, file.specs, hashes, strict=True):
-            place = Chunk((0,) * len(spec.shape), spec.shape, file.path, start + slot.begin, start + slot.end, xxh3)
+            box = self._boxes.get((slot.component, slot.key))
+            offsets = (0,) * len(spec.shape) if box is None else box.offsets
+            place = Chunk(offsets, spec.shape, file.path, start + slot.begin, start + slot.end, xxh3)
             self.chunks[slot.component, slot.key] = (place,)
 
     def _share(self, path: str, source: SharedFile) -> bool:
@@ -154,13 +249,34 @@ def _file_pieces(item: StagedFile, digest: Digest) -> Iterator[Buffer]:
     digest.update(memoryview(b""))  # tensors without elements at the end
 
 
-def _index(staged: Staged, chunks: Mapping[tuple[str, str], tuple[Chunk, ...]]) -> Index:
-    headers = {file.path: (len(file.header), xxhash.xxh3_128_hexdigest(file.header)) for file, _ in staged.files}
-    return Index(dict(staged.components), chunks, headers)
+def _headers(staged: Staged) -> dict[str, tuple[int, str]]:
+    return {file.path: (len(file.header), xxhash.xxh3_128_hexdigest(file.header)) for file, _ in staged.files}
+
+
+def _own_index(staged: Staged, own: Places) -> Index:
+    """What this rank has otherwise than the coordinator."""
+    components = {name.removeprefix(OWN): part for name, part in staged.components.items() if name.startswith(OWN)}
+    return Index(components, own.chunks, own.headers)
+
+
+def _index(snapshot: Snapshot, parts: Sequence[RankFiles]) -> Index:
+    """Of all ranks. Where there is one, as it stands."""
+    components = snapshot.share.components or snapshot.staged.components
+    if len(parts) == 1:
+        return Index(dict(components), parts[0].chunks, parts[0].headers)
+    chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {
+        (name, key): () for name, component in components.items() for key in component.tensors
+    }
+    headers: dict[str, tuple[int, str]] = {}
+    for part in parts:
+        headers.update(part.headers)
+        for place, found in part.chunks.items():
+            chunks[place] += found
+    return Index(dict(components), chunks, headers)
 
 
 def _manifest(
-    repository: Repository, snapshot: Snapshot, attempt: Attempt, seconds: float, *, finite: bool | None
+    repository: Repository, snapshot: Snapshot, attempt: Attempt, seconds: float, *, finite: bool | None, ranks: int
 ) -> Manifest:
     return Manifest(
         id=attempt.id,
@@ -172,6 +288,7 @@ def _manifest(
         metrics=snapshot.metrics,
         tags=snapshot.tags,
         finite=finite,
+        world_size=ranks,
         data=attempt.data,
         files=dict(attempt.files),
         environment=snapshot.environment,

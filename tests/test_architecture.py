@@ -68,8 +68,10 @@ LAYERS = {
         "environment writing space saving restoring position pacing preemption signals manager migration",
         "errors pure settings blocks storage repository arguments state manager distributed",
     ),
-    "distributed": layer("distributed", "errors pure storage repository state distributed"),
-    "adapters": layer("adapters data testing", "errors pure storage repository state manager distributed adapters"),
+    "distributed": layer("distributed", "errors pure blocks storage repository state distributed"),
+    "adapters": layer(
+        "adapters data dcp testing", "errors pure storage repository state manager distributed adapters"
+    ),
 }
 """From the bottom up. Modules of a layer may import each other only where the layer names itself."""
 

@@ -195,6 +195,7 @@ def test_to_yaml_is_readable():
         "  share: 8\n"
         "  threads: 2\n"
         "  on_full: error\n"
+        "  rank_timeout: 30min\n"
         "restore:\n"
         "  verify: 'off'\n"
         "require_resume: true\n"

@@ -13,7 +13,7 @@ from checkpointer.cli import output
 from checkpointer.cli.base import FINE, PROBLEM, cli, common, metrics_option, step_argument
 from checkpointer.cli.comparing import diff_command
 from checkpointer.cli.doctoring import doctor_command
-from checkpointer.cli.migrating import export_command, import_command
+from checkpointer.cli.migrating import consolidate_command, export_command, import_command
 from checkpointer.cli.output import complain, emit, emit_json
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from checkpointer.notes import Note
 
 
-for _command in (diff_command, doctor_command, export_command, import_command):
+for _command in (consolidate_command, diff_command, doctor_command, export_command, import_command):
     cli.add_command(_command)
 
 

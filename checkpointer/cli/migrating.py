@@ -1,4 +1,7 @@
-"""The commands ``import`` and ``export``. Their library is the manager's side, with torch: loaded when one runs."""
+"""The commands ``import``, ``export`` and ``consolidate``.
+
+Their library is the manager's side, with torch: loaded when one runs.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import click
 
 from checkpointer.cli.base import FINE, common, metrics_option, step_argument
 from checkpointer.cli.output import clean, complain, emit, emit_json
+from checkpointer.units import FieldError, size
 
 
 def _names(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -21,6 +25,14 @@ def _names(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> di
             raise click.BadParameter(f"{text!r} must look like old=new")
         pairs[old] = new
     return pairs
+
+
+def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """A size such as ``5GB`` in bytes."""
+    try:
+        return None if value is None else size("--shard-size", value)
+    except FieldError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @click.command("import", short_help="Make a checkpoint of a torch.save file.")
@@ -165,4 +177,60 @@ def export_command(
     return FINE
 
 
-__all__ = ["export_command", "import_command"]
+@click.command("consolidate", short_help="Make one plain model of a checkpoint of any number of ranks.")
+@click.argument("root")
+@click.argument("step", callback=step_argument)
+@click.argument("out")
+@click.option("--component", metavar="NAME", help="Which one. Default: the model.")
+@click.option("--shard-size", metavar="SIZE", callback=_size, help="Bytes in one file at most, such as 5GB.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@common
+def consolidate_command(
+    *,
+    root: str,
+    step: int,
+    out: str,
+    component: str | None,
+    shard_size: int | None,
+    force: bool,
+    as_json: bool,
+    storage_options: Mapping[str, object],
+) -> int:
+    """Write the model of STEP as plain safetensors to OUT, however many ranks have saved it.
+
+    OUT ends in .safetensors (one file), or becomes a directory as the Hugging Face tools read it: model.safetensors,
+    or shards with their index, and the files that were attached to the checkpoint. Every byte is checked against its
+    hash first. A piece of one tensor is in memory at a time.
+
+    \b
+    --json: {"root", "step", "path", "component", "files", "tensors", "size", "left_out"}
+    "left_out" are entries of the model's state that are no tensors.
+    """
+    from checkpointer.cli import gather
+
+    library: Any = import_module("checkpointer.migration.consolidating")
+    with gather.opened(root, storage_options) as repository:
+        gather.listing(repository)
+        done = library.consolidate_step(
+            repository, step, out, component=component, shard_size=shard_size, overwrite=force
+        )
+    if as_json:
+        emit_json(
+            {
+                "root": repository.url,
+                "step": step,
+                "path": done.path,
+                "component": done.component,
+                "files": list(done.files),
+                "tensors": done.tensors,
+                "size": done.size,
+                "left_out": list(done.left_out),
+            }
+        )
+    else:
+        rest = f"; left out: {', '.join(done.left_out)}" if done.left_out else ""
+        emit(clean(f"wrote {done.tensors} tensors of {done.component}, step {step}, to {done.path}{rest}"))
+    return FINE
+
+
+__all__ = ["consolidate_command", "export_command", "import_command"]

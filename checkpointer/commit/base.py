@@ -84,6 +84,9 @@ class CommitProtocol(Protocol):
 
     def begin(self, step: int) -> Attempt: ...
 
+    def join(self, step: int, id: str) -> Attempt:
+        """The attempt that another rank of this job has begun: to write files of it, never to commit or abandon."""
+
     def commit(self, attempt: Attempt, manifest: Manifest) -> str:
         """Make the attempt visible; returns its name. Durable, or an error and nothing changed."""
 

@@ -52,6 +52,9 @@ class MarkerCommit:
         id = new_id()
         record = {"step": step, "host": socket.gethostname(), "pid": os.getpid()}
         self._storage.put(f"{layout.TMP}/{id}.json", strictjson.seal(record))
+        return self.join(step, id)
+
+    def join(self, step: int, id: str) -> Attempt:
         return Attempt(self._storage, step, id, f"{layout.checkpoint_name(step)}/{id}", data=id)
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> str:

@@ -40,10 +40,12 @@ class RenameCommit:
         self._lock = lock
 
     def begin(self, step: int) -> Attempt:
-        id = new_id()
-        directory = f"{layout.TMP}/{id}"
-        self._storage.make_directory(directory)
-        return Attempt(self._storage, step, id, directory, data=None)
+        attempt = self.join(step, new_id())
+        self._storage.make_directory(attempt.directory)
+        return attempt
+
+    def join(self, step: int, id: str) -> Attempt:
+        return Attempt(self._storage, step, id, f"{layout.TMP}/{id}", data=None)
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> str:
         data = manifest.to_bytes()

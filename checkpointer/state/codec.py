@@ -20,6 +20,7 @@ from checkpointer.errors import UnsupportedStateError
 from checkpointer.index import Json
 from checkpointer.state import leaves, tensors
 from checkpointer.state.registry import codec_for
+from checkpointer.state.sharded import is_sharded, local_part
 
 MAX_DEPTH = 200
 INLINE_BYTES = 4096
@@ -212,6 +213,8 @@ class Encoder:
 
     def tensor_node(self, value: torch.Tensor) -> Json:
         """A tensor without its autograd flags."""
+        if is_sharded(value):
+            return self._plain_tensor(value)
         if type(value) not in (torch.Tensor, nn.Parameter):
             return self._subclass(value)
         if value.device.type == "meta":
@@ -283,12 +286,13 @@ class Encoder:
         That is ``key``, ``key#2`` where ``key`` is taken, or the one that the same memory is already stored under.
         """
         # Most memory occurs once: comparing pointers first makes this several times faster.
-        pointer = tensor.data_ptr() or tensor.untyped_storage()._cdata  # noqa: SLF001
+        memory = local_part(tensor)
+        pointer = memory.data_ptr() or memory.untyped_storage()._cdata  # noqa: SLF001
         others = self._by_pointer.get(pointer, ())
         if others:
-            memory = tensors.memory_key(tensor)
+            same = tensors.memory_key(tensor)
             for other in others:
-                if tensors.memory_key(self.tensors[other]) == memory:
+                if tensors.memory_key(self.tensors[other]) == same:
                     return other
         stored = self._unique(key or "value")
         self._by_pointer[pointer] = (*others, stored)

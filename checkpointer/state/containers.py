@@ -18,7 +18,7 @@ from checkpointer.state.codec import encode
 from checkpointer.state.decoding import Leaf, decode, outline
 from checkpointer.state.places import Places, check_kind
 from checkpointer.state.plan import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
-from checkpointer.state.tensors import is_plain, memory_key
+from checkpointer.state.tensors import is_ordinary, is_plain, memory_key
 
 MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 CONTAINERS: tuple[type, ...] = (*MAPPINGS, list, set, deque, bytearray)
@@ -90,7 +90,7 @@ def _leaf_mismatch(leaf: Leaf, live: Any) -> str:
         return f"saved as a tensor, live is {type(live).__name__}"
     if leaf.spec is None:
         return "saved as another kind of tensor" if is_plain(live) else ""
-    if not is_plain(live):
+    if not is_ordinary(live):
         return f"saved as an ordinary tensor, live has layout {live.layout}"
     found = (str(live.dtype)[6:], tuple(live.shape))
     if found != (leaf.spec.dtype, leaf.spec.shape):

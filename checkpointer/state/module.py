@@ -20,7 +20,7 @@ from checkpointer.state.module_restore import ModuleRestore
 from checkpointer.state.names import Names, eval_modules, module_versions, unwrap
 from checkpointer.state.places import check_kind
 from checkpointer.state.plan import Captured, RestoreOptions, RestorePlan, SavedState
-from checkpointer.state.tensors import is_plain
+from checkpointer.state.tensors import is_ordinary
 from checkpointer.state.unsaved import describe_unsaved, non_persistent_buffers, plain_attributes
 
 
@@ -125,7 +125,7 @@ def _encode_state(
     tree: dict[str, Json] = {}
     rest: list[str] = []
     for key, value in state.items():
-        if not isinstance(value, torch.Tensor) or not is_plain(value):
+        if not isinstance(value, torch.Tensor) or not is_ordinary(value):
             rest.append(key)
             continue
         stored = encoder.add(key, value)

@@ -14,7 +14,7 @@ from checkpointer.index import Component, Json, TensorSpec
 from checkpointer.state.names import Names, registered_tensors
 from checkpointer.state.places import nearest
 from checkpointer.state.plan import ComponentReport, RestoreOptions
-from checkpointer.state.tensors import dtype_name, is_plain, memory_key
+from checkpointer.state.tensors import dtype_name, is_ordinary, is_plain, memory_key
 from checkpointer.state.unsaved import non_persistent_buffers
 
 SHOWN = 50
@@ -167,7 +167,7 @@ def _check(found: Match, key: str, component: Component, options: RestoreOptions
 
 def _is_ordinary(value: Any) -> bool:
     """Whether the value would be stored as one tensor under its own key."""
-    return isinstance(value, torch.Tensor) and (is_plain(value) or (value.device.type == "meta" and is_dense(value)))
+    return isinstance(value, torch.Tensor) and (is_ordinary(value) or (value.device.type == "meta" and is_dense(value)))
 
 
 def is_dense(value: torch.Tensor) -> bool:

@@ -15,7 +15,8 @@ from checkpointer.state.module_match import match
 from checkpointer.state.names import Names, assign, loads_plainly, module_versions, wrapped_attribute
 from checkpointer.state.places import Places
 from checkpointer.state.plan import ComponentReport, RestoreOptions, RestorePlan, SavedState
-from checkpointer.state.tensors import is_plain, memory_key
+from checkpointer.state.sharded import is_sharded, local_part
+from checkpointer.state.tensors import is_ordinary, memory_key
 
 
 class ModuleRestore:
@@ -77,11 +78,14 @@ class ModuleRestore:
         if stored in self.places.reads:
             self._place_alias(key, stored, live)
             return
-        self.places.allocate(stored, self._device(live))
+        if isinstance(live, torch.Tensor) and is_sharded(live):
+            self.places.allocate_like(stored, live)
+        else:
+            self.places.allocate(stored, self._device(live))
 
     def _place_alias(self, key: str, stored: str, live: Any) -> None:
         """The second live entry for one stored tensor."""
-        if not isinstance(live, torch.Tensor) or not is_plain(live) or not self.direct:
+        if not isinstance(live, torch.Tensor) or not is_ordinary(live) or not self.direct:
             return
         if memory_key(live.detach()) == memory_key(self.places.reads[stored]):
             self.in_place.add(key)
@@ -222,6 +226,9 @@ def _copy_inside(live: torch.Tensor, value: torch.Tensor) -> bool:
         live = live.detach()
     elif type(live) is nn.Parameter:
         value = nn.Parameter(value, requires_grad=False)
+    if is_sharded(live) and is_sharded(value):
+        local_part(live).copy_(local_part(value))
+        return True
     if type(live) is not type(value) or live.layout != value.layout:
         return False
     if type(live) not in (torch.Tensor, nn.Parameter):

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
+
+from checkpointer.state.sharded import sharding_hook
 
 
 def wrapped_attribute(module: nn.Module) -> str | None:
@@ -101,9 +104,14 @@ def loads_plainly(root: nn.Module) -> bool:
 
 
 def _plain_module(module: nn.Module) -> bool:
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
-        return False
+    for hooks in _HOOKS:
+        if not all(map(sharding_hook, _functions(getattr(module, hooks, None)))):
+            return False
     return all(name not in vars(module) and _torch_owned(type(module), name) for name in _METHODS)
+
+
+def _functions(hooks: Any) -> Iterable[object]:
+    return hooks.values() if isinstance(hooks, Mapping) else hooks or ()
 
 
 def _torch_owned(cls: type, method: str) -> bool:

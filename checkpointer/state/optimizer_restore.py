@@ -14,6 +14,7 @@ from checkpointer.state.module_match import refusal
 from checkpointer.state.optimizer_match import Matched, SavedParameter, match_parameters, saved_parameters
 from checkpointer.state.places import Places
 from checkpointer.state.plan import ComponentReport, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.sharded import is_sharded
 from checkpointer.state.tensors import DTYPES, device_for, dtype_name
 
 _HOOKS = (
@@ -82,6 +83,8 @@ class OptimizerRestore:
                     self.casts[leaf.key] = tensor.dtype
                     change = f"{leaf.spec.dtype} -> {dtype_name(tensor.dtype)}"
                     self.report.cast.append((f"{label}.{slot}", change))
+                if is_sharded(tensor) and leaf.spec.shape == tuple(tensor.shape):
+                    self.places.allocate_like(leaf.key, tensor)
                 self.places.allocate(leaf.key, _slot_device(slot, leaf.spec, parameter, tensor, group))
 
     def _keeps(self, slot: Any, spec: TensorSpec, tensor: torch.Tensor) -> bool:

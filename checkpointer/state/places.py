@@ -17,6 +17,7 @@ from checkpointer.state import tensors
 from checkpointer.state.codec import TORCH_NUMPY
 from checkpointer.state.decoding import Leaf
 from checkpointer.state.plan import MapLocation, SavedState
+from checkpointer.state.sharded import like
 
 
 class Places:
@@ -36,7 +37,7 @@ class Places:
         if not isinstance(live, torch.Tensor) or key in self.reads or not tensors.fillable(live, self._specs[key]):
             return False
         taken = self._take(key, live.detach())
-        if taken and type(live) is torch.Tensor and not live.requires_grad:
+        if taken and not isinstance(live, torch.nn.Parameter) and not live.requires_grad:
             self._owners[key] = live
         return taken
 
@@ -58,6 +59,17 @@ class Places:
         if key not in self.reads:
             self.reads[key] = self._new(key, device if device is not None else self._map_location)
         return self.reads[key]
+
+    def allocate_like(self, key: str, live: torch.Tensor) -> torch.Tensor:
+        """The destination of ``key``, newly made and laid out over the ranks as ``live`` is, if it has none yet.
+
+        Where the saved tensor has another shape than ``live``, every rank gets all of it.
+        """
+        spec = self._specs[key]
+        if key not in self.reads and spec.shape == tuple(live.shape):
+            self.reads[key] = made = like(live, tensors.DTYPES[spec.dtype])
+            self._fresh.append(made)
+        return self.allocate(key, live.device)
 
     def allocate_all(self, keys: Iterable[str]) -> None:
         """Give every one of ``keys`` a destination."""

@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 
 from checkpointer.index import Component, Json
+from checkpointer.tensorfile import Naming
 
 Rename: TypeAlias = Mapping[str, str] | Callable[[str], str]
 Adapt: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -38,6 +39,8 @@ class Captured:
     """Modules: keys of parameters with ``requires_grad`` False."""
     learned: frozenset[str] = frozenset()
     """Keys of parameters and moments: where these hold NaN or infinities, the run has diverged."""
+    naming: Naming | None = None
+    """How its files are called, where this is one rank's part of a component."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 
 from checkpointer.index import ITEM_SIZES, TensorSpec, is_dense
 from checkpointer.state.plan import MapLocation
+from checkpointer.state.sharded import is_sharded, local_part
 
 #: Every torch dtype by its name without ``torch.``.
 DTYPES: Mapping[str, torch.dtype] = {str(v)[6:]: v for v in vars(torch).values() if isinstance(v, torch.dtype)}
@@ -125,6 +126,8 @@ def _normal_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[i
 
 def memory_key(tensor: torch.Tensor) -> Memory:
     """Equal for tensors that are the same elements of the same memory, read the same way."""
+    if is_sharded(tensor):
+        return ("sharded", tuple(tensor.shape), *memory_key(local_part(tensor)))
     place: object = tensor.data_ptr()
     if tensor.numel() == 0 or not place:
         place = ("storage", tensor.untyped_storage()._cdata, tensor.storage_offset())  # noqa: SLF001
@@ -143,21 +146,27 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def is_ordinary(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is stored under one key, as it is: plain, or in parts that the ranks hold."""
+    return is_plain(tensor) or is_sharded(tensor)
+
+
 def fillable(live: torch.Tensor, spec: TensorSpec) -> bool:
     """Whether saved bytes can be read straight into ``live``: same dtype and shape, plain, no element twice."""
     return (
-        is_plain(live)
+        is_ordinary(live)
         and _NAMES[live.dtype] == spec.dtype
         and live.shape == spec.shape
         and not live.is_conj()
         and not live.is_neg()
-        and not overlaps(live)
+        and not overlaps(local_part(live))
         and not live.is_inference()
     )
 
 
 def extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """Addresses of the first byte of a strided tensor's elements and of the first byte after them."""
+    """Addresses of the first byte of a strided tensor's elements, as far as they are here, and of the first after."""
+    tensor = local_part(tensor)
     if tensor.is_contiguous():
         start = tensor.data_ptr()
         return (start, start + tensor.nbytes)

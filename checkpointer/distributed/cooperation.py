@@ -1,0 +1,242 @@
+"""One save by all ranks: what each of them writes is agreed on before anything is copied."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from checkpointer import strictjson
+from checkpointer.distributed.boxes import Box, whole
+from checkpointer.distributed.division import (
+    Division,
+    Held,
+    Holding,
+    divide,
+    division_from_json,
+    division_to_json,
+    holding_from_json,
+    holding_to_json,
+)
+from checkpointer.distributed.ranks import Alone, Meeting, Ranks
+from checkpointer.errors import SaveError, UnsupportedStateError
+from checkpointer.index import Component, Json, TensorSpec
+from checkpointer.staging import hash_tensors
+from checkpointer.state.plan import Captured
+from checkpointer.state.sharded import is_sharded, local_box, local_part
+from checkpointer.state.tensors import dtype_name, spec_of
+from checkpointer.tensorfile import Naming
+
+OWN = "own/"
+"""How a rank calls, to itself, what it has of a component otherwise than the coordinator."""
+
+_DEVICES = "devices"
+"""A member of an optimizer's meta: it names this rank's own device, which says nothing about the state."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this rank writes of one save."""
+
+    ranks: Ranks
+    """For what the writer has to say to the others."""
+    captured: Mapping[str, Captured]
+    """This rank's parts of the components; and under names that begin with ``OWN`` what differs here."""
+    components: Mapping[str, Component]
+    """The components as the index describes them: with the coordinator's trees, and all tensors as a whole."""
+    boxes: Mapping[tuple[str, str], Box]
+    """What each tensor of ``captured`` is of the whole one, where it is a part."""
+
+    @property
+    def coordinator(self) -> bool:
+        """Whether this rank commits."""
+        return self.ranks.rank == 0
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What a rank says before a save."""
+
+    step: int
+    names: tuple[str, ...]
+    digests: Mapping[str, str]
+    """Of what a component holds beside the tensors that are shared out."""
+    holding: Holding | None
+    """``None``: as at the last save."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the coordinator makes of it."""
+
+    division: Division | None
+    """``None``: as at the last save."""
+    own: Sequence[Sequence[str]]
+    """For each rank, the components that it has otherwise than the coordinator."""
+
+
+class _OfferForm:
+    def pack(self, value: _Offer) -> Json:
+        holding = None if value.holding is None else holding_to_json(value.holding)
+        return {"step": value.step, "names": list(value.names), "digests": dict(value.digests), "holding": holding}
+
+    def unpack(self, raw: Json) -> _Offer:
+        part = strictjson.mapping(raw, "offer")
+        holding = None if part["holding"] is None else holding_from_json(part["holding"])
+        return _Offer(part["step"], tuple(part["names"]), part["digests"], holding)
+
+
+class _AnswerForm:
+    def pack(self, value: _Answer) -> Json:
+        division = None if value.division is None else division_to_json(value.division)
+        return {"division": division, "own": [list(names) for names in value.own]}
+
+    def unpack(self, raw: Json) -> _Answer:
+        part = strictjson.mapping(raw, "answer")
+        division = None if part["division"] is None else division_from_json(part["division"])
+        return _Answer(division, part["own"])
+
+
+class Cooperation:
+    """The saves of one manager. What has not changed since the last one is not said again."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._writers = ranks.beside("writer")
+        self._holding: Holding | None = None
+        self._holdings: list[Holding] = []
+        """Of all ranks; known to the coordinator alone."""
+        self._division: Division | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        """For what the training thread has to say to the others."""
+        return self._ranks
+
+    def share(self, step: int, capture: Callable[[], Mapping[str, Captured]]) -> Share:
+        """Capture, and agree with the other ranks on who writes what.
+
+        Raises:
+            CheckpointerError: on all ranks, if one of them cannot take part.
+        """
+        if self._ranks.size == 1:
+            return _everything(self._ranks, capture())
+        captured: dict[str, Captured] = {}
+        holding: Holding | None = None
+
+        def offer() -> _Offer:
+            nonlocal holding
+            captured.update(capture())
+            holding = _holding_of(captured)
+            digests = {name: _digest(part, holding.components[name]) for name, part in captured.items()}
+            return _Offer(step, tuple(captured), digests, None if holding == self._holding else holding)
+
+        meeting = Meeting(f"the save of step {step}", _OfferForm(), _AnswerForm())
+        answer = self._ranks.meet(meeting, offer, self._answer)
+        assert holding is not None
+        self._holding, self._division = holding, answer.division or self._division
+        assert self._division is not None
+        return self._part(captured, holding, self._division, answer.own[self._ranks.rank])
+
+    def _answer(self, offers: Sequence[_Offer]) -> _Answer:
+        """On the coordinator."""
+        first = offers[0]
+        for rank, offer in enumerate(offers):
+            if (offer.step, offer.names) != (first.step, first.names):
+                raise SaveError(
+                    f"rank {rank} saves step {offer.step} of {', '.join(offer.names)}, and rank 0 saves step "
+                    f"{first.step} of {', '.join(first.names)}: every rank has to make the same calls, in one order"
+                )
+        known = self._holdings or [Holding({}, {}) for _ in offers]
+        changed = any(offer.holding is not None for offer in offers)
+        self._holdings = [offer.holding or last for offer, last in zip(offers, known, strict=True)]
+        if changed:
+            self._division = divide(self._holdings)
+        own = [[name for name in first.names if offer.digests[name] != first.digests[name]] for offer in offers]
+        return _Answer(self._division if changed else None, own)
+
+    def _part(
+        self, captured: Mapping[str, Captured], holding: Holding, division: Division, own: Iterable[str]
+    ) -> Share:
+        rank = self._ranks.rank
+        parts: dict[str, Captured] = {}
+        boxes: dict[tuple[str, str], Box] = {}
+        for name, part in captured.items():
+            keys = division.writes[rank].get(name, ())
+            for key in keys:
+                box = holding.components[name][key].box
+                if box is not None:
+                    boxes[name, key] = box
+            parts[name] = _narrowed(part, keys, division.naming(name, rank))
+        for name in own:
+            keys = [key for key, held in holding.components[name].items() if not held.spread]
+            parts[OWN + name] = _narrowed(captured[name], keys, Naming(rank, own=True))
+        components = {}
+        if rank == 0:
+            specs = division.specs
+            components = {
+                name: Component(part.kind, part.tree, specs.get(name, {}), part.meta) for name, part in captured.items()
+            }
+        return Share(self._writers, parts, components, boxes)
+
+
+def _everything(ranks: Ranks, captured: Mapping[str, Captured]) -> Share:
+    """The share of a process that is alone; a DTensor on a mesh of one is a whole tensor."""
+    parts = {
+        name: _narrowed(part, part.tensors, None) if any(map(is_sharded, part.tensors.values())) else part
+        for name, part in captured.items()
+    }
+    return Share(ranks, parts, {}, {})
+
+
+def _narrowed(part: Captured, keys: Iterable[str], naming: Naming | None) -> Captured:
+    """What is in this process of the tensors under ``keys``."""
+    tensors = {key: local_part(part.tensors[key]) for key in keys}
+    aliases = {alias: key for alias, key in part.aliases.items() if key in tensors}
+    return replace(
+        part,
+        tensors=tensors,
+        aliases=aliases,
+        frozen=part.frozen & tensors.keys(),
+        learned=part.learned & tensors.keys(),
+        naming=naming,
+    )
+
+
+def _holding_of(captured: Mapping[str, Captured]) -> Holding:
+    components = {
+        name: {
+            key: _held(f"{name}.{key}", tensor, spread=key in part.learned, frozen=key in part.frozen)
+            for key, tensor in part.tensors.items()
+        }
+        for name, part in captured.items()
+    }
+    return Holding(components, {name: part.kind for name, part in captured.items()})
+
+
+def _held(name: str, tensor: torch.Tensor, *, spread: bool, frozen: bool) -> Held:
+    if not is_sharded(tensor):
+        spec = spec_of(tensor)
+        return Held(spec, whole(spec.shape), spread, frozen)
+    try:
+        found = local_box(tensor)
+    except UnsupportedStateError as error:
+        raise UnsupportedStateError(f"{name}: {error}") from error
+    spec = TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape), device=str(tensor.device))
+    return Held(spec, None if found is None else Box(*found), spread=True, frozen=frozen)
+
+
+def _digest(part: Captured, held: Mapping[str, Held]) -> str:
+    """Equal on two ranks that have the same of a component, beside what is shared out."""
+    meta = {name: value for name, value in part.meta.items() if name != _DEVICES}
+    keys = [key for key, tensor in held.items() if not tensor.spread]
+    hashes = hash_tensors([part.tensors[key] for key in keys])
+    told = strictjson.dumps([part.tree, meta, keys, hashes])
+    return hashlib.sha256(told.encode("ascii")).hexdigest()
+
+
+def alone() -> Cooperation:
+    """Of a process without others."""
+    return Cooperation(Alone())

@@ -1,0 +1,88 @@
+"""What a rank reports when its files are durable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from checkpointer import strictjson
+from checkpointer.distributed.cooperation import OWN
+from checkpointer.index import Chunk, Json
+from checkpointer.manifest import FileRecord
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """The files of one rank."""
+
+    files: Mapping[str, FileRecord]
+    headers: Mapping[str, tuple[int, str]]
+    """As in :class:`~checkpointer.index.Index`; ``chunks`` too, one for each tensor."""
+    chunks: dict[tuple[str, str], tuple[Chunk, ...]]
+    finite: bool | None
+    learned: bool
+    """Whether it holds parameters or moments at all."""
+    fsync_seconds: float
+
+
+class RankFilesForm:
+    """As JSON."""
+
+    def pack(self, value: RankFiles) -> Json:
+        chunks: dict[str, Json] = {}
+        for (name, key), found in value.chunks.items():
+            part: Any = chunks.setdefault(name, {})
+            part[key] = [[list(c.offsets), list(c.lengths), c.file, c.begin, c.end, c.xxh3] for c in found]
+        return {
+            "files": {path: [file.size, file.xxh3, file.origin, file.turn] for path, file in value.files.items()},
+            "headers": {path: list(header) for path, header in value.headers.items()},
+            "chunks": chunks,
+            "finite": value.finite,
+            "learned": value.learned,
+            "fsync_seconds": value.fsync_seconds,
+        }
+
+    def unpack(self, raw: Json) -> RankFiles:
+        part = strictjson.mapping(raw, "report")
+        chunks = {
+            (name, key): tuple(Chunk(tuple(item[0]), tuple(item[1]), *item[2:]) for item in found)
+            for name, tensors in part["chunks"].items()
+            for key, found in tensors.items()
+        }
+        return RankFiles(
+            files={path: FileRecord(*values) for path, values in part["files"].items()},
+            headers={path: (header[0], header[1]) for path, header in part["headers"].items()},
+            chunks=chunks,
+            finite=part["finite"],
+            learned=part["learned"],
+            fsync_seconds=part["fsync_seconds"],
+        )
+
+
+def all_finite_over_ranks(parts: Sequence[RankFiles]) -> bool | None:
+    """Whether parameters and moments are free of NaN and infinities; ``None`` where not all were looked at."""
+    found = [part.finite for part in parts if part.learned]
+    if False in found:
+        return False
+    return None if None in found or not found else True
+
+
+class Places(NamedTuple):
+    """Where tensors lie, as an index has it."""
+
+    chunks: dict[tuple[str, str], tuple[Chunk, ...]]
+    headers: dict[str, tuple[int, str]]
+
+
+def separated(
+    chunks: Mapping[tuple[str, str], tuple[Chunk, ...]], headers: Mapping[str, tuple[int, str]]
+) -> tuple[Places, Places]:
+    """What belongs to the index of all ranks, and what to this rank's own."""
+    own = {(name.removeprefix(OWN), key): found for (name, key), found in chunks.items() if name.startswith(OWN)}
+    shared = {place: found for place, found in chunks.items() if not place[0].startswith(OWN)}
+    files = {chunk.file for found in own.values() for chunk in found}
+    return (
+        Places(shared, {path: header for path, header in headers.items() if path not in files}),
+        Places(own, {path: header for path, header in headers.items() if path in files}),
+    )

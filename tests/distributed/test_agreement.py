@@ -1,0 +1,400 @@
+"""All ranks save, fail and stop together, and a rank that is gone is an error, not a wait without end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+from checkpointer import CheckpointManager
+from checkpointer.repository import Repository
+from checkpointer.storage import LocalStorage, open_storage
+from tests.ranks import Outcome, launch, run
+
+SHORT = {"write": {"rank_timeout": "4s"}}
+
+
+def steps(root: Path) -> list[int]:
+    return [info.step for info in Repository(open_storage(root)).list_checkpoints().checkpoints]
+
+
+def nothing_left(root: Path) -> None:
+    assert not list((root / ".checkpointer" / "tmp").iterdir())
+    assert Repository(open_storage(root)).verify_all().ok
+
+
+class Progress:
+    """A position that every rank has of its own."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "history": torch.full((3,), float(self.seen))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["history"].tolist() == [float(state["seen"])] * 3
+        self.seen = state["seen"]
+
+
+def caught(work: Any) -> str:
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+# ------------------------------------------------------------------------------------ what each rank has of its own
+
+
+def own_state(root: str, action: str) -> list[Any]:
+    progress, model = Progress(), nn.BatchNorm1d(3)
+    buffers = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    rank = dist.get_rank()
+    with CheckpointManager(root, progress=progress, model=buffers, shared={"epoch": 0}) as mgr:
+        if action == "save":
+            progress.seen = 10 + rank
+            model.running_mean.fill_(rank)
+            mgr.save(0)
+            return [torch.rand(2).tolist()]
+        restored = mgr.restore_latest()
+        return [torch.rand(2).tolist(), progress.seen, model.running_mean.tolist(), restored.report.changed]
+
+
+def seeded(root: str, action: str) -> list[Any]:
+    torch.manual_seed(dist.get_rank() if action == "save" else 77)
+    return own_state(root, action)
+
+
+def test_random_numbers_positions_and_buffers_of_each_rank_come_back_to_it(tmp_path):
+    drawn = run(2, seeded, str(tmp_path), "save")
+    found = run(2, seeded, str(tmp_path), "restore")
+    assert [row[0] for row in found] == [row[0] for row in drawn]
+    assert drawn[0] != drawn[1]
+    assert [row[1] for row in found] == [10, 11]
+    assert [row[2] for row in found] == [[0.0] * 3, [1.0] * 3]
+    nothing_left(tmp_path)
+
+
+def test_more_ranks_than_before_take_rank_0s_position_and_never_the_same_random_numbers(tmp_path):
+    drawn = run(2, seeded, str(tmp_path), "save")
+    found = run(3, seeded, str(tmp_path), "restore")
+    assert [row[0] for row in found[:2]] == [row[0] for row in drawn]
+    assert [row[1] for row in found] == [10, 10, 10]
+    assert len({tuple(row[0]) for row in found}) == 3
+    assert all(any("saved by 2 ranks, restored by 3" in line for line in row[3]) for row in found)
+
+
+# ------------------------------------------------------------------------------------ who writes what
+
+
+def replicated(root: str) -> None:
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)]))
+    with CheckpointManager(root, model=model) as mgr:
+        mgr.save(3)
+
+
+def test_replicated_tensors_are_written_once_by_all_ranks_in_equal_parts_as_a_hugging_face_model(tmp_path):
+    run(4, replicated, str(tmp_path))
+    directory = tmp_path / "checkpoint-3"
+    shards = sorted(directory.glob("model-0000?-of-00004.safetensors"))
+    sizes = [file.stat().st_size for file in shards]
+    assert len(shards) == 4
+    assert max(sizes) - min(sizes) < 4096
+    from safetensors.torch import load_file
+
+    found = {name: tensor for file in shards for name, tensor in load_file(file).items()}
+    torch.manual_seed(0)
+    expected = nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)]).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    import json
+
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == expected.keys()
+    nothing_left(tmp_path)
+
+
+def sparse_ranks(root: str) -> list[float]:
+    """A tensor with fewer rows than ranks, and one on a part of the ranks alone."""
+    mesh = init_device_mesh("cpu", (4,))
+    rows = torch.arange(6.0).reshape(2, 3)
+    part = rows[dist.get_rank() : dist.get_rank() + 1] if dist.get_rank() < 2 else rows[:0]
+    few = DTensor.from_local(part.clone(), mesh, [Shard(0)], shape=rows.shape, stride=rows.stride())
+    state = {"few": few, "empty": DTensor.from_local(torch.zeros(0, 5), mesh, [Shard(0)], shape=(0, 5), stride=(5, 1))}
+    with CheckpointManager(root, state=state) as mgr:
+        mgr.save(1)
+        few.to_local().fill_(-1)
+        mgr.restore(1)
+    return few.full_tensor().tolist()
+
+
+def test_ranks_that_hold_nothing_take_part(tmp_path):
+    assert run(4, sparse_ranks, str(tmp_path)) == [[[0, 1, 2], [3, 4, 5]]] * 4
+    nothing_left(tmp_path)
+
+
+# ------------------------------------------------------------------------------------ failures
+
+
+class Unsupported:
+    pass
+
+
+def failing(root: str, where: str, mode: str) -> list[str]:
+    """Save step 1, then step 2 with a failure on rank 1, then step 3."""
+    progress: dict[str, Any] = {"x": torch.ones(3)}
+    weights = nn.Linear(3, 3)
+    mgr = CheckpointManager(root, config={"write": {"mode": mode}}, progress=progress, weights=weights)
+    mgr.save(1)
+    mgr.wait()
+    whole = LocalStorage.write
+
+    def broken(self: Any, path: str, *arguments: Any, **options: Any) -> float:
+        if path.endswith(".safetensors"):
+            raise OSError(28, "No space left on device")
+        return whole(self, path, *arguments, **options)
+
+    if dist.get_rank() == (0 if where == "coordinator" else 1):
+        if where == "capture":
+            progress["odd"] = Unsupported()
+        else:
+            LocalStorage.write = broken
+    told = caught(lambda: mgr.save(2).result())
+    LocalStorage.write = whole
+    progress.pop("odd", None)
+    mgr.save(3).result()
+    mgr.close()
+    return [told]
+
+
+@pytest.mark.parametrize(
+    "where,mode,kind",
+    [
+        ("capture", "async", "UnsupportedStateError"),
+        ("writing", "async", "SaveError"),
+        ("writing", "sync", "SaveError"),
+        ("coordinator", "async", "SaveError"),
+    ],
+)
+def test_what_fails_on_one_rank_fails_on_all_with_its_cause_and_commits_nothing(tmp_path, where, mode, kind):
+    first, second = (row[0] for row in run(2, failing, str(tmp_path), where, mode))
+    assert first.startswith(kind)
+    assert second.startswith(kind)
+    failed = 0 if where == "coordinator" else 1
+    for told in (first, second)[1 - failed : 2 - failed]:
+        assert f"rank {failed} of 2:" in told
+        assert ("odd" if where == "capture" else "No space left on device") in told
+    assert steps(tmp_path) == [1, 3]
+    nothing_left(tmp_path)
+
+
+def dying(root: str, victim: int, moment: str) -> str:
+    weights = nn.Linear(3, 3)
+    with CheckpointManager(root, config=SHORT, progress={"x": torch.ones(3)}, weights=weights) as mgr:
+        mgr.save(1)
+        mgr.wait()
+        if dist.get_rank() == victim:
+            if moment == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            LocalStorage.write = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        return caught(lambda: mgr.save(2).result())
+
+
+@pytest.mark.parametrize("victim,moment", [(1, "before"), (1, "writing"), (0, "before"), (0, "writing")])
+def test_a_dead_rank_is_an_error_in_time_that_names_it(tmp_path, victim, moment):
+    began = time.monotonic()
+    outcomes: list[Outcome] = launch(2, dying, str(tmp_path), victim, moment, timeout=60)
+    assert outcomes[victim].status == -9
+    told = outcomes[1 - victim]
+    assert time.monotonic() - began < 50
+    assert f"rank {victim} of 2 said nothing for 4 s" in f"{told.value} {told.error}"
+    assert steps(tmp_path) == [1]
+    assert Repository(open_storage(tmp_path)).verify_all().ok
+
+
+def disagreeing(root: str) -> str:
+    mgr = CheckpointManager(root, config=SHORT, progress={"x": 1})
+    mgr.save(1)
+    return caught(lambda: mgr.save(2 + dist.get_rank()))
+
+
+def test_ranks_that_save_different_steps_are_told_so(tmp_path):
+    for told in run(2, disagreeing, str(tmp_path)):
+        assert "every rank has to make the same calls" in told
+        assert "step 3" in told
+    assert steps(tmp_path) == [1]
+
+
+def pending(root: str) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    half = DTensor.from_local(torch.ones(2), mesh, [Partial()], run_check=False)
+    mgr = CheckpointManager(root, state={"w": half})
+    return caught(lambda: mgr.save(1))
+
+
+def test_a_tensor_that_waits_for_a_reduction_is_refused_by_name(tmp_path):
+    for told in run(2, pending, str(tmp_path)):
+        assert told.startswith("UnsupportedStateError")
+        assert "state.w" in told
+        assert "redistribute" in told
+
+
+def corrupt(root: str) -> list[Any]:
+    mgr = CheckpointManager(root, weights=nn.Linear(3, 3))
+    restored = mgr.restore_latest()
+    return [restored.step, [item.step for item in restored.skipped]]
+
+
+def written_twice(root: str) -> None:
+    with CheckpointManager(root, weights=nn.parallel.DistributedDataParallel(nn.Linear(3, 3))) as mgr:
+        mgr.save(1)
+        mgr.save(2)
+
+
+@pytest.mark.filterwarnings("ignore:skipping a damaged")
+def test_a_checkpoint_that_is_damaged_for_one_rank_is_passed_over_by_all(tmp_path):
+    run(2, written_twice, str(tmp_path))
+    own = tmp_path / "checkpoint-2" / "index-1.json"
+    own.write_bytes(own.read_bytes().replace(b"rng", b"rnh", 1))
+    assert run(2, corrupt, str(tmp_path)) == [[1, [2]], [1, [2]]]
+
+
+# ------------------------------------------------------------------------------------ locks, roots
+
+
+def second_job(root: str) -> str:
+    return caught(lambda: CheckpointManager(root, progress={"x": 1}).restore_latest())
+
+
+def test_a_second_job_is_refused_on_all_ranks(tmp_path):
+    with CheckpointManager(tmp_path, progress={"x": 1}) as mgr:
+        mgr.save(1)
+        for told in run(2, second_job, str(tmp_path)):
+            assert told.startswith("RunLockedError")
+
+
+def apart(root: str) -> str:
+    mine = os.path.join(root, str(dist.get_rank()))
+    return caught(lambda: CheckpointManager(mine, progress={"x": 1}).save(1))
+
+
+def test_ranks_that_do_not_share_a_directory_find_out_at_the_first_save(tmp_path):
+    for told in run(2, apart, str(tmp_path)):
+        assert told.startswith("ConfigError")
+        assert "rank 1 of 2" in told or "this rank" in told
+        assert f"on {socket.gethostname()}" in told
+        assert "shared file system" in told
+    assert steps(tmp_path / "0") == []
+
+
+# ------------------------------------------------------------------------------------ time rules, signals
+
+
+def timed(root: str) -> list[int]:
+    """Only the coordinator's clock counts: that of the other rank is off by a day."""
+    from datetime import datetime, timedelta, timezone
+
+    from checkpointer import manager
+
+    if dist.get_rank() == 1:
+
+        class Wrong(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> datetime:
+                return datetime.now(tz or timezone.utc) + timedelta(days=1)
+
+        manager.datetime = Wrong
+    saved = []
+    with CheckpointManager(root, config={"save": {"every": "1s", "every_n_steps": 7}}, progress={"x": 1}) as mgr:
+        for step in range(1, 25):
+            if mgr.should_save(step):
+                saved.append(step)
+            assert (mgr.save(step) is not None) == (step in saved)
+            time.sleep(0.1)
+    return saved
+
+
+def test_the_coordinators_clock_decides_for_all_ranks(tmp_path):
+    first, second = run(2, timed, str(tmp_path))
+    assert first == second == steps(tmp_path)
+    assert {1, 7, 14, 21} <= set(first)
+    assert len(first) < 12
+
+
+def signalled(root: str) -> list[Any]:
+    saved = []
+    config = {"save": {"every_n_steps": 1000, "on_signal": "SIGUSR1"}}
+    with CheckpointManager(root, config=config, progress={"x": 1}) as mgr:
+        for step in range(1, 400):
+            if step == 20 and dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if mgr.save(step) is not None:
+                saved.append(step)
+            if mgr.should_stop():
+                return [saved, step, mgr.stop_requested()]
+            time.sleep(0.01)
+    return [saved, None, None]
+
+
+def test_a_signal_to_one_rank_makes_all_save_at_one_step_and_stop(tmp_path):
+    first, second = run(2, signalled, str(tmp_path))
+    assert first == second
+    assert first[0] == [first[1]] == steps(tmp_path)
+    assert 20 <= first[1] < 300
+    assert first[2] is True
+
+
+def quiet(root: str) -> int:
+    """How often the ranks talk while nothing is due by the rules of steps."""
+    from checkpointer.distributed.ranks import StoreRanks
+
+    mgr = CheckpointManager(root, config={"save": {"every_n_steps": 100}}, progress={"x": 1})
+    mgr.save(100)
+    mgr.wait()
+    talk = []
+    StoreRanks.meet = lambda *arguments: talk.append(arguments)
+    for step in range(101, 200):
+        assert mgr.save(step) is None
+        assert not mgr.should_save(step)
+    return len(talk)
+
+
+def test_rules_of_steps_alone_need_no_word_between_the_ranks(tmp_path):
+    assert run(2, quiet, str(tmp_path)) == [0, 0]
+
+
+def user_group(root: str) -> list[Any]:
+    """Collectives of the training thread, while a save is being written: no group of the user's is touched."""
+    mesh = init_device_mesh("cpu", (2,))
+    big = DTensor.from_local(torch.full((2**20,), float(dist.get_rank())), mesh, [Shard(0)])
+    sums = []
+    with CheckpointManager(root, state={"w": big}) as mgr:
+        for step in range(3):
+            mgr.save(step)
+            for _ in range(50):
+                value = torch.ones(1)
+                dist.all_reduce(value)
+                sums.append(float(value))
+    return [set(sums), len(dist.distributed_c10d._world.pg_map)]
+
+
+def test_training_talks_on_its_groups_while_a_save_is_written_and_no_group_is_made(tmp_path):
+    groups = len(dist.distributed_c10d._world.pg_map)
+    assert groups == 0
+    for sums, count in run(2, user_group, str(tmp_path)):
+        assert sums == {2.0}
+        assert count <= 2  # the default one, and the mesh's
+    assert steps(tmp_path) == [0, 1, 2]
