@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from checkpointer.index import Json
+from checkpointer.threads import room_for_a_thread
 from checkpointer.version import __version__
 
 GIT_TIMEOUT = 2.0
@@ -212,15 +214,16 @@ class _Git:
     def start(self) -> None:
         """Ask in the background, once."""
         with self._guard:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._ask, name="checkpointer-git", daemon=True)
-                self._thread.start()
+            if self._thread is None and room_for_a_thread():
+                thread = threading.Thread(target=self._ask, name="checkpointer-git", daemon=True)
+                with contextlib.suppress(RuntimeError):  # no thread can be started: the next save asks
+                    thread.start()
+                    self._thread = thread
 
     def result(self, patience: float) -> tuple[str, bool] | None:
         """What git said; ``None`` where there is no git, no repository, or no answer yet."""
         self.start()
-        assert self._thread is not None
-        if self._pid == os.getpid():  # the thread of a forked child's parent cannot be waited for
+        if self._thread is not None and self._pid == os.getpid():  # a parent's thread cannot be waited for
             self._thread.join(patience)
         return self._found
 

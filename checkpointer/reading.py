@@ -6,8 +6,8 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -19,6 +19,7 @@ from checkpointer.errors import CorruptCheckpointError
 from checkpointer.index import Chunk, Index, parse_index
 from checkpointer.manifest import Manifest
 from checkpointer.storage import ReadFile, Storage
+from checkpointer.threads import Pool
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -378,9 +379,14 @@ def _share(tasks: Iterator[Callable[[], None]]) -> None:
             failed.set()
             raise
 
-    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="checkpointer-read") as pool:
-        workers = [pool.submit(work) for _ in range(READ_THREADS)]
+    with Pool(READ_THREADS, thread_name_prefix="checkpointer-read") as pool:
+        workers: list[Future[None]] = []
         try:
+            with suppress(RuntimeError):  # no further thread can be started
+                while len(workers) < READ_THREADS:
+                    workers.append(pool.submit(work))
+            if not workers:
+                work()
             for worker in workers:
                 worker.result()
         except BaseException:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
@@ -25,6 +24,7 @@ from checkpointer.sharing import candidate
 from checkpointer.state.plan import Captured
 from checkpointer.state.tensors import host_bytes, spec_of
 from checkpointer.tensorfile import ComponentTensors, TensorFile, plan_files
+from checkpointer.threads import Pool
 
 BLOCK = 1 << 20
 """Bytes hashed and handed on at a time: they stay in the processor's cache in between."""
@@ -300,8 +300,11 @@ def hash_tensors(tensors: Sequence[torch.Tensor]) -> list[str]:
     """The xxh3-128 of the row-major bytes of each tensor."""
     if sum(tensor.nbytes for tensor in tensors) < WORTH_THREADS:
         return [_hash(tensor) for tensor in tensors]
-    with ThreadPoolExecutor(copy_threads(), thread_name_prefix="checkpointer-hash") as pool:
-        return list(pool.map(_hash, tensors))
+    with Pool(copy_threads(), thread_name_prefix="checkpointer-hash") as pool:
+        try:
+            return list(pool.map(_hash, tensors))
+        except RuntimeError:  # no thread can be started
+            return [_hash(tensor) for tensor in tensors]
 
 
 def _hash(tensor: torch.Tensor) -> str:

@@ -43,6 +43,42 @@ def test_where_the_address_space_is_nearly_used_up_a_new_thread_is_refused_and_a
     assert done.stdout.split() == [*["refused", "0"] * 5, "0"], done.stdout + done.stderr
 
 
+ALONE = """
+import resource, sys, threading
+import torch
+from checkpointer import CheckpointManager
+from checkpointer.threads import room_for_a_thread
+parts = [torch.nn.Linear(1024, 1024) for _ in range(3)]
+parts[0].requires_grad_(False), parts[1].requires_grad_(False)
+model = torch.nn.Sequential(*parts)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), resource.RLIM_INFINITY))
+assert not room_for_a_thread()
+with CheckpointManager(sys.argv[1], model=model) as mgr:
+    mgr.save(1).result()
+    mgr.save(2).result()
+    wanted = [parameter.clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        [parameter.zero_() for parameter in model.parameters()]
+    assert mgr.restore_latest().step == 2
+    assert all(map(torch.equal, wanted, model.parameters()))
+    print(threading.active_count())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system limits the address space so")
+def test_saves_and_restores_do_without_threads_that_cannot_be_started(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path / "run")],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["1"], done.stdout + done.stderr
+
+
 def test_without_a_limit_there_is_room():
     assert room_for_a_thread()
     with Pool(2) as pool:
