@@ -21,7 +21,7 @@ from checkpointer.storage import LocalStorage
 
 MODES = ("sync", "async", "lazy")
 
-MILESTONE = 25
+MILESTONE = 100
 """Retention keeps each checkpoint whose step is a multiple of this."""
 
 
@@ -169,7 +169,7 @@ class Life:
 
         Some die while they take the lock, clear away, or restore, the others in or after one of the next saves.
         """
-        saves = self._rng.randrange(6)
+        saves = self._rng.randrange(4)
         if self._rng.random() < 0.1:
             ready(BEGINNING)
             saves = self._plan.steps
