@@ -146,8 +146,8 @@ def kill(campaign: Campaign) -> int:
     tally = campaign.run(lambda tally: print(f"{time.monotonic() - began:5.0f} s: {tally.total} kills", flush=True))
     print(tally.table())
     print(
-        f"{tally.total} kills in {time.monotonic() - began:.0f} s and {tally.runs} runs (seed {campaign.seed}); at most "
-        f"{tally.most_leftovers} leftovers, {tally.most_checkpoints} rotating checkpoints, "
+        f"{tally.total} kills in {time.monotonic() - began:.0f} s and {tally.runs} runs (seed {campaign.seed}); "
+        f"at most {tally.most_leftovers} leftovers, {tally.most_checkpoints} rotating checkpoints, "
         f"{tally.most_bytes / 2**20:.1f} MiB"
     )
     last = "each left the newest checkpoint known to be durable, or a newer one"
