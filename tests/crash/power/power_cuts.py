@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,7 +68,17 @@ def _mounted(image: Path, place: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        _run("umount", str(place))
+        _unmount(place)
+
+
+def _unmount(place: Path) -> None:
+    """Patiently: the kernel lets go of the loop device of an image inside some time after that was unmounted."""
+    for _ in range(100):
+        with contextlib.suppress(subprocess.CalledProcessError):
+            _run("umount", str(place))
+            return
+        time.sleep(0.1)
+    _run("umount", str(place))
 
 
 @contextlib.contextmanager
