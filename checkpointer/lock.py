@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import socket
+import stat
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,10 +17,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checkpointer import strictjson
 from checkpointer.errors import CheckpointerWarning, RunLockedError, SaveError
 
 if TYPE_CHECKING:
     from filelock import FileLock
+
+_OWNER_LIMIT = 4096
+"""Bytes; a manager writes some hundred."""
+
+_FIELD_LIMIT = 100
+"""Characters of one field that a message shows."""
 
 _NO_OS_LOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -182,17 +190,26 @@ def described(owner: Mapping[str, object] | None) -> str:
     """The content of ``owner.json`` for humans."""
     if owner is None:
         return "a process that has not said who it is"
-    pid, host, user, since = map(owner.get, ("pid", "host", "user", "since"))
+    pid, host, user, since = (_printable(owner.get(name)) for name in ("pid", "host", "user", "since"))
     return f"pid {pid} on host {host} (user {user}), since {since}"
 
 
+def _printable(value: object) -> str:
+    """A field for a message that may end on a terminal: anybody who may write to the run root chooses it."""
+    text = str(value) if isinstance(value, (str, int)) or value is None else type(value).__name__
+    return "".join(char if char.isprintable() else "?" for char in text[:_FIELD_LIMIT])
+
+
 def read_owner(path: Path) -> dict[str, object] | None:
-    """Who holds, or last held, the lock; ``None`` if nobody said."""
+    """Who holds, or last held, the lock; ``None`` if nobody said so in words that a manager writes."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with open(os.open(path, flags), "rb") as file:  # opening a pipe in the ordinary way would wait for ever
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return None
+            return strictjson.mapping(strictjson.loads(file.read(_OWNER_LIMIT), "owner"), "owner")
+    except OSError:  # an owner that is no JSON is one, too
         return None
-    return owner if isinstance(owner, dict) else None
 
 
 def _substitute_path(url: str) -> Path:
