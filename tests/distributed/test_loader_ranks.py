@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -14,13 +16,13 @@ from tests.ranks import run
 SAMPLES = 96
 
 
-def loader_of(rank: int, world: int, batch: int = 4) -> ResumableLoader:
+def loader_of(rank: int, world: int, batch: int = 4) -> ResumableLoader[Any]:
     data = TensorDataset(torch.arange(SAMPLES))
     sampler = DistributedSampler(data, num_replicas=world, rank=rank, seed=5)
     return ResumableLoader(DataLoader(data, batch_size=batch, sampler=sampler))
 
 
-def epoch(loaders: list[ResumableLoader], number: int, batches: int | None = None) -> list[int]:
+def epoch(loaders: list[ResumableLoader[Any]], number: int, batches: int | None = None) -> list[int]:
     """What all ranks together see of an epoch."""
     for loader in loaders:
         loader.set_epoch(number)
