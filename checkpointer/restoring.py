@@ -478,6 +478,7 @@ def _world_changed(saved: int, live: int) -> list[str]:
         return []
     told = (
         f"saved by {saved} ranks, restored by {live}: each rank below {saved} goes on with the random numbers of the "
-        "rank of its number, others keep theirs; a position in the data is that of rank 0, for every rank"
+        "rank of its number, others keep theirs; a position in the data is carried over as samples seen where the "
+        "loader can, else it is that of rank 0"
     )
     return [told]

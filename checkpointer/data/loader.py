@@ -23,6 +23,7 @@ from checkpointer.data.checks import (
     persists,
     worker_starts_anew,
 )
+from checkpointer.data.elsewhere import carried_over
 from checkpointer.data.replay import Indices, Replay
 from checkpointer.data.sources import Sources
 from checkpointer.errors import CheckpointerWarning, IncompatibleStateError, UnsupportedStateError
@@ -174,7 +175,11 @@ class ResumableLoader(Generic[T]):
         """Refuse a state that does not fit, before a restore changes anything; errors as of ``load_state_dict``."""
         self._refuse_while_iterating()
         if isinstance(state_dict, dict) and isinstance(state_dict.get("settings"), dict):
-            check_settings(state_dict["settings"], self._settings())
+            live = self._settings()
+            if state_dict["settings"] != live:
+                check_state(state_dict)
+                state_dict = carried_over(state_dict, live) or state_dict
+            check_settings(state_dict["settings"], live)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a position; the next ``iter`` goes on from it.
@@ -185,6 +190,8 @@ class ResumableLoader(Generic[T]):
         """
         self._refuse_while_iterating()
         check_state(state_dict)
+        moved = carried_over(state_dict, self._settings())
+        state_dict = moved or state_dict
         check_settings(state_dict["settings"], self._settings())
         self._sources.check(state_dict["now"])
         if state_dict["start"] is not None:
@@ -196,7 +203,8 @@ class ResumableLoader(Generic[T]):
         self._label, self._label_given = state_dict["label"], state_dict["label_given"]
         self._set_epoch = state_dict["set_epoch"]
         self._restored = dict(state_dict)
-        _WAITING.add(self)
+        if moved is None:  # else the generators of one rank would be those of all
+            _WAITING.add(self)
 
     def leave_rng(self) -> None:
         """Called after a restore without the global generators: the next ``iter`` leaves them as they are too."""
