@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -792,6 +794,22 @@ def test_a_run_goes_back_after_leaving_the_loop(tmp_path):
             seen.append(batch)
         mgr.restore(1)
         assert_identical([*loader], seen[2:])
+
+
+def test_persistent_workers_end_at_once_when_the_loader_is_dropped():
+    """In a cycle the garbage collector takes the queues apart before the workers are told: torch then waits for 5 s."""
+    loader = _loader(shuffle=True, num_workers=1, persistent_workers=True)
+    for _ in range(2):
+        assert len([*loader]) == 4
+    workers = loader._iterator._workers
+    begin = time.monotonic()
+    gc.disable()
+    try:
+        del loader
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        gc.enable()
+    assert time.monotonic() - begin < 4
 
 
 def test_a_run_with_persistent_workers_goes_back_after_leaving_the_loop(tmp_path):

@@ -295,7 +295,7 @@ class ResumableLoader(Generic[T]):
         name = "sampler" if self._loader.batch_sampler is None else "batch_sampler"
         attributes = vars(self._loader)  # a DataLoader refuses ordinary assignment
         original = attributes[name]
-        attributes[name] = self._indices
+        attributes[name] = self._indices.stand_in()
         try:
             yield
         finally:

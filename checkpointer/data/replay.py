@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +52,10 @@ class Indices:
     def __len__(self) -> int:
         return len(self._sampler)
 
+    def stand_in(self) -> StandIn:
+        """What the loader is handed."""
+        return StandIn(self, self._sampler)
+
     def advance(self) -> None:
         """Replay now, and not when the first index is asked for."""
         assert self._running is not None
@@ -77,18 +82,43 @@ class Indices:
         return self._running is not None and self._running.exhausted
 
 
+class StandIn:
+    """What a loader is handed in the place of its index sampler: ``Indices``, without keeping them alive.
+
+    A loader with persistent workers keeps its iterator, and so this; ``Indices`` know the loader. In a cycle the garbage
+    collector would take the queues to the workers apart before those are told to end: 5 s of waiting.
+    """
+
+    def __init__(self, indices: Indices, sampler: Any) -> None:
+        self._indices = weakref.ref(indices)
+        self._sampler = sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        indices = self._indices()
+        return iter(self._sampler if indices is None else indices)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+
 class _IndexIterator:
     """One pass over the sampler's indices."""
 
     def __init__(self, sampler: Any, sources: Sources, replay: Replay | None) -> None:
         self._sampler = sampler
-        self._sources = sources
+        self._weak_sources = weakref.ref(sources)  # see StandIn
         self._replay = replay
         self._iterator: Iterator[Any] | None = None
         self._ready: deque[Any] = deque()
         self.start: dict[str, Any] | None = None
         self.drawn = 0
         self.exhausted = False
+
+    @property
+    def _sources(self) -> Sources:
+        sources = self._weak_sources()
+        assert sources is not None, "whoever asks holds the loader"
+        return sources
 
     def __iter__(self) -> _IndexIterator:
         return self

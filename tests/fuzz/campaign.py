@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from checkpointer.environment import environment
 from tests.fuzz.targets import TARGETS, Target, empty_folder, live_components
 
 SECONDS = 10
@@ -158,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     live_components()  # whatever is imported late is imported now
+    environment()  # asks git, once in a process
     limit()
     if options.input is None:
         return report(campaign(targets, minutes=options.minutes, seed=options.seed))
