@@ -85,8 +85,8 @@ class Indices:
 class StandIn:
     """What a loader is handed in the place of its index sampler: ``Indices``, without keeping them alive.
 
-    A loader with persistent workers keeps its iterator, and so this; ``Indices`` know the loader. In a cycle, the queues
-    to the workers are taken apart by the garbage collector before those are told to end: 5 s of waiting.
+    A loader with persistent workers keeps its iterator, and so this; ``Indices`` know the loader. In a cycle, the
+    queues to the workers are taken apart by the garbage collector before those are told to end: 5 s of waiting.
     """
 
     def __init__(self, indices: Indices, sampler: Any) -> None:
