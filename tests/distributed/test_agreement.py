@@ -300,6 +300,24 @@ def test_ranks_that_do_not_share_a_directory_find_out_at_the_first_save(tmp_path
     assert steps(tmp_path / "0") == []
 
 
+def pruned(root: str) -> list[Any]:
+    removed: list[str] = []
+    remove = Repository.remove
+    Repository.remove = lambda self, info: removed.append(info.path) or remove(self, info)
+    with CheckpointManager(root, config={"keep": {"last": 1}}, progress={"x": 1}) as mgr:
+        mgr.restore_latest()
+        plan = mgr.prune()
+    return [[info.step for info, _ in plan.remove], len(removed)]
+
+
+def test_one_rank_prunes_and_all_know_the_plan(tmp_path):
+    with CheckpointManager(tmp_path, progress={"x": 1}) as mgr:
+        for step in range(4):
+            mgr.save(step)
+    assert run(2, pruned, str(tmp_path)) == [[[0, 1, 2], 3], [[0, 1, 2], 0]]
+    assert steps(tmp_path) == [3]
+
+
 # ------------------------------------------------------------------------------------ time rules, signals
 
 
