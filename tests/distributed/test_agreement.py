@@ -272,6 +272,24 @@ def test_a_checkpoint_that_is_damaged_for_one_rank_is_passed_over_by_all(tmp_pat
     assert run(2, corrupt, str(tmp_path)) == [[1, [2]], [1, [2]]]
 
 
+def misfit(root: str) -> list[Any]:
+    """Rank 1 has built another model."""
+    model = nn.Linear(3, 3 + dist.get_rank(), bias=False)
+    before = model.weight.detach().clone()
+    with CheckpointManager(root, weights=model) as mgr:
+        told = caught(mgr.restore_latest)
+    return [told, torch.equal(model.weight, before)]
+
+
+def test_a_checkpoint_that_does_not_fit_one_rank_changes_no_rank(tmp_path):
+    with CheckpointManager(tmp_path, weights=nn.Linear(3, 3, bias=False)) as mgr:
+        mgr.save(1)
+    for told, untouched in run(2, misfit, str(tmp_path)):
+        assert told.startswith("IncompatibleStateError")
+        assert "live has [4, 3]" in told
+        assert untouched
+
+
 # ------------------------------------------------------------------------------------ locks, roots
 
 
