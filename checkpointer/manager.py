@@ -368,7 +368,7 @@ class CheckpointManager:
         return VerifyReport((self._repository.verify(self._repository.find(check_step(step))),))
 
     def prune(self, *, dry_run: bool = False) -> RetentionPlan:
-        """Apply retention now; ``dry_run`` only says what it would do, and why."""
+        """Apply retention now; ``dry_run`` only says what it would do, and why. Every rank calls it; one removes."""
         self._check_usable()
         if not dry_run:
             self._check_writable()
@@ -376,7 +376,10 @@ class CheckpointManager:
             self._lock()
         restored_from = self._position.restored_from
         protect = {restored_from.id} if restored_from else set()
-        return prune(self._repository, self._config.keep, protect=protect, dry_run=dry_run)
+        plan = partial(prune, self._repository, self._config.keep, protect=protect)
+        if dry_run:
+            return plan(dry_run=True)
+        return self._job.once(f"pruning {self._repository.url}", act=plan, look=partial(plan, dry_run=True))
 
     # ---------------------------------------------------------------------------------------------- life cycle
 

@@ -37,8 +37,9 @@ def carried_over(state: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str,
         batches, rest = -(-now["num_samples"] // live["batch_size"]), 0
     if rest:
         raise IncompatibleStateError(
-            f"loader: {before['num_replicas']} ranks had seen {seen} samples of this epoch, and {now['num_replicas']} "
-            f"ranks with batches of {live['batch_size']} take {step} at a time: some would be skipped or repeated. "
+            f"the loader is not the one that was saved ({path}: saved {saved[path]}, live {live[path]}): "
+            f"{before['num_replicas']} ranks had seen {seen} samples of this epoch, and {now['num_replicas']} ranks "
+            f"with batches of {live['batch_size']} take {step} at a time, so some would be skipped or repeated. "
             "Choose a batch size that divides it, restore a checkpoint of the end of an epoch, or leave the loader "
             "out: components=[...]"
         )
@@ -53,7 +54,8 @@ def _differing_sampler(saved: Mapping[str, Any], live: Mapping[str, Any]) -> str
         return None
     before, now = _fields(saved[paths[0]]), _fields(live[paths[0]])
     others = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)} - _OF_RANKS
-    return paths[0] if before and now and not others else None
+    moved = before.get("num_replicas") != now.get("num_replicas")
+    return paths[0] if before and now and moved and not others else None
 
 
 def _fields(text: object) -> dict[str, int]:

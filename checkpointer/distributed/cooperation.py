@@ -20,7 +20,7 @@ from checkpointer.distributed.division import (
     holding_from_json,
     holding_to_json,
 )
-from checkpointer.distributed.ranks import Alone, Meeting, Ranks
+from checkpointer.distributed.ranks import Meeting, Ranks
 from checkpointer.errors import SaveError, UnsupportedStateError
 from checkpointer.index import Component, Json, TensorSpec
 from checkpointer.staging import hash_tensors
@@ -109,11 +109,6 @@ class Cooperation:
         self._holdings: list[Holding] = []
         """Of all ranks; known to the coordinator alone."""
         self._division: Division | None = None
-
-    @property
-    def ranks(self) -> Ranks:
-        """For what the training thread has to say to the others."""
-        return self._ranks
 
     def share(self, step: int, capture: Callable[[], Mapping[str, Captured]]) -> Share:
         """Capture, and agree with the other ranks on who writes what.
@@ -235,8 +230,3 @@ def _digest(part: Captured, held: Mapping[str, Held]) -> str:
     hashes = hash_tensors([part.tensors[key] for key in keys])
     told = strictjson.dumps([part.tree, meta, keys, hashes])
     return hashlib.sha256(told.encode("ascii")).hexdigest()
-
-
-def alone() -> Cooperation:
-    """Of a process without others."""
-    return Cooperation(Alone())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cached_property
+from typing import TypeVar
 
 from checkpointer.distributed.clock import SharedClock
 from checkpointer.distributed.cooperation import Cooperation
@@ -12,6 +13,8 @@ from checkpointer.distributed.opening import open_run
 from checkpointer.distributed.ranks import AS_JSON, Meeting, Ranks, ranks_of_job
 from checkpointer.index import Json
 from checkpointer.storage import Storage
+
+T = TypeVar("T")
 
 
 class Job:
@@ -54,6 +57,22 @@ class Job:
         found = self.ranks.meet(Meeting("a save after a signal", AS_JSON, AS_JSON), lambda: [allowed, counts], decide)
         assert isinstance(found, list)
         return bool(found[0]), bool(found[1])
+
+    def once(self, what: str, *, act: Callable[[], T], look: Callable[[], T]) -> T:
+        """``act`` on the coordinator, once all other ranks have done ``look``; each gets what its own call returned."""
+        found: list[T] = []
+
+        def contribute() -> Json:
+            if self.ranks.rank:
+                found.append(look())
+            return None
+
+        def decide(_: Sequence[Json]) -> Json:
+            found.append(act())
+            return None
+
+        self.ranks.meet(Meeting(what, AS_JSON, AS_JSON), contribute, decide)
+        return found[0]
 
     def open(self, take: Callable[[], None]) -> None:
         """Call ``take``, which makes this job the run's only writer, on the coordinator, at the first call."""

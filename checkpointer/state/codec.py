@@ -20,7 +20,7 @@ from checkpointer.errors import UnsupportedStateError
 from checkpointer.index import Json
 from checkpointer.state import leaves, tensors
 from checkpointer.state.registry import codec_for
-from checkpointer.state.sharded import is_sharded, local_part
+from checkpointer.state.sharded import address, is_sharded
 
 MAX_DEPTH = 200
 INLINE_BYTES = 4096
@@ -129,7 +129,7 @@ class Encoder:
         prefix = ".".join([*(_key_part(part) for _, part in self._path), ""])
         for key, item in value.items():
             if (
-                type(item) is torch.Tensor and not self._hashable and is_simple(item)
+                isinstance(item, torch.Tensor) and not self._hashable and is_simple(item)
             ):  # the state of optimizers: nearly all there is
                 out[key] = {"$tensor": self.add(prefix + key if len(key) <= 120 else _key_part(key), item)}
                 continue
@@ -286,8 +286,7 @@ class Encoder:
         That is ``key``, ``key#2`` where ``key`` is taken, or the one that the same memory is already stored under.
         """
         # Most memory occurs once: comparing pointers first makes this several times faster.
-        memory = local_part(tensor)
-        pointer = memory.data_ptr() or memory.untyped_storage()._cdata  # noqa: SLF001
+        pointer = address(tensor)
         others = self._by_pointer.get(pointer, ())
         if others:
             same = tensors.memory_key(tensor)
@@ -312,8 +311,10 @@ class Encoder:
 
 
 def is_simple(tensor: torch.Tensor) -> bool:
-    """Whether a ``torch.Tensor`` is stored as it is: nothing to take apart, to flag or to refuse."""
-    if tensor.requires_grad or not tensors.is_plain(tensor) or tensor.dtype not in tensors.STORABLE:
+    """Whether a tensor is stored as it is: nothing to take apart, to flag or to refuse."""
+    if tensor.requires_grad or isinstance(tensor, nn.Parameter) or tensor.dtype not in tensors.STORABLE:
+        return False
+    if not tensors.is_ordinary(tensor):
         return False
     return not (_NAMED and tensor.has_names())  # type: ignore[attr-defined]
 

@@ -23,6 +23,7 @@ from checkpointer.state.optimizer_misfits import has_usual_form, misfits
 from checkpointer.state.optimizer_restore import OptimizerRestore, loads_plainly
 from checkpointer.state.places import check_kind
 from checkpointer.state.plan import Captured, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.sharded import address
 from checkpointer.state.stateful import StatefulAdapter
 from checkpointer.state.tensors import dtype_name
 
@@ -121,11 +122,11 @@ class _KnownState:
                 return None
             for slot, key in keys.items():
                 tensor = entry[slot]
-                if type(tensor) is not torch.Tensor or not is_simple(tensor):
+                if not isinstance(tensor, torch.Tensor) or not is_simple(tensor):
                     return None
-                memory.add(tensor.data_ptr())
+                memory.add(address(tensor))
                 found[key] = tensor
-        alone = len(memory) == len(found) and 0 not in memory
+        alone = len(memory) == len(found)
         return found if alone and list(state) == list(self.entries) else None
 
 

@@ -6,6 +6,7 @@ shape. The module that defines them takes long to import: while it is not import
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -23,10 +24,20 @@ def is_sharded(value: object) -> bool:
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a tensor in this process: its own, or that of this rank's part."""
+    return _local(tensor).detach()
+
+
+def address(tensor: torch.Tensor) -> int:
+    """A number that differs for tensors in different memory: the address, where there are elements in this process."""
+    memory = _local(tensor)
+    return memory.data_ptr() or memory.untyped_storage()._cdata  # noqa: SLF001
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
     if not is_sharded(tensor):
-        return tensor.detach()
+        return tensor
     sharded: Any = tensor
-    part: torch.Tensor = sharded._local_tensor.detach()  # noqa: SLF001  to_local() builds a node of autograd
+    part: torch.Tensor = sharded._local_tensor  # noqa: SLF001  to_local() builds a node of autograd
     return part
 
 
@@ -36,20 +47,29 @@ def local_box(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] |
     Raises:
         UnsupportedStateError: it is no box, or it waits for a reduction over the ranks.
     """
+    sharded: Any = tensor
+    placements = sharded.placements
+    found = _box(tuple(tensor.shape), sharded.device_mesh, placements)
+    if found is not None and found[1] != tuple(_local(tensor).shape):
+        raise UnsupportedStateError(f"the part of a DTensor with placements {placements} is no box of it")
+    return None if found is None or (0 in found[1] and 0 not in tensor.shape) else found
+
+
+@functools.lru_cache(maxsize=1 << 14)  # a model has few different ones, and torch takes long to tell
+def _box(
+    shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Offsets and lengths of this rank's part of any DTensor that is so laid out; lengths may be 0."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    sharded: Any = tensor
-    mesh, placements = sharded.device_mesh, sharded.placements
     if any(placement.is_partial() for placement in placements):
         raise UnsupportedStateError(
             f"a DTensor with placements {placements} waits for a reduction: redistribute it first"
         )
     if mesh.get_coordinate() is None:
         return None
-    lengths, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    if tuple(lengths) != tuple(sharded._local_tensor.shape):  # noqa: SLF001
-        raise UnsupportedStateError(f"the part of a DTensor with placements {placements} is no box of it")
-    return None if 0 in lengths and 0 not in tensor.shape else (tuple(offsets), tuple(lengths))
+    lengths, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return tuple(offsets), tuple(lengths)
 
 
 def like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -18,7 +18,9 @@ from checkpointer.storage import LocalStorage, open_storage
 from tests.ranks import launch, run
 
 OPERATIONS = ("write", "sync", "rename", "exchange", "make_directory", "put", "remove", "remove_directory", "link")
-CONFIG: dict[str, Any] = {"keep": {"last": 2}, "write": {"rank_timeout": "1s"}}
+CONFIG: dict[str, Any] = {"keep": {"last": 2}}
+IMPATIENT: dict[str, Any] = {**CONFIG, "write": {"rank_timeout": "5s"}}
+"""Those that survive wait for the dead so long."""
 STEPS = 4
 
 
@@ -65,11 +67,15 @@ def job(root: str, victim: int, after: int) -> None:
     """Save steps; the rank ``victim`` dies at its ``after``-th operation once the first is durable."""
     model, optimizer = state()
     with CheckpointManager(root, config=CONFIG, model=model, optimizer=optimizer) as mgr:
-        for step in range(1, STEPS + 1):
+        stepped(model, optimizer)
+        mgr.save(1)
+    with CheckpointManager(root, config=IMPATIENT, model=model, optimizer=optimizer) as mgr:
+        mgr.restore_latest()
+        if dist.get_rank() == victim:
+            arm(after)
+        for step in range(2, STEPS + 1):
             stepped(model, optimizer)
-            mgr.save(step, overwrite=True).result()
-            if step == 1 and dist.get_rank() == victim:
-                arm(after)
+            mgr.save(step).result()
 
 
 def resume(root: str) -> list[Any]:

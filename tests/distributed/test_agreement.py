@@ -270,6 +270,24 @@ def test_a_checkpoint_that_is_damaged_for_one_rank_is_passed_over_by_all(tmp_pat
     assert run(2, corrupt, str(tmp_path)) == [[1, [2]], [1, [2]]]
 
 
+def misfit(root: str) -> list[Any]:
+    """Rank 1 has built another model."""
+    model = nn.Linear(3, 3 + dist.get_rank(), bias=False)
+    before = model.weight.detach().clone()
+    with CheckpointManager(root, weights=model) as mgr:
+        told = caught(mgr.restore_latest)
+    return [told, torch.equal(model.weight, before)]
+
+
+def test_a_checkpoint_that_does_not_fit_one_rank_changes_no_rank(tmp_path):
+    with CheckpointManager(tmp_path, weights=nn.Linear(3, 3, bias=False)) as mgr:
+        mgr.save(1)
+    for told, untouched in run(2, misfit, str(tmp_path)):
+        assert told.startswith("IncompatibleStateError")
+        assert "live has [4, 3]" in told
+        assert untouched
+
+
 # ------------------------------------------------------------------------------------ locks, roots
 
 
@@ -296,6 +314,24 @@ def test_ranks_that_do_not_share_a_directory_find_out_at_the_first_save(tmp_path
         assert f"on {socket.gethostname()}" in told
         assert "shared file system" in told
     assert steps(tmp_path / "0") == []
+
+
+def pruned(root: str) -> list[Any]:
+    removed: list[str] = []
+    remove = Repository.remove
+    Repository.remove = lambda self, info: removed.append(info.path) or remove(self, info)
+    with CheckpointManager(root, config={"keep": {"last": 1}}, progress={"x": 1}) as mgr:
+        mgr.restore_latest()
+        plan = mgr.prune()
+    return [[info.step for info, _ in plan.remove], len(removed)]
+
+
+def test_one_rank_prunes_and_all_know_the_plan(tmp_path):
+    with CheckpointManager(tmp_path, progress={"x": 1}) as mgr:
+        for step in range(4):
+            mgr.save(step)
+    assert run(2, pruned, str(tmp_path)) == [[[0, 1, 2], 3], [[0, 1, 2], 0]]
+    assert steps(tmp_path) == [3]
 
 
 # ------------------------------------------------------------------------------------ time rules, signals

@@ -21,6 +21,7 @@ from checkpointer.errors import CheckpointNotFoundError, ConfigError, CorruptChe
 from checkpointer.migration import consolidating
 from checkpointer.migration.consolidating import consolidate
 from tests.ranks import run
+from tests.test_independent_reader import read_tensor, read_tensors
 
 
 class Tied(nn.Module):
@@ -89,6 +90,15 @@ def test_a_directory_is_a_hugging_face_model_with_its_attachments(sharded, tmp_p
         consolidate(sharded, 5, out)
     consolidate(sharded, 5, out, overwrite=True)
     assert sorted(item.name for item in out.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_thirty_lines_without_the_library_read_the_slices_of_several_ranks(sharded):
+    same(read_tensors(sharded / "checkpoint-5", "model"), missing={"head.weight"})
+    own = json.loads((sharded / "checkpoint-5" / "index-1.json").read_text())
+    assert list(own["components"]) == ["rng"]
+    assert list(own["files"]) == ["rank-00001.safetensors"]
+    entry = own["components"]["rng"]["tensors"]["torch"]
+    assert read_tensor(sharded / "checkpoint-5", entry).dtype == torch.uint8
 
 
 def two_dimensions(root: str) -> None:
