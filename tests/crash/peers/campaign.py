@@ -1,0 +1,137 @@
+"""Kills a training process that saves with a peer, over and over, and counts what it has left each time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.crash.lanes import Child
+from tests.crash.peers.adapters import Peer
+from tests.crash.peers.life import LOST, NOTHING, VERDICTS, WRONG, Look, Training, resume
+from tests.crash.trainee import Book, BrokenPromiseError, Plan, reference
+
+STEPS = 200
+
+
+@dataclasses.dataclass
+class Tally:
+    """What came of killing a peer."""
+
+    verdicts: Counter[str] = dataclasses.field(default_factory=Counter)
+    in_saves: int = 0
+    leftovers: int = 0
+    reasons: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    @property
+    def kills(self) -> int:
+        """Those after which somebody has looked."""
+        return sum(self.verdicts[verdict] for verdict in VERDICTS)
+
+
+class Run:
+    """One training run in a folder of its own."""
+
+    def __init__(self, kind: type[Peer], plan: Plan, folder: Path) -> None:
+        self._kind = kind
+        self._plan = plan
+        self.folder = folder
+        self.root = folder / "root"
+        self.book = Book(folder / "book")
+        (folder / "tmp").mkdir(parents=True)
+        (folder / "cwd").mkdir()
+        self._hashes = _reference(plan)
+
+    def kill_once(self, rng: random.Random) -> bool:
+        """Start a process and kill it in or after one of its next saves. Whether it had to be killed."""
+        seed = rng.random()
+
+        def live(ready: Callable[[float], None]) -> None:
+            self._move_in()
+            resume(self._kind, self._plan, self.root, Training(self.book, self._hashes, random.Random(seed), ready))
+
+        child = Child(live)
+        child.kill_after(rng.uniform(0, child.wait_until_ready()))
+        if child.problem:
+            raise BrokenPromiseError(child.problem)
+        return child.status != 0
+
+    def look(self) -> str:
+        """What a new process finds."""
+
+        def work(_: Callable[[float], None]) -> None:
+            self._move_in()
+            finding = Look(self.book, self._hashes)
+            resume(self._kind, self._plan, self.root, finding)
+            (self.folder / "reasons").write_text("\n".join(finding.reasons))
+
+        Child(work).finish()
+        return self.book.lines()[-1][0]
+
+    def train(self, until: Callable[[int], None]) -> None:
+        """Let it save until ``until``, which is told each step before its save, raises."""
+        raise NotImplementedError
+
+    def _move_in(self) -> None:
+        os.environ.update(TMPDIR=str(self.folder / "tmp"), HOME=str(self.folder))
+        tempfile.tempdir = None
+        os.chdir(self.folder / "cwd")
+
+
+_known: dict[Plan, list[str]] = {}
+
+
+def _reference(plan: Plan) -> list[str]:
+    """Made in a process of its own: whoever forks must not have started threads."""
+    if plan not in _known:
+        with tempfile.NamedTemporaryFile() as file:
+            path = Path(file.name)
+            child = Child(lambda _: _write(path, json.dumps(reference(plan))))
+            child.finish()
+            _known[plan] = json.loads(path.read_text())
+    return _known[plan]
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def plans(rng: random.Random) -> Plan:
+    """A run with all drawn by lot; one in four has tensors of a MiB."""
+    wide = rng.random() < 0.25
+    return Plan(rng.randrange(3), "sync", 2, wide, STEPS // 3 if wide else STEPS)
+
+
+def kill(kind: type[Peer], folder: Path, seconds: float, most: int, seed: int) -> Tally:
+    """Kill for so long, or so often."""
+    tally, rng = Tally(), random.Random(f"{seed} {kind.name}")
+    until = time.monotonic() + seconds
+    count = 0
+    while time.monotonic() < until and tally.kills < most:
+        count += 1
+        run = Run(kind, plans(rng), folder / f"run-{count}")
+        while time.monotonic() < until and tally.kills < most and _kill_and_look(run, rng, tally):
+            pass
+        shutil.rmtree(run.folder)
+    return tally
+
+
+def _kill_and_look(run: Run, rng: random.Random, tally: Tally) -> bool:
+    """Whether the run can go on."""
+    before = len(run.book.lines())
+    killed = run.kill_once(rng)
+    lines = run.book.lines()
+    for word, *number in lines[before:]:
+        if word == "left":
+            tally.leftovers = max(tally.leftovers, int(number[0]))
+        elif word in VERDICTS:
+            tally.verdicts[word] += 1
+    tally.in_saves += killed and lines[-1][0] == "saving"
+    return killed and not {WRONG, LOST} & {line[0] for line in lines[before:]}
