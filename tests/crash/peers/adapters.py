@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import random
 import re
@@ -142,6 +143,7 @@ class Checkpointer(Peer):
         self._manager.save(step)
 
     def entries(self) -> list[Path]:
+        self._manager.wait()  # it prunes in the background
         folders = [self.root, self.root / layout.TMP, self.root / layout.TRASH]
         return [path for folder in folders if folder.exists() for path in folder.iterdir() if path.name != layout.PRIVATE]
 
@@ -425,5 +427,6 @@ PEERS: dict[str, type[Peer]] = {
 }  # fmt: skip
 
 def quiet() -> None:
-    """Some warn at each save."""
+    """Some warn, or tell what they do, at each save."""
     warnings.simplefilter("ignore")
+    logging.disable()

@@ -15,7 +15,18 @@ from pathlib import Path
 
 from tests.crash.lanes import Child
 from tests.crash.peers.adapters import Peer
-from tests.crash.peers.life import LOST, NOTHING, VERDICTS, WRONG, Look, Training, resume
+from tests.crash.peers.life import (
+    FAILURES,
+    LOST,
+    NOTHING,
+    VERDICTS,
+    WRONG,
+    Before,
+    EnoughError,
+    Look,
+    Training,
+    resume,
+)
 from tests.crash.trainee import Book, BrokenPromiseError, Plan, reference
 
 STEPS = 200
@@ -27,8 +38,9 @@ class Tally:
 
     verdicts: Counter[str] = dataclasses.field(default_factory=Counter)
     in_saves: int = 0
+    """How many of the kills came in the middle of a save."""
     leftovers: int = 0
-    reasons: Counter[str] = dataclasses.field(default_factory=Counter)
+    """The most that lay there beside the checkpoints, once the next process had saved twice."""
 
     @property
     def kills(self) -> int:
@@ -39,12 +51,12 @@ class Tally:
 class Run:
     """One training run in a folder of its own."""
 
-    def __init__(self, kind: type[Peer], plan: Plan, folder: Path) -> None:
+    def __init__(self, kind: type[Peer], plan: Plan, folder: Path, book: Path | None = None) -> None:
         self._kind = kind
         self._plan = plan
         self.folder = folder
         self.root = folder / "root"
-        self.book = Book(folder / "book")
+        self.book = Book(book or folder / "book")
         (folder / "tmp").mkdir(parents=True)
         (folder / "cwd").mkdir()
         self._hashes = _reference(plan)
@@ -70,14 +82,25 @@ class Run:
             self._move_in()
             finding = Look(self.book, self._hashes)
             resume(self._kind, self._plan, self.root, finding)
-            (self.folder / "reasons").write_text("\n".join(finding.reasons))
+            self.book.write("failed", len(finding.failed))
 
         Child(work).finish()
-        return self.book.lines()[-1][0]
+        return next(line[0] for line in reversed(self.book.lines()) if line[0] in (*VERDICTS, NOTHING))
 
-    def train(self, until: Callable[[int], None]) -> None:
-        """Let it save until ``until``, which is told each step before its save, raises."""
-        raise NotImplementedError
+    def train(self, act: Callable[[Peer, int], None]) -> None:
+        """Begin, and do something before each save. :class:`EnoughError` ends it, and so does a save that fails."""
+
+        def work(_: Callable[[float], None]) -> None:
+            self._move_in()
+            try:
+                resume(self._kind, self._plan, self.root, Before(self.book, self._hashes, act))
+            except EnoughError:
+                pass
+            except FAILURES:
+                if self.book.lines()[-1][0] != "saving":
+                    raise
+
+        Child(work).finish()
 
     def _move_in(self) -> None:
         os.environ.update(TMPDIR=str(self.folder / "tmp"), HOME=str(self.folder))
@@ -103,7 +126,7 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def plans(rng: random.Random) -> Plan:
+def draw(rng: random.Random) -> Plan:
     """A run with all drawn by lot; one in four has tensors of a MiB."""
     wide = rng.random() < 0.25
     return Plan(rng.randrange(3), "sync", 2, wide, STEPS // 3 if wide else STEPS)
@@ -116,22 +139,26 @@ def kill(kind: type[Peer], folder: Path, seconds: float, most: int, seed: int) -
     count = 0
     while time.monotonic() < until and tally.kills < most:
         count += 1
-        run = Run(kind, plans(rng), folder / f"run-{count}")
-        while time.monotonic() < until and tally.kills < most and _kill_and_look(run, rng, tally):
-            pass
+        run = Run(kind, draw(rng), folder / f"run-{count}")
+        while time.monotonic() < until and tally.kills < most:
+            seen = len(run.book.lines())
+            killed = run.kill_once(rng)
+            verdict = _read(run.book, seen, tally)
+            if not killed or verdict in (WRONG, LOST):
+                break
         shutil.rmtree(run.folder)
     return tally
 
 
-def _kill_and_look(run: Run, rng: random.Random, tally: Tally) -> bool:
-    """Whether the run can go on."""
-    before = len(run.book.lines())
-    killed = run.kill_once(rng)
-    lines = run.book.lines()
-    for word, *number in lines[before:]:
+def _read(book: Book, seen: int, tally: Tally) -> str:
+    """Count what the last process has written: its verdict on the one before."""
+    lines = book.lines()
+    verdict = ""
+    for word, *numbers in lines[seen:]:
         if word == "left":
-            tally.leftovers = max(tally.leftovers, int(number[0]))
+            tally.leftovers = max(tally.leftovers, int(numbers[0]))
         elif word in VERDICTS:
-            tally.verdicts[word] += 1
-    tally.in_saves += killed and lines[-1][0] == "saving"
-    return killed and not {WRONG, LOST} & {line[0] for line in lines[before:]}
+            verdict = word
+            tally.verdicts[verdict] += 1
+            tally.in_saves += lines[seen - 1][0] == "saving"
+    return verdict

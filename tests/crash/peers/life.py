@@ -6,6 +6,9 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
+
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tests.crash.peers.adapters import Hooks, Peer, quiet
 from tests.crash.trainee import Book, Plan, Trainee
@@ -25,6 +28,9 @@ NOTHING = "nothing"
 
 VERDICTS = (RESTORED, BY_HAND, ROLLED_BACK, WRONG, LOST)
 
+FAILURES = (Exception, CheckpointException)
+"""What a peer raises. That of torch.distributed.checkpoint is no ``Exception``."""
+
 
 class EnoughError(Exception):
     """This process was only to look."""
@@ -32,6 +38,9 @@ class EnoughError(Exception):
 
 class Finding(Hooks):
     """Judges the first thing that restores, and writes down what goes on from there."""
+
+    goes_on: ClassVar[bool] = True
+    """Whether training begins anew where there is nothing to restore."""
 
     def __init__(self, book: Book, hashes: Sequence[str]) -> None:
         self._book = book
@@ -75,9 +84,24 @@ class Finding(Hooks):
 class Look(Finding):
     """Nothing more than that."""
 
+    goes_on = False
+
     def restored(self) -> None:
         super().restored()
         raise EnoughError
+
+
+class Before(Finding):
+    """Goes on, and does something before each save."""
+
+    def __init__(self, book: Book, hashes: Sequence[str], act: Callable[[Peer, int], None]) -> None:
+        super().__init__(book, hashes)
+        self._act = act
+
+    def saving(self, step: int) -> None:
+        assert self.peer is not None
+        self._act(self.peer, step)
+        super().saving(step)
 
 
 class Training(Finding):
@@ -88,7 +112,7 @@ class Training(Finding):
         self._ready = ready
         self._left = self._saves = rng.randrange(4)
         self._began = time.monotonic()
-        self._counted = False
+        self._saved = 0
 
     def restored(self) -> None:
         super().restored()
@@ -102,8 +126,8 @@ class Training(Finding):
 
     def saved(self, step: int) -> None:
         super().saved(step)
-        if not self._counted and self.peer is not None:
-            self._counted = True
+        self._saved += 1
+        if self._saved == 2 and self.peer is not None:  # by then whatever tidies up has done so
             self._book.write("left", self.peer.leftovers())
 
 
@@ -126,7 +150,7 @@ def resume(kind: type[Peer], plan: Plan, root: Path, finding: Finding) -> None:
             peer.run(name, finding)
         except EnoughError:
             return
-        except Exception as error:
+        except FAILURES as error:
             if finding.verdict:  # it was restored, and then something else went wrong
                 raise
             finding.failed.append(name)
@@ -134,7 +158,7 @@ def resume(kind: type[Peer], plan: Plan, root: Path, finding: Finding) -> None:
         else:
             return
     finding.nothing()
-    if finding.verdict == NOTHING and isinstance(finding, Training):
+    if finding.verdict == NOTHING and finding.goes_on:
         peer = kind(root, Trainee(plan), plan.steps)
         for name in finding.failed:
             peer.discard(name)
