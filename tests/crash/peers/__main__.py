@@ -1,11 +1,12 @@
 """The campaign of kills against this library and its peers, each used as its own documentation uses it.
 
-A program: ``python -m tests.crash.peers`` (``scripts/crash_peers`` is the same with the environment set up; ``--help``).
+A program: ``python -m tests.crash.peers`` (``scripts/crash_peers``, ``--help``, sets the environment up, too).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import sys
@@ -19,7 +20,8 @@ from tests.crash.peers.adapters import PEERS, Peer, quiet
 from tests.crash.peers.campaign import Run, kill
 from tests.crash.peers.controls import CONTROLS
 from tests.crash.peers.faults import FLIPS, PLAN, fill, flip
-from tests.crash.peers.life import VERDICTS, EnoughError, Finding, resume
+from tests.crash.peers.life import NOTHING, VERDICTS, EnoughError, Finding, resume
+from tests.crash.peers.power import Unheard, cut
 
 KNOWN: Mapping[str, type[Peer]] = {**PEERS, **CONTROLS}
 
@@ -33,6 +35,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--full-disk", type=int, default=0, help="fill the disk before so many saves (root, in `unshare --mount`)"
     )
+    parser.add_argument("--power-cuts", type=int, default=0, help="look at so many states that a power cut may leave")
     parser.add_argument("--seed", type=int, default=0, help="what decides delays and places (default: 0)")
     parser.add_argument("--folder", type=Path, help="where runs are made (default: in memory, if there is /dev/shm)")
     return parser.parse_args(arguments)
@@ -42,10 +45,8 @@ def warm_up(kind: type[Peer], folder: Path) -> None:
     """Whatever it imports late is imported now, once. No thread of it may be left."""
     run = Run(kind, PLAN, folder / "warm")
     for _ in range(2):
-        try:
+        with contextlib.suppress(EnoughError):
             resume(kind, PLAN, run.root, _Short(run.book, []))
-        except EnoughError:
-            pass
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{kind.name} has started threads: it cannot be forked"
 
@@ -84,6 +85,18 @@ def measure(kind: type[Peer], options: argparse.Namespace, folder: Path, report:
         verdicts, failed = fill(kind, folder, options.full_disk)
         counts = [options.full_disk, failed, *(verdicts[verdict] for verdict in VERDICTS)]
         report.add("disk full", ["trials", "save failed", *VERDICTS], kind, counts)
+    if options.power_cuts:
+        _cut_power(kind, options, folder, report)
+
+
+def _cut_power(kind: type[Peer], options: argparse.Namespace, folder: Path, report: Report) -> None:
+    try:
+        verdicts = cut(kind, folder, options.power_cuts, options.seed)
+    except Unheard:
+        print(f"{kind.name}: its operations cannot be recorded", flush=True)
+        return
+    counts = [sum(verdicts.values()), *(verdicts[verdict] for verdict in (NOTHING, *VERDICTS))]
+    report.add("power cut", ["states", "before the first save", *VERDICTS], kind, counts)
 
 
 def main() -> int:

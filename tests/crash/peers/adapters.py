@@ -145,7 +145,8 @@ class Checkpointer(Peer):
     def entries(self) -> list[Path]:
         self._manager.wait()  # it prunes in the background
         folders = [self.root, self.root / layout.TMP, self.root / layout.TRASH]
-        return [path for folder in folders if folder.exists() for path in folder.iterdir() if path.name != layout.PRIVATE]
+        found = [path for folder in folders if folder.exists() for path in folder.iterdir()]
+        return [path for path in found if path.name != layout.PRIVATE]
 
 
 # ------------------------------------------------------------------------------------------------------ torch.save
@@ -185,9 +186,7 @@ class TorchSave(Peer):
         torch.save(self.state(), self.path("checkpoint.pt"))
 
     def state(self) -> dict[str, Any]:
-        states = {
-            name: getattr(self.trainee, name).state_dict() for name in ("model", "optimizer", "scheduler")
-        }
+        states = {name: getattr(self.trainee, name).state_dict() for name in ("model", "optimizer", "scheduler")}
         return {**states, "position": self.trainee.position, "random": random_numbers()}
 
 
@@ -195,7 +194,7 @@ class TorchSaveNumbered(TorchSave):
     """The same with a file for each step."""
 
     name, title, holds = "torch.save-numbered", "`torch.save`, a file a step", KEEP
-    how = "`torch.save({…}, f'checkpoint-{step}.pt')`, then all but the newest two are removed; the highest number is loaded"
+    how = "`torch.save({…}, f'checkpoint-{step}.pt')`, keeping the newest two; the highest number is loaded"
 
     def checkpoints(self) -> list[str]:
         return newest_first(path.name for path in self.root.glob("checkpoint-*.pt"))
@@ -260,8 +259,8 @@ class Dcp(Peer):
 
     name, title = "dcp.save", "`dcp.save`"
     how = (
-        "`dcp.save({'app': AppState(…)}, checkpoint_id=f'step-{step}')`, then all but the newest two are removed; `dcp.load` "
-        "of the highest number that has a `.metadata`, as torchtitan does"
+        "`dcp.save({'app': AppState(…)}, checkpoint_id=f'step-{step}')`, keeping the newest two; `dcp.load` of the "
+        "highest number that has a `.metadata`, as torchtitan does"
     )
 
     def checkpoints(self) -> list[str]:
@@ -297,8 +296,8 @@ class Accelerate(Peer):
 
     name, title, module = "accelerate", "Accelerate `save_state`", "accelerate"
     how = (
-        "`ProjectConfiguration(automatic_checkpoint_naming=True, total_limit=2)`; `save_state()`; `load_state()`, and `iteration` "
-        "set to go on"
+        "`ProjectConfiguration(automatic_checkpoint_naming=True, total_limit=2)`; `save_state()`; `load_state()`, and "
+        "`iteration` set to go on"
     )
     limit: ClassVar[int] = KEEP
 
@@ -341,8 +340,8 @@ class Lightning(Peer):
     name, title, module = "lightning", "Lightning `ModelCheckpoint`", "lightning.pytorch"
     holds = KEEP + 1
     how = (
-        "`ModelCheckpoint(dirpath=…, monitor='step', mode='max', save_top_k=2, save_last=True, every_n_train_steps=1)`; "
-        "`Trainer.fit(…, ckpt_path='last')`; random numbers in `on_save_checkpoint` and `on_load_checkpoint`"
+        "`ModelCheckpoint(dirpath=…, monitor='step', mode='max', save_top_k=2, save_last=True, "
+        "every_n_train_steps=1)`; `Trainer.fit(…, ckpt_path='last')`; random numbers in `on_save_checkpoint` and `on_load_checkpoint`"
     )
 
     @classmethod

@@ -30,6 +30,7 @@ from tests.crash.peers.life import (
 from tests.crash.trainee import Book, BrokenPromiseError, Plan, reference
 
 STEPS = 200
+ROOT = "run"
 
 
 @dataclasses.dataclass
@@ -55,10 +56,10 @@ class Run:
         self._kind = kind
         self._plan = plan
         self.folder = folder
-        self.root = folder / "root"
+        self.root = folder / ROOT
         self.book = Book(book or folder / "book")
-        (folder / "tmp").mkdir(parents=True)
-        (folder / "cwd").mkdir()
+        for name in ("tmp", "cwd"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
         self._hashes = _reference(plan)
 
     def kill_once(self, rng: random.Random) -> bool:
@@ -75,23 +76,30 @@ class Run:
             raise BrokenPromiseError(child.problem)
         return child.status != 0
 
+    def do(self, work: Callable[[], object]) -> None:
+        """In a process of its own, which has no place for its files but this run's."""
+
+        def live(_: Callable[[float], None]) -> None:
+            self._move_in()
+            work()
+
+        Child(live).finish()
+
     def look(self) -> str:
         """What a new process finds."""
 
-        def work(_: Callable[[float], None]) -> None:
-            self._move_in()
+        def work() -> None:
             finding = Look(self.book, self._hashes)
             resume(self._kind, self._plan, self.root, finding)
             self.book.write("failed", len(finding.failed))
 
-        Child(work).finish()
+        self.do(work)
         return next(line[0] for line in reversed(self.book.lines()) if line[0] in (*VERDICTS, NOTHING))
 
     def train(self, act: Callable[[Peer, int], None]) -> None:
         """Begin, and do something before each save. :class:`EnoughError` ends it, and so does a save that fails."""
 
-        def work(_: Callable[[float], None]) -> None:
-            self._move_in()
+        def work() -> None:
             try:
                 resume(self._kind, self._plan, self.root, Before(self.book, self._hashes, act))
             except EnoughError:
@@ -100,7 +108,7 @@ class Run:
                 if self.book.lines()[-1][0] != "saving":
                     raise
 
-        Child(work).finish()
+        self.do(work)
 
     def _move_in(self) -> None:
         os.environ.update(TMPDIR=str(self.folder / "tmp"), HOME=str(self.folder))
