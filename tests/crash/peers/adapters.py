@@ -58,7 +58,7 @@ class Peer(ABC):
     how: ClassVar[str]
     """How its documentation uses it, for the report."""
     module: ClassVar[str] = "torch"
-    holds: ClassVar[int] = KEEP
+    holds: int = KEEP
     """How many files or directories lie in its folder after a save, if nothing is left over."""
 
     def __init__(self, root: Path, trainee: Trainee, steps: int) -> None:
@@ -138,6 +138,7 @@ class Checkpointer(Peer):
 
     def restore(self, name: str) -> None:
         assert self._manager.restore_latest() is not None
+        self.holds = KEEP + 1  # what a process has restored from is not removed while it runs
 
     def save(self, step: int) -> None:
         self._manager.save(step)
@@ -341,7 +342,8 @@ class Lightning(Peer):
     holds = KEEP + 1
     how = (
         "`ModelCheckpoint(dirpath=…, monitor='step', mode='max', save_top_k=2, save_last=True, "
-        "every_n_train_steps=1)`; `Trainer.fit(…, ckpt_path='last')`; random numbers in `on_save_checkpoint` and `on_load_checkpoint`"
+        "every_n_train_steps=1)`; `Trainer.fit(…, ckpt_path='last')`; random numbers in `on_save_checkpoint` and "
+        "`on_load_checkpoint`"
     )
 
     @classmethod
@@ -424,6 +426,7 @@ PEERS: dict[str, type[Peer]] = {
         Checkpointer, TorchSave, TorchSaveNumbered, TorchSaveRename, Dcp, Accelerate, AccelerateOne, Lightning,
     )
 }  # fmt: skip
+
 
 def quiet() -> None:
     """Some warn, or tell what they do, at each save."""
