@@ -24,6 +24,8 @@ MODES = ("sync", "async", "lazy")
 MILESTONE = 100
 """Retention keeps each checkpoint whose step is a multiple of this."""
 
+ROWS = 4
+"""That one step trains on."""
 
 BEGINNING = 0.05
 """Seconds that it takes to take the lock and to restore, about."""
@@ -74,13 +76,23 @@ class Trainee:
         }
 
     def step(self) -> None:
-        """Train once, with a draw from each global generator."""
-        rows = torch.randn(4, self.width) * random.random() + float(np.random.rand()) + self.position["rows"] % 3
+        """Train once."""
+        loss = self.loss()
         self.optimizer.zero_grad()
-        self.model(rows).square().mean().backward()
+        loss.backward()
         self.optimizer.step()
         self.scheduler.step()
-        self.position["rows"] += len(rows)
+
+    def loss(self) -> torch.Tensor:
+        """Of the next rows, with a draw from each global generator."""
+        rows = torch.randn(ROWS, self.width) * random.random() + float(np.random.rand()) + self.position["rows"] % 3
+        self.position["rows"] += ROWS
+        return self.model(rows).square().mean()  # type: ignore[no-any-return]
+
+    @property
+    def trained(self) -> int:
+        """How many steps have been begun."""
+        return self.position["rows"] // ROWS
 
     def digest(self) -> str:
         """A hash of every bit that decides how training goes on. Knows nothing of the library under test."""
