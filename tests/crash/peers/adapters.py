@@ -109,6 +109,9 @@ class Peer(ABC):
         """How much more than its checkpoints lies there after a save, or in the directory for temporary files."""
         return len(self.entries()) + len(os.listdir(tempfile.gettempdir())) - self.holds
 
+    def finish(self) -> None:  # noqa: B027  # most do nothing in the background
+        """Wait for whatever goes on in the background."""
+
     def run(self, name: str | None, hooks: Hooks) -> None:
         """Resume from one of ``checkpoints``, or begin, and train to the end."""
         if name is not None:
@@ -142,6 +145,10 @@ class Checkpointer(Peer):
 
     def save(self, step: int) -> None:
         self._manager.save(step)
+
+    def finish(self) -> None:
+        """It prunes in the background."""
+        self._manager.close()
 
     def entries(self) -> list[Path]:
         self._manager.wait()  # it prunes in the background

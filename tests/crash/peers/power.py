@@ -80,8 +80,11 @@ def _record(kind: type[Peer], area: Path, to: Path) -> None:
     """Nothing is written ``to`` where the recorder meets a file of which it knows nothing."""
     recorder = Recorder(str(area), ROOT)
     with contextlib.suppress(KeyError):
-        with recorder.listening(), _python_writes(), contextlib.suppress(EnoughError):
-            kind(area / ROOT, Trainee(PLAN), PLAN.steps).run(None, _Marks(recorder))
+        with recorder.listening(), _python_writes():
+            peer = kind(area / ROOT, Trainee(PLAN), PLAN.steps)
+            with contextlib.suppress(EnoughError):
+                peer.run(None, _Marks(recorder))
+            peer.finish()
         to.write_bytes(pickle.dumps(recorder.record))
 
 
