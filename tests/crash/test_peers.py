@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it forks proces
 @pytest.fixture(scope="module")
 def tables() -> dict[str, dict[str, dict[str, int]]]:
     """The counts of a short campaign: of each peer, of what was done to it, by what came of it."""
-    program = [sys.executable, "-m", "tests.crash.peers", "--minutes", "0.3", "--kills", "10", "--flips", "1"]
+    program = [sys.executable, "-m", "tests.crash.peers", "--minutes", "0.3", "--kills", "8", "--flips", "1"]
     done = subprocess.run(
         [*program, *(f"--peer={name}" for name in PEERS)],
         cwd=Path(__file__).parents[2],
