@@ -21,8 +21,8 @@ from checkpointer.arguments import (
     read_attachments,
 )
 from checkpointer.config import Config, Mode, load_config
-from checkpointer.distributed.clock import Verdict
 from checkpointer.distributed.job import Job
+from checkpointer.due import DueSaves
 from checkpointer.environment import environment, inspect_repository
 from checkpointer.errors import (
     CheckpointerError,
@@ -34,7 +34,6 @@ from checkpointer.errors import (
 from checkpointer.info import CheckpointInfo
 from checkpointer.lazy import stepped
 from checkpointer.notes import Note
-from checkpointer.pacing import Pace
 from checkpointer.position import Position
 from checkpointer.preemption import Preemption
 from checkpointer.pruning import prune
@@ -42,7 +41,6 @@ from checkpointer.repository import Repository
 from checkpointer.restoring import RNG, Restored, RestoreKeywords, Restorer, RestoreRequest, restore_request
 from checkpointer.retention import BestRule, RetentionPlan, rank
 from checkpointer.saving import PendingSave, Saver, finished
-from checkpointer.schedule import SavePolicy, due
 from checkpointer.state import Adapter, RngState, adapter_for, modules_of, optimizers_of
 from checkpointer.storage import open_storage
 from checkpointer.verification import VerifyReport
@@ -114,11 +112,11 @@ class CheckpointManager:
         self._job = Job(storage, self._config.write.wait, ",".join(adapters))
         self._restorer = Restorer(self._repository, adapters, self._job)
         self._position = Position(self._repository, require_resume=self._config.require_resume)
-        self._pace = Pace(self._config.save)
         self._closed = False
         self._warned_of_epoch = False
         self._pid = os.getpid()
         self._preemption = Preemption(self._config.save)
+        self._due = DueSaves(self._config.save, self._position, self._job, self._preemption)
         if not read_only:
             self._preemption.install()
             weakref.finalize(self, self._preemption.restore)  # a manager that is dropped catches no signals for ever
@@ -168,12 +166,12 @@ class CheckpointManager:
         begin = partial(self._begin_save, step, epoch, metrics, tags, files)
         last = self._last_of_all(step)
         self._position.check_order(step, last.step if last else None)
-        preempted = self._stop_agreed(step, epoch, last)
+        preempted = self._due.stop_agreed(step, epoch, last)
         if last is not None and step == last.step and not overwrite:
             handle = last if force or preempted else None
         elif preempted:
             handle = self._save_in_time(begin)
-        elif force or overwrite or (self._is_due(step, epoch, last) and not self._saver.still_full()):
+        elif force or overwrite or (self._due.is_due(step, epoch, last) and not self._saver.still_full()):
             handle = begin(mode=self._config.write.mode)
         else:
             handle = None
@@ -187,7 +185,7 @@ class CheckpointManager:
         """Whether ``save`` would find a save due at this step. Does nothing."""
         self._check_usable()
         epoch = None if epoch is None else check_step(epoch, "epoch")
-        return self._is_due(check_step(step), epoch, self._last())
+        return self._due.is_due(check_step(step), epoch, self._last())
 
     def wait(self) -> None:
         """Wait until every save begun is durable, and raise the error of one that failed, once."""
@@ -417,53 +415,6 @@ class CheckpointManager:
         return f"<CheckpointManager {self._repository.url} components={', '.join(self._adapters)}>"
 
     # ------------------------------------------------------------------------------------------------ private
-
-    def _is_due(self, step: int, epoch: int | None, last: PendingSave | None) -> bool:
-        if self._stop_agreed(step, epoch, last):
-            alone = self._job.ranks.size == 1  # else all have to come to one answer
-            return not alone or self._preemption.allows(self._position.recent) or self._saver.in_flight is not None
-        policy = self._config.save
-        if self._job.ranks.size == 1:
-            return self._rules_fire(policy, step, epoch, last)
-        without_clock = policy.without_clock()
-        if without_clock is not None and self._rules_fire(without_clock, step, epoch, last):
-            return True
-        return self._ask(step, epoch, last).due
-
-    def _stop_agreed(self, step: int, epoch: int | None, last: PendingSave | None) -> bool:
-        """Whether a signal has come; with several ranks: and all of them know."""
-        if self._job.ranks.size == 1:
-            return self._preemption.requested
-        return self._ask(step, epoch, last).stop
-
-    def _ask(self, step: int, epoch: int | None, last: PendingSave | None) -> Verdict:
-        """What all ranks agree on where clocks and signals matter."""
-        policy = self._config.save
-        if policy.every is None and not policy.on_signal:
-            return Verdict(due=False, stop=False)
-        return self._job.clock.ask(
-            step,
-            signalled=self._preemption.requested,
-            due=lambda: policy.every is not None and self._rules_fire(policy, step, epoch, last),
-        )
-
-    def _rules_fire(self, policy: SavePolicy, step: int, epoch: int | None, last: PendingSave | None) -> bool:
-        writing = last is not None and not last.done()
-        last_created = interval = None
-        if self._config.save.every is not None:
-            last_created = last.created if last and writing else self._position.newest_created
-            interval = self._pace.interval(self._position.recent)
-        reasons = due(
-            policy,
-            step=step,
-            epoch=epoch,
-            last_epoch=last.epoch if last else None,
-            last_created=last_created,
-            now=datetime.now(timezone.utc),
-            interval=interval,
-            writing=writing,
-        )
-        return bool(reasons)
 
     def _save_in_time(self, begin: Callable[..., PendingSave | None]) -> PendingSave | None:
         """After a signal: the save of ``begin``, in the mode that is durable first, unless it would be too late.
