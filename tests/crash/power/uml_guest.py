@@ -1,16 +1,18 @@
 """What is done inside a guest of User-Mode Linux: ``python -m tests.crash.power.uml_guest PART``, for its PID 1.
 
-The host hears of it by files in ``/run/share``, a folder of its own: what is written there is there when the guest dies.
+The host hears of it by files in ``/run/share``, a folder of its own: what is written there survives the guest.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ import torch
 
 from tests.crash.kills import warm_up
 from tests.crash.lanes import phase
-from tests.crash.power.uml_nfs import locks_on_nfs, run
+from tests.crash.power.recorder import Recorder
+from tests.crash.power.scenarios import ROOT, SCENARIOS, prepare, record
+from tests.crash.power.uml_nfs import MODULES, locks_on_nfs, run
 from tests.crash.trainee import Book, BrokenPromiseError, Life, Plan, words_of
 
 SHARE = Path("/run/share")
@@ -68,12 +72,12 @@ class Trainer:
 def trainers(report: Book) -> None:
     """Trainers on every disk, at the same time, until the power goes."""
     disks = {kind: mounted(kind, device) for kind, device in DEVICES.items()}
-    warm_up(Path("/run/tmp"))  # imports take long here: once, not in each of them
+    warm_up(disks["ext4"])  # imports take long here: once, not in each of them
     report.write("warm")
     for what in json.loads((SHARE / "runs.json").read_text()):
         if os.fork() == 0:
-            trainer = Trainer(disks[what["kind"]], what)
-            os._exit(reported(report, lambda: trainer.work(lambda _: report.write("ready"))))
+            work = Trainer(disks[what["kind"]], what).work
+            os._exit(reported(report, partial(work, lambda _: report.write("ready"))))
     while True:
         os.wait()
 
@@ -97,6 +101,30 @@ def reported(report: Book, work: Callable[[], None]) -> int:
     return 1
 
 
+def log_writes(kind: str, name: str) -> None:
+    """A scenario on a disk that logs what is written to it, with a mark after each operation on the file system."""
+    run("modprobe", "-d", MODULES, "dm-log-writes")
+    sectors = int(Path("/sys/block/ubda/size").read_text())
+    run("dmsetup", "--noudevsync", "create", "logged", "--table", f"0 {sectors} log-writes /dev/ubda /dev/ubdb")
+    run("dmsetup", "mknodes")
+    area = mounted(kind, "/dev/mapper/logged") / "area"
+    area.mkdir()
+    prepare(SCENARIOS[name], str(area))
+    os.sync()
+    recorder = Recorder(str(area), ROOT)
+    mark(0)
+    recorder.after_each = mark
+    recorded = record(SCENARIOS[name], str(area), recorder=recorder)
+    (SHARE / "record").write_bytes(pickle.dumps(recorded))
+    run("umount", str(area.parent))
+    run("dmsetup", "--noudevsync", "remove", "logged")
+
+
+def mark(end: int) -> None:
+    """Note in the log how many operations have been carried out."""
+    run("dmsetup", "message", "logged", "0", "mark", str(end))
+
+
 PARTS: dict[str, Callable[[Book], None]] = {"kills": trainers, "nfs": nfs}
 
 
@@ -106,7 +134,10 @@ def main() -> int:
     report.write("started")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    return reported(report, lambda: PARTS[sys.argv[1]](report))
+    part, *details = sys.argv[1].split(",")
+    if part == "log-writes":
+        return reported(report, partial(log_writes, *(detail.replace("_", " ") for detail in details)))
+    return reported(report, partial(PARTS[part], report))
 
 
 if __name__ == "__main__":
