@@ -39,8 +39,8 @@ _SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2)
 def open_direct(path: str, flags: int) -> int:
     """Open for writing past the page cache; through it where the file system refuses.
 
-    Linux makes the file before it refuses to open it so, and with O_EXCL there is no second try. So it is asked once the
-    file is open.
+    Linux makes the file before it refuses to open it so, and with O_EXCL there is no second try: so it is asked once
+    the file is open.
     """
     fd = os.open(path, flags, 0o666)
     if O_DIRECT:

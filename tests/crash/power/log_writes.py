@@ -67,18 +67,18 @@ def replay(log: Path, writes: Sequence[Write], image: Path) -> None:
     os.close(target)
 
 
-def losses(writes: Sequence[Write], rng: random.Random) -> Iterator[tuple[int, list[Write]]]:
-    """What the disk may hold after each entry, and what has been sure for so long that it can be written before.
+def losses(writes: Sequence[Write], rng: random.Random, begin: int) -> Iterator[tuple[int, int, list[Write]]]:
+    """What the disk may hold after each entry from ``begin`` on.
 
-    Yields how many entries are sure, and those that came after them: all, and a sample of them, as a disk loses what is
-    in its cache in any order.
+    Yields how many entries there were, how many of them the last flush has made sure, and those that came after them: all,
+    and a sample of them, as a disk loses what is in its cache in any order.
     """
-    sure = 0
-    for end, write in enumerate(writes, 1):
+    sure = begin
+    for end, write in enumerate(writes[begin:], begin + 1):
         if write.flags & FLUSH:
             sure = end
         since = list(writes[sure:end])
         if not write.flags & MARK:
-            yield sure, since
+            yield end, sure, since
         if sum(not later.sure for later in since) > 1:
-            yield sure, [later for later in since if later.sure or rng.random() < 0.5]
+            yield end, sure, [later for later in since if later.sure or rng.random() < 0.5]

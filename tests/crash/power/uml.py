@@ -10,18 +10,26 @@ import contextlib
 import itertools
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.crash.power.engine import Tally, scratch
+from tests.crash.power.engine import State, Tally, look, scratch
+from tests.crash.power.log_writes import Write, losses, parse, replay
+from tests.crash.power.persistence import cuts, fingerprint
+from tests.crash.power.power_cuts import mounted
+from tests.crash.power.record import Record
+from tests.crash.power.recorder import scan
+from tests.crash.power.state_checks import expectations
 from tests.crash.trainee import MODES, Plan, reference
 
 HERE = Path(__file__).parent
@@ -29,7 +37,7 @@ FORMATS = {"ext4": ("mkfs.ext4", "-q", "-F"), "xfs": ("mkfs.xfs", "-q", "-f")}
 DISK = 400 << 20
 """Bytes, of which few are ever written: xfs makes no file system below 300 MiB."""
 
-STEPS = {False: 1000, True: 200}
+STEPS = {False: 500, True: 60}
 """Of a run without and with wide tensors: more than a campaign comes to."""
 
 PATIENCE = 300
@@ -204,6 +212,69 @@ def nfs() -> Tally:
     return Tally(records=1, enumerated=checked, checked=checked)
 
 
+# ------------------------------------------------------------------------------------------- a disk that logs writes
+
+
+LOGGED = ("save and prune", "save large files", "overwrite")
+LOG = 1 << 30
+"""Bytes of a log, of which few are ever written."""
+
+
+def logged(kind: str, name: str, seed: int) -> Tally:
+    """What a disk may hold after each write of a scenario, with what its cache loses lost: each mounted and looked at.
+
+    Raises:
+        AssertionError: the persistence model does not foresee a state.
+    """
+    tally = Tally(records=1)
+    with workshop() as (folder, share):
+        disk, log = formatted(folder, kind), folder / "log.img"
+        shutil.copy(disk, folder / "before.img")
+        with log.open("wb") as file:
+            file.truncate(LOG)
+        with powered(f"log-writes,{kind},{name.replace(' ', '_')}", share, [disk, log]) as guest:
+            guest.wait_until_off()
+        run = pickle.loads((share / "record").read_bytes())
+        tally.operations = run.count
+        found = _look_at_disks(run, log, folder / "before.img", random.Random(seed), tally)
+        return look(run, found, tally=tally)
+
+
+def _look_at_disks(run: Record, log: Path, before: Path, rng: random.Random, tally: Tally) -> Iterator[State]:
+    """The different states of which each operation had to make something sure."""
+    writes = parse(log)
+    begun = next(number for number, write in enumerate(writes, 1) if write.mark == "0")
+    replay(log, writes[:begun], before)
+    moments, promised = list(cuts(run)), list(expectations(run))
+    known: set[object] = set()
+    replayed = begun
+    for end, sure, since in losses(writes, rng, begun):
+        tally.moments += sure > replayed
+        replay(log, writes[replayed:sure], before)
+        replayed = sure
+        with _mounted_copy(before, log, since) as place:
+            tree = scan(str(place / "area"))
+        tally.enumerated += 1
+        last = max(int(write.mark) for write in writes[:end] if write.mark.isdigit())
+        following = min((int(write.mark) for write in writes[end:] if write.mark.isdigit()), default=last)
+        foreseen = any(moments[end].explains(tree) for end in (last, following))
+        assert foreseen, f"after operation {last} the disk held what the persistence model does not foresee"
+        key = (fingerprint(tree), promised[following])
+        if key not in known:
+            known.add(key)
+            yield following, tree, promised[following]
+
+
+@contextlib.contextmanager
+def _mounted_copy(before: Path, log: Path, since: list[Write]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=before.parent) as name:
+        copy = Path(name) / "copy.img"
+        subprocess.run(["cp", "--sparse=always", str(before), str(copy)], check=True)
+        replay(log, since, copy)
+        with mounted(copy, Path(name) / "mounted") as place:
+            yield place
+
+
 def _killed(boots: int, seed: int) -> Tally:
     tally, phases = kills(boots, seed)
     print(f"killed in: {', '.join(f'{phase} {count}' for phase, count in sorted(phases.items()))}", flush=True)
@@ -225,5 +296,10 @@ PARTS: dict[str, Callable[[int, int], Tally]] = {
     "kills": _killed,
     "kills without fsync": _careless,
     "nfs": lambda boots, seed: nfs(),
+    **{
+        f"log-writes {kind}: {name}": lambda boots, seed, kind=kind, name=name: logged(kind, name, seed)
+        for kind in FORMATS
+        for name in LOGGED
+    },
 }
 """By name: given how many boots there shall be, and a seed."""
