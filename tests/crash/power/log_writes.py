@@ -70,8 +70,8 @@ def replay(log: Path, writes: Sequence[Write], image: Path) -> None:
 def losses(writes: Sequence[Write], rng: random.Random, begin: int) -> Iterator[tuple[int, int, list[Write]]]:
     """What the disk may hold after each entry from ``begin`` on.
 
-    Yields how many entries there were, how many of them the last flush has made sure, and those that came after them: all,
-    and a sample of them, as a disk loses what is in its cache in any order.
+    Yields how many entries there were, how many of them the last flush has made sure, and those that came after them:
+    all, and a sample of them, as a disk loses what is in its cache in any order.
     """
     sure = begin
     for end, write in enumerate(writes[begin:], begin + 1):

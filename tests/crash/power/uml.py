@@ -169,7 +169,7 @@ def kills(boots: int, seed: int, *, careless: bool = False) -> tuple[Tally, Coun
         for wide, steps in STEPS.items():
             (share / f"hashes-{wide}.json").write_text(json.dumps(reference(_plan("sync", steps, wide=wide))))
         for boot in range(boots + 1):  # the last one only looks
-            runs = _runs(rng, careless=careless)
+            runs = _runs(rng, again=boot > 0, careless=careless)
             (share / "runs.json").write_text(json.dumps(runs))
             with powered("kills", share, disks) as guest:
                 if boot and boot < boots and rng.random() < 0.2:  # while it looks at what the one before left
@@ -190,10 +190,10 @@ def _plan(mode: str, steps: int, *, wide: bool) -> Plan:
     return Plan(0, mode, 2, wide, steps)
 
 
-def _runs(rng: random.Random, *, careless: bool) -> list[dict[str, Any]]:
+def _runs(rng: random.Random, *, again: bool, careless: bool) -> list[dict[str, Any]]:
     return [
         {
-            "name": f"{kind}-{mode}", "kind": kind, "careless": careless,
+            "name": f"{kind}-{mode}", "kind": kind, "careless": careless, "again": again,
             "plan": vars(_plan(mode, STEPS[wide], wide=wide)), "seed": rng.randrange(1 << 30),
         }
         for number, (kind, mode) in enumerate(itertools.product(FORMATS, MODES))

@@ -55,12 +55,12 @@ class Trainer:
         self._book = Book(SHARE / f"{what['name']}.book")
         self._hashes = json.loads((SHARE / f"hashes-{self._plan.wide}.json").read_text())
         self._rng = random.Random(what["seed"])
+        self._again = what["again"]
 
     def work(self, ready: Callable[[float], None]) -> None:
         """Look at what the power cut has left, and train on until the next."""
-        words = [line[0] for line in self._book.lines()]
         life = Life(self._plan, self._root, self._book, self._hashes, self._rng)
-        if words:
+        if self._again:
             landed = phase(self._root, self._book, self._plan.keep)
             life.examine()
             self._book.write("examined")
