@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ LOG = 1 << 30
 """Bytes of a log, of which few are ever written."""
 
 
-def logged(kind: str, name: str, seed: int) -> Tally:
+def logged(kind: str, name: str, _: int, seed: int) -> Tally:
     """What a disk may hold after each write of a scenario, with what its cache loses lost: each mounted and looked at.
 
     Raises:
@@ -229,7 +230,7 @@ def logged(kind: str, name: str, seed: int) -> Tally:
     tally = Tally(records=1)
     with workshop() as (folder, share):
         disk, log = formatted(folder, kind), folder / "log.img"
-        shutil.copy(disk, folder / "before.img")
+        subprocess.run(["cp", "--sparse=always", disk, folder / "before.img"], check=True)
         with log.open("wb") as file:
             file.truncate(LOG)
         with powered(f"log-writes,{kind},{name.replace(' ', '_')}", share, [disk, log]) as guest:
@@ -269,7 +270,7 @@ def _look_at_disks(run: Record, log: Path, before: Path, rng: random.Random, tal
 def _mounted_copy(before: Path, log: Path, since: list[Write]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=before.parent) as name:
         copy = Path(name) / "copy.img"
-        subprocess.run(["cp", "--sparse=always", str(before), str(copy)], check=True)
+        subprocess.run(["cp", before, copy], check=True)
         replay(log, since, copy)
         with mounted(copy, Path(name) / "mounted") as place:
             yield place
@@ -296,10 +297,6 @@ PARTS: dict[str, Callable[[int, int], Tally]] = {
     "kills": _killed,
     "kills without fsync": _careless,
     "nfs": lambda boots, seed: nfs(),
-    **{
-        f"log-writes {kind}: {name}": lambda boots, seed, kind=kind, name=name: logged(kind, name, seed)
-        for kind in FORMATS
-        for name in LOGGED
-    },
+    **{f"log-writes {kind}: {name}": partial(logged, kind, name) for kind in FORMATS for name in LOGGED},
 }
 """By name: given how many boots there shall be, and a seed."""
