@@ -1,6 +1,6 @@
 """Power cuts of a whole machine: User-Mode Linux, killed while it trains.
 
-A guest is a process of this machine that needs no root. Its disks are files; when it is killed, whatever its kernel had
+A guest is a process of this machine. Its disks are files; when it is killed, whatever its kernel had
 not handed to them is gone. The next guest mounts them, which replays their journals, looks, and trains on.
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 from tests.crash.power.engine import State, Tally, look, scratch
 from tests.crash.power.log_writes import Write, losses, parse, replay
 from tests.crash.power.persistence import cuts, fingerprint
-from tests.crash.power.power_cuts import mounted
+from tests.crash.power.power_cuts import impossible_here, mounted
 from tests.crash.power.record import Record
 from tests.crash.power.recorder import scan
 from tests.crash.power.state_checks import expectations
@@ -55,7 +55,9 @@ def lacking() -> str | None:
     tools = (*_TOOLS, *(("cc",) if _has_amx() else ()))
     missing = [name for name in tools if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
     again = "then: scripts/crash_states --only uml"
-    return f"needs {', '.join(missing)} (Debian: {PACKAGES}); {again}" if missing else None
+    if missing:
+        return f"needs {', '.join(missing)} (Debian: {PACKAGES}); {again}"
+    return impossible_here()  # the disks that log are mounted here
 
 
 def _has_amx() -> bool:
