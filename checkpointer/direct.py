@@ -37,13 +37,22 @@ _SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2)
 
 
 def open_direct(path: str, flags: int) -> int:
-    """Open for writing past the page cache; through it where the file system refuses."""
-    try:
-        return os.open(path, flags | O_DIRECT, 0o666)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-        return os.open(path, flags, 0o666)
+    """Open for writing past the page cache; through it where the file system refuses.
+
+    Linux makes the file before it refuses to open it so, and with O_EXCL there is no second try: so it is asked once
+    the file is open.
+    """
+    fd = os.open(path, flags, 0o666)
+    if O_DIRECT:
+        import fcntl
+
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | O_DIRECT)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                os.close(fd)
+                raise
+    return fd
 
 
 def write_blocks(

@@ -194,6 +194,30 @@ def test_a_file_system_that_refuses_a_direct_write_is_written_through_the_cache_
     assert writes.count >= 11
 
 
+@linux
+def test_a_file_system_without_direct_writes_is_written_through_the_cache_though_its_open_makes_the_file(folder):
+    import fcntl
+
+    open_file, control = os.open, fcntl.fcntl
+
+    def open_without_direct(path: str, flags: int, *mode: int) -> int:
+        fd = open_file(path, flags & ~os.O_DIRECT, *mode)
+        if flags & os.O_DIRECT:  # Linux notices only now, and leaves the file
+            os.close(fd)
+            raise OSError(errno.EINVAL, "Invalid argument", path)
+        return fd
+
+    def control_without_direct(fd: int, command: int, flags: int = 0) -> int:
+        if command == fcntl.F_SETFL and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return control(fd, command, flags)
+
+    storage, data = LocalStorage(str(folder)), noise(4 << 20)
+    with mock.patch("os.open", open_without_direct), mock.patch("fcntl.fcntl", control_without_direct):
+        storage.write("file", [data], len(data))
+    assert (folder / "file").read_bytes() == data
+
+
 def test_two_direct_writes_that_are_refused_at_the_same_moment_are_both_repeated(blocks, folder):
     together = threading.Barrier(2)
     refused = []

@@ -267,7 +267,7 @@ class Run:
     def _check_growth(self, tally: Tally) -> None:
         storage = LocalStorage(self._root)
         left = [*storage.list_directory(layout.TMP), *storage.list_directory(layout.TRASH)]
-        steps = self._steps()
+        steps = _steps(self._root)
         rotating = [step for step in steps if step % MILESTONE]
         tally.most_leftovers = max(tally.most_leftovers, len(left))
         tally.most_checkpoints = max(tally.most_checkpoints, len(rotating))
@@ -277,28 +277,33 @@ class Run:
         if len(rotating) > self.plan.keep + 3:  # the new one, one that is not pruned yet, and what it restored from
             raise BrokenPromiseError(f"{len(rotating)} checkpoints, where {self.plan.keep} are kept: {sorted(steps)}")
 
-    def _steps(self) -> list[int]:
-        names = [layout.parse_checkpoint_name(entry.name) for entry in LocalStorage(self._root).list_directory("")]
-        return [step for step in names if step is not None]
-
     def _phase(self) -> str:
-        """What the process was doing, by what it has left."""
-        words = [line[0] for line in self._book.lines()]
-        last = words[-1] if words else "killed"
-        if last == "killed":
-            return "starting"
-        storage = LocalStorage(self._root)
-        for entry in storage.list_directory(layout.TMP):
-            try:
-                id = json.loads((self._root / layout.TMP / entry.name / layout.MANIFEST).read_text())["id"]
-            except (OSError, ValueError):
-                return "writing"
-            return "commit" if id == entry.name else "replacing"
-        if storage.list_directory(layout.TRASH):
-            return "prune"
-        if len([step for step in self._steps() if step % MILESTONE]) > self.plan.keep:
-            return "committed"
-        return "staging" if last == "save" else "between"
+        return phase(self._root, self._book, self.plan.keep)
+
+
+def _steps(root: Path) -> list[int]:
+    names = [layout.parse_checkpoint_name(entry.name) for entry in LocalStorage(root).list_directory("")]
+    return [step for step in names if step is not None]
+
+
+def phase(root: Path, book: Book, keep: int) -> str:
+    """What a process was doing when it was killed, by what it has left."""
+    words = [line[0] for line in book.lines()]
+    last = words[-1] if words else "killed"
+    if last == "killed":
+        return "starting"
+    storage = LocalStorage(root)
+    for entry in storage.list_directory(layout.TMP):
+        try:
+            id = json.loads((root / layout.TMP / entry.name / layout.MANIFEST).read_text())["id"]
+        except (OSError, ValueError):
+            return "writing"
+        return "commit" if id == entry.name else "replacing"
+    if storage.list_directory(layout.TRASH):
+        return "prune"
+    if len([step for step in _steps(root) if step % MILESTONE]) > keep:
+        return "committed"
+    return "staging" if last == "save" else "between"
 
 
 def _bytes_below(folder: Path) -> int:

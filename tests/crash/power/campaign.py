@@ -18,6 +18,7 @@ from typing import TypeAlias
 
 import torch
 
+from tests.crash.power import uml
 from tests.crash.power.engine import Tally, crashed_again, look, record_scenario, states, survey, taken_over
 from tests.crash.power.mutations import ORDERS, REDUNDANT, Verdicts, in_another_order, judge
 from tests.crash.power.persistence import Effort
@@ -73,6 +74,7 @@ def perform(task: Task) -> Outcome:
         "mutations": _mutations,
         "orders": _order,
         "power cuts": _power_cuts,
+        "uml": _uml,
     }
     try:
         outcome = work[task.part](task)
@@ -147,6 +149,15 @@ def _power_cuts(task: Task) -> Outcome:
     return Outcome(task, tally)
 
 
+def _uml(task: Task) -> Outcome:
+    """Whole machines, of User-Mode Linux."""
+    return Outcome(task, uml.PARTS[task.name](int(task.detail), task.seed))
+
+
+IMPOSSIBLE: dict[str, Callable[[], str | None]] = {"power cuts": impossible_here, "uml": uml.lacking}
+"""Why a part cannot be carried out on this machine, if it cannot."""
+
+
 KILLED = {
     "first save": ("mkdir runs", "mkdir runs/a"),
     "save and prune": ("rename … -> runs/a/checkpoint-3", "rename runs/a/checkpoint-1 -> … "),
@@ -173,6 +184,7 @@ def tasks(seed: int, *, thorough: bool) -> dict[str, list[Task]]:
             for name in (small if thorough else KILLED)
             for first in range(TAKE_OVER_STRIDE)
         ],
+        "uml": [Task("uml", name, seed, str(50 if thorough else 5)) for name in uml.PARTS],
     }
 
 
@@ -265,7 +277,7 @@ def _campaign(options: argparse.Namespace, run: Perform) -> Report:
     print(Report.HEADER, flush=True)
     for part, every in tasks(options.seed, thorough=options.thorough).items():
         work = [task for task in every if any(fnmatch.fnmatchcase(task.name, glob) for glob in options.scenarios)]
-        reason = impossible_here() if part == "power cuts" else None
+        reason = IMPOSSIBLE[part]() if part in IMPOSSIBLE else None
         if (options.only and part not in options.only) or reason or not work:
             print(f"{part:<12} left out: {reason or 'not asked for'}")
         elif part == "mutations":

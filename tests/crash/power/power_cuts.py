@@ -62,7 +62,8 @@ def _may_mount() -> bool:
 
 
 @contextlib.contextmanager
-def _mounted(image: Path, place: Path) -> Iterator[Path]:
+def mounted(image: Path, place: Path) -> Iterator[Path]:
+    """The file system in an image, whose journal is replayed."""
     place.mkdir(exist_ok=True)
     _run("mount", "-o", "loop", str(image), str(place))
     try:
@@ -86,7 +87,7 @@ def _reflinks(folder: Path) -> Iterator[Path]:
     """A file system whose files can be cloned."""
     image = _image(folder / "outer.img", 4 * IMAGE)
     _run(*FILE_SYSTEMS["xfs"], "-m", "reflink=1", str(image))
-    with _mounted(image, folder / "outer") as place:
+    with mounted(image, folder / "outer") as place:
         yield place
 
 
@@ -114,7 +115,7 @@ def power_cuts(scenario: Scenario, kind: str, stride: int = 1) -> Iterator[tuple
     with tempfile.TemporaryDirectory() as name, _reflinks(Path(name)) as outer:
         image = _image(outer / "disk.img", IMAGE)
         _run(*FILE_SYSTEMS[kind], str(image))
-        with _mounted(image, outer / "live") as live:
+        with mounted(image, outer / "live") as live:
             area = live / "area"
             area.mkdir()
             prepare(scenario, str(area))
@@ -129,7 +130,7 @@ def _disks(run: Record, outer: Path) -> Iterator[tuple[Cut, Tree]]:
     for cut in cuts(run):
         clone = outer / f"{cut.end}.img"
         if clone.exists():
-            with _mounted(clone, outer / "clone") as place:
+            with mounted(clone, outer / "clone") as place:
                 tree = scan(str(place / "area"))
             clone.unlink()
             yield cut, tree
