@@ -16,12 +16,30 @@ from pathlib import Path
 
 import torch
 
-from tests.crash.peers.adapters import PEERS, Peer, quiet
+from tests.crash.peers.adapters import (
+    Accelerate,
+    AccelerateOne,
+    Checkpointer,
+    Dcp,
+    Peer,
+    TorchSave,
+    TorchSaveNumbered,
+    TorchSaveRename,
+    quiet,
+)
 from tests.crash.peers.campaign import Run, kill
 from tests.crash.peers.controls import CONTROLS
 from tests.crash.peers.faults import FLIPS, PLAN, fill, flip
 from tests.crash.peers.life import NOTHING, VERDICTS, EnoughError, Finding, resume
+from tests.crash.peers.lightning import Lightning
 from tests.crash.peers.power import Unheard, cut
+
+PEERS: dict[str, type[Peer]] = {
+    kind.name: kind
+    for kind in (
+        Checkpointer, TorchSave, TorchSaveNumbered, TorchSaveRename, Dcp, Accelerate, AccelerateOne, Lightning,
+    )
+}  # fmt: skip
 
 KNOWN: Mapping[str, type[Peer]] = {**PEERS, **CONTROLS}
 
