@@ -38,7 +38,7 @@ def _tables() -> dict[str, dict[str, dict[str, int]]]:
 
 def test_the_campaign_tells_a_good_peer_from_bad_ones_and_what_is_bad_about_each():
     tables = _tables()  # once for all of it
-    renames, overwrites, forgets, hastens = (tables[name]["killed"] for name in PEERS)
+    overwrites, renames, forgets, hastens = (tables[name]["killed"] for name in PEERS)
     assert renames["restored"] == renames["kills"] >= 5, tables
     assert overwrites["lost"] > 0, tables
     assert forgets["wrong"] == forgets["kills"] > 0, tables
