@@ -18,6 +18,7 @@ class DueSaves:
 
     def __init__(self, policy: SavePolicy, position: Position, job: Job, preemption: Preemption) -> None:
         self._policy = policy
+        self._without_clock = policy.without_clock()
         self._position = position
         self._job = job
         self._preemption = preemption
@@ -30,8 +31,7 @@ class DueSaves:
             return not alone or self._preemption.allows(self._position.recent) or _in_flight(last)
         if self._job.ranks.size == 1:
             return self._rules_fire(self._policy, step, epoch, last)
-        without_clock = self._policy.without_clock()
-        if without_clock is not None and self._rules_fire(without_clock, step, epoch, last):
+        if self._without_clock is not None and self._rules_fire(self._without_clock, step, epoch, last):
             return True
         return self._ask(step, epoch, last).due
 

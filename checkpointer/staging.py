@@ -273,14 +273,14 @@ class _LiveTensors:
         self._ring = ring
 
     def pieces(self, digest: Digest) -> Iterator[memoryview]:
-        parts = (part for tensor in self._tensors for part in _parts(tensor))
+        parts = (part for tensor in self._tensors for part in parts_of(tensor))
         for block in self._ring.gather(parts):
             digest.update(block)
             yield block
 
 
-def _parts(tensor: torch.Tensor) -> Iterator[Part]:
-    """The row-major bytes of a tensor."""
+def parts_of(tensor: torch.Tensor) -> Iterator[Part]:
+    """The row-major bytes of a tensor, wherever it is."""
     if is_flat(tensor):
         yield part_of_memory(tensor.data_ptr(), tensor.nbytes)
     elif is_row_major(tensor):

@@ -48,6 +48,15 @@ def parse_place(path: str | os.PathLike[str]) -> Place:
     return Place(root if slash else ".", name, step)
 
 
+def is_place(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` has the form of a checkpoint's directory."""
+    try:
+        parse_place(path)
+    except ConfigError:
+        return False
+    return True
+
+
 def is_plugin_made(index: Index) -> bool:
     """Whether the names in the index are DCP's own."""
     return PATHS in getattr(index.components.get(MODEL), "meta", {})

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from checkpointer.commit import read_manifest
-from checkpointer.dcp.places import MODEL, OBJECTS, Place, is_plugin_made, parse_place, paths_of
+from checkpointer.dcp.places import MODEL, OBJECTS, Place, is_place, is_plugin_made, parse_place, paths_of
 from checkpointer.distributed.boxes import Box, reads_of_box
 from checkpointer.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
 from checkpointer.index import Chunk, Component, Index, Json
@@ -162,11 +162,7 @@ class SafetensorsReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether ``checkpoint_id`` has the form of a checkpoint's directory."""
-        try:
-            parse_place(checkpoint_id)
-        except ConfigError:
-            return False
-        return True
+        return is_place(checkpoint_id)
 
     def _opened(self) -> CheckpointReader:
         if self._place is None:

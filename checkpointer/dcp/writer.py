@@ -19,7 +19,7 @@ from torch.futures import Future
 
 from checkpointer import layout
 from checkpointer.commit import Attempt
-from checkpointer.dcp.places import MODEL, OBJECTS, PATHS, Place, parse_place
+from checkpointer.dcp.places import MODEL, OBJECTS, PATHS, Place, is_place, parse_place
 from checkpointer.distributed.boxes import Box, whole
 from checkpointer.distributed.shardfile import Piece, WrittenFile, write_pieces
 from checkpointer.environment import environment
@@ -166,11 +166,7 @@ class SafetensorsWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether ``checkpoint_id`` is a directory that this writer can write."""
-        try:
-            parse_place(checkpoint_id)
-        except ConfigError:
-            return False
-        return True
+        return is_place(checkpoint_id)
 
     @contextmanager
     def given_up_on_error(self) -> Iterator[None]:

@@ -10,14 +10,13 @@ from typing import NamedTuple
 import torch
 import xxhash
 
-from checkpointer.arena import is_flat
 from checkpointer.commit import Attempt
 from checkpointer.digest import Digest
 from checkpointer.distributed.boxes import Box
 from checkpointer.index import ITEM_SIZES, Chunk, TensorSpec
 from checkpointer.manifest import FileRecord
-from checkpointer.memory import Part, Ring, part_of_memory, view_of
-from checkpointer.staging import row_major_blocks
+from checkpointer.memory import Ring
+from checkpointer.staging import parts_of
 from checkpointer.state.tensors import dtype_name
 from checkpointer.storage import Buffer
 from checkpointer.tensorfile import Slot, TensorFile
@@ -74,21 +73,7 @@ def _plan(path: str, component: str, pieces: Sequence[Piece]) -> TensorFile:
 
 def _bytes(file: TensorFile, pieces: Sequence[Piece], digest: Digest) -> Iterator[Buffer]:
     yield file.header
-    for block in Ring().gather(part for piece in pieces for part in _parts(piece.tensor)):
+    for block in Ring().gather(part for piece in pieces for part in parts_of(piece.tensor)):
         digest.update(block)
         yield block
     digest.update(memoryview(b""))  # tensors without elements at the end
-
-
-def _parts(tensor: torch.Tensor) -> Iterator[Part]:
-    if is_flat(tensor):
-        yield part_of_memory(tensor.data_ptr(), tensor.nbytes)
-    else:
-        yield from map(_copied, row_major_blocks(tensor))
-
-
-def _copied(block: memoryview) -> Part:
-    def copy(target: int, start: int, count: int) -> None:
-        view_of(target, count)[:] = block[start : start + count]
-
-    return Part(len(block), copy)
