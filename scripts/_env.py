@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -36,6 +36,13 @@ TORCH_WHEEL = "torch==2.13.0"  # pinned: a folder of wheels may hold a newer one
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""For programs that fork processes after they have imported torch: it must not have started threads."""
+
+SEVERAL_PROCESSES = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+"""For programs that keep the cores busy by processes."""
+
+
 class SetupError(Exception):
     """The environment cannot be made. The message says what to do."""
 
@@ -49,6 +56,19 @@ def exit_with(program: Callable[[Sequence[str]], int]) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def runs(module: str, *, extra: str = "", options: Mapping[str, str] | None = None) -> Callable[[Sequence[str]], int]:
+    """A program that is ``python -m module`` in the environment, from the root of the repository.
+
+    ``options``: environment variables; they hold whatever the caller's say.
+    """
+
+    def program(arguments: Sequence[str]) -> int:
+        with environment(extra) as python:
+            return subprocess.call([python, "-m", module, *arguments], cwd=ROOT, env={**os.environ, **(options or {})})
+
+    return program
 
 
 @contextlib.contextmanager

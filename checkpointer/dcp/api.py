@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -63,7 +62,7 @@ def async_save(state_dict: dict[str, Any], where: PathLike | SafetensorsWriter, 
     pending = getattr(begun, "upload_completion", begun)
     outcome: Future[None] = Future()
 
-    def finish() -> None:
+    def finish(_: object) -> None:
         try:
             with _ordinary_errors(SaveError, f"the save to {writer.checkpoint_id}"), writer.given_up_on_error():
                 pending.result()
@@ -72,7 +71,7 @@ def async_save(state_dict: dict[str, Any], where: PathLike | SafetensorsWriter, 
         else:
             outcome.set_result(None)
 
-    threading.Thread(target=finish, name="checkpointer-dcp").start()
+    pending.add_done_callback(finish)
     return outcome
 
 

@@ -81,12 +81,17 @@ def full_ext4(folder: Path, mode: str) -> str:
         return suffer(disk / "run", mode, ballast.fill, ballast.drop, errno.ENOSPC)
 
 
+def two_steps(root: Path, mode: str) -> list[int]:
+    """The steps that a job has saved before anything is wrong."""
+    with Training(root, mode) as training:
+        return [training.saved(), training.saved()]
+
+
 def full_at_start(folder: Path, mode: str) -> str:
     """A job that is started again on a full disk: it can restore, and its saves are refused until there is room."""
     with tmpfs(folder / "disk", "size=16m") as disk:
         root = disk / "run"
-        with Training(root, mode) as training:
-            steps = [training.saved(), training.saved()]
+        steps = two_steps(root, mode)
         before = fingerprint(root)
         ballast = Ballast(disk)
         ballast.fill()
@@ -149,8 +154,7 @@ def read_only_at_start(folder: Path, mode: str) -> str:
     """A run root on a file system that was mounted read-only: reading works, writing is refused at once."""
     with tmpfs(folder / "disk", "size=16m") as disk:
         root = disk / "run"
-        with Training(root, mode) as training:
-            steps = [training.saved(), training.saved()]
+        steps = two_steps(root, mode)
         before = fingerprint(root)
         run("mount", "-o", "remount,ro", disk)
         refused = ""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.crash import program
 from tests.crash.sabotage import SABOTAGES
 
 COARSE = ("delete-before-commit", "forget-random-numbers", "leave-leftovers")
@@ -26,15 +24,8 @@ def sabotages(request: pytest.FixtureRequest) -> list[str]:
 @pytest.fixture(scope="module")
 def campaign(sabotages: list[str]) -> str:
     """What a short campaign prints, and then one against each way to break the library."""
-    program = [sys.executable, "-m", "tests.crash.kills", "--minutes", "0.15", "--jobs", "2"]
-    done = subprocess.run(
-        [*program, *(f"--sabotage={name}" for name in sabotages)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    broken = (f"--sabotage={name}" for name in sabotages)
+    done = program.run("tests.crash.kills", "--minutes", "0.15", "--jobs", "2", *broken)
     return f"{done.stdout}{done.stderr}\nexit status {done.returncode}"
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.crash import program
 
 PEERS = ("torch.save", "torch.save+rename", "forgetful", "hasty")
 
@@ -20,15 +19,8 @@ pytestmark = [
 
 def _tables() -> dict[str, dict[str, dict[str, int]]]:
     """The counts of a short campaign: of each peer, of what was done to it, by what came of it."""
-    program = [sys.executable, "-m", "tests.crash.peers", "--minutes", "0.3", "--kills", "8", "--flips", "1"]
-    done = subprocess.run(
-        [*program, *(f"--peer={name}" for name in PEERS)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    short = ["--minutes", "0.3", "--kills", "8", "--flips", "1"]
+    done = program.run("tests.crash.peers", *short, *(f"--peer={name}" for name in PEERS))
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, dict[str, int]]] = {name: {} for name in PEERS}
     for name, done_to_it, counts in re.findall(r"^(\S+): ([\w ]+): (.*)$", done.stdout, re.MULTILINE):

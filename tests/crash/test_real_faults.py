@@ -8,14 +8,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
+from tests.crash import program
 from tests.crash.real_faults import SCENARIOS
-
-REPOSITORY = Path(__file__).parents[2]
 
 PROGRAM = "python -m tests.crash.real_faults FOLDER"
 
@@ -31,14 +29,7 @@ def outcomes(request: pytest.FixtureRequest) -> Iterator[Sequence[Outcome]]:
     modes = ["--every-mode"] if request.config.getoption("--thorough") else []
     with TemporaryDirectory(prefix="faults-") as folder:
         os.chmod(folder, 0o755)  # one scenario gives up being root
-        done = subprocess.run(
-            [*isolation(), sys.executable, "-m", "tests.crash.real_faults", folder, *modes],
-            cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = program.run("tests.crash.real_faults", folder, *modes, within=isolation())
         assert done.returncode == 0, done.stdout + done.stderr
         yield [json.loads(line) for line in done.stdout.splitlines()]
 

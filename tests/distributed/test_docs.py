@@ -66,8 +66,8 @@ def test_the_example_of_the_plug_ins_runs(tmp_path, monkeypatch):
 def test_torchrun_starts_killed_ranks_again_and_training_ends_with_the_same_bits(request):
     if not request.config.getoption("--thorough"):
         pytest.skip("each process of torchrun imports torch: with --thorough, or scripts/demo_ranks")
-    demo = [sys.executable, str(REPOSITORY / "scripts" / "demo_ranks"), "--quick"]
-    done = subprocess.run(demo, capture_output=True, text=True, check=False, timeout=380)
+    demo = [sys.executable, "-m", "tests.distributed.demo", "--quick"]
+    done = subprocess.run(demo, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=380)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kill 1: rank process" in done.stdout
     assert done.stdout.endswith("the same bits\n")
