@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from checkpointer.config import Config
     from checkpointer.info import CheckpointInfo
     from checkpointer.manager import CheckpointManager
-    from checkpointer.restoring import Restored, load_whole_model
+    from checkpointer.restored import Restored
     from checkpointer.saving import PendingSave
     from checkpointer.state import Gradients, ModuleComponent, Stateful, WholeModel, register_codec
+    from checkpointer.whole_model import load_whole_model
 
 _HOMES = {
     "CheckpointInfo": "checkpointer.info",
@@ -26,10 +27,10 @@ _HOMES = {
     "Gradients": "checkpointer.state",
     "ModuleComponent": "checkpointer.state",
     "PendingSave": "checkpointer.saving",
-    "Restored": "checkpointer.restoring",
+    "Restored": "checkpointer.restored",
     "Stateful": "checkpointer.state",
     "WholeModel": "checkpointer.state",
-    "load_whole_model": "checkpointer.restoring",
+    "load_whole_model": "checkpointer.whole_model",
     "register_codec": "checkpointer.state",
 }
 _MODULES = ("data", "dcp", "errors", "retention", "testing")

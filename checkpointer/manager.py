@@ -38,7 +38,8 @@ from checkpointer.position import Position
 from checkpointer.preemption import Preemption
 from checkpointer.pruning import prune
 from checkpointer.repository import Repository
-from checkpointer.restoring import RNG, Restored, RestoreKeywords, Restorer, RestoreRequest, restore_request
+from checkpointer.restored import Restored, RestoreKeywords, RestoreRequest, restore_request
+from checkpointer.restoring import RNG, Restorer
 from checkpointer.retention import BestRule, RetentionPlan, rank
 from checkpointer.saving import PendingSave, Saver, finished
 from checkpointer.state import Adapter, RngState, adapter_for, modules_of, optimizers_of

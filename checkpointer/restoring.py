@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict
-
-from torch import nn
+from dataclasses import dataclass, replace
 
 from checkpointer.distributed.job import Job
 from checkpointer.distributed.ranks import AS_JSON, Alone, Meeting, Ranks
@@ -29,114 +25,13 @@ from checkpointer.info import CheckpointInfo
 from checkpointer.notes import Note
 from checkpointer.reading import CheckpointReader, Reader
 from checkpointer.repository import Listing, Repository
+from checkpointer.restored import Restored, RestoreReport, RestoreRequest, Skipped
 from checkpointer.sharing import Source
-from checkpointer.state import Adapter, ComponentReport, RestoreOptions, RestorePlan, SavedState, WholeModelLoader
-from checkpointer.state.plan import Adapt, MapLocation, Rename
-from checkpointer.storage import open_storage
-from checkpointer.units import did_you_mean
+from checkpointer.state import Adapter, RestoreOptions, RestorePlan, SavedState
 
 RNG = "rng"
 MAX_RELISTS = 10
 """How often a listing is repeated because checkpoints vanish while they are opened."""
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A checkpoint that ``restore_latest`` passed over because it is damaged."""
-
-    step: int
-    path: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"step {self.step}: {self.reason}"
-
-
-@dataclass
-class RestoreReport:
-    """What a restore did, component by component. Prints as a short table."""
-
-    components: dict[str, ComponentReport] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    """Registered components that the checkpoint lacks: left as they were."""
-    unexpected: list[str] = field(default_factory=list)
-    """Components of the checkpoint that are not registered, or were not asked for: not restored."""
-    changed: list[str] = field(default_factory=list)
-    """What is not as it was when saved: versions, devices. One sentence each."""
-
-    def __str__(self) -> str:
-        rows = [str(report) for report in self.components.values()]
-        for title in ("missing", "unexpected", "changed"):
-            rows += [f"{title:<12} {entry}" for entry in getattr(self, title)]
-        return "\n".join(rows)
-
-
-@dataclass(frozen=True)
-class Restored:
-    """A finished restore."""
-
-    step: int
-    """The step given to ``save``; training goes on at ``step + 1``."""
-    epoch: int | None
-    metrics: Mapping[str, float]
-    checkpoint: CheckpointInfo
-    skipped: tuple[Skipped, ...] = ()
-    """Newer checkpoints that are damaged."""
-    report: RestoreReport = field(default_factory=RestoreReport)
-
-
-@dataclass(frozen=True)
-class RestoreRequest:
-    """What the user asked for."""
-
-    components: tuple[str, ...] | None
-    options: RestoreOptions
-    verify: str
-    """``stream``, ``before`` or ``off``."""
-    read_only: bool
-
-
-class RestoreKeywords(TypedDict, total=False):
-    """The options of every restore; see :meth:`checkpointer.CheckpointManager.restore`."""
-
-    strict: bool
-    components: Iterable[str] | None
-    ignore_keys: Iterable[str]
-    rename: Rename | None
-    adapt: Adapt | None
-    map_location: MapLocation
-    verify: str | None
-
-
-def restore_request(options: RestoreKeywords, verify: str, *, read_only: bool) -> RestoreRequest:
-    """The options, checked; ``verify`` is the configured one.
-
-    Raises:
-        ConfigError: an unknown option, or a value that makes no sense.
-    """
-    unknown = set(options) - set(RestoreKeywords.__annotations__)
-    if unknown:
-        hint = did_you_mean(min(unknown), RestoreKeywords.__annotations__)
-        raise ConfigError(f"unknown restore option {', '.join(sorted(unknown))}{hint}")
-    verify = options.get("verify") or verify
-    if verify not in ("stream", "before", "off"):
-        raise ConfigError(f"verify must be 'stream', 'before' or 'off', got {verify!r}")
-    components, ignored = options.get("components"), options.get("ignore_keys", ())
-    if isinstance(components, str) or isinstance(ignored, str):
-        raise ConfigError("components and ignore_keys are lists: write ['model'], not 'model'")
-    return RestoreRequest(
-        components=None if components is None else tuple(components),
-        options=RestoreOptions(
-            strict=options.get("strict", True),
-            ignore_keys=tuple(ignored),
-            rename=options.get("rename"),
-            adapt=options.get("adapt"),
-            map_location=options.get("map_location"),
-            partial=components is not None,
-        ),
-        verify=verify,
-        read_only=read_only,
-    )
 
 
 @dataclass(frozen=True)
@@ -393,51 +288,6 @@ class Restorer:
                 raise ConfigError(f"component {name!r} is not registered; registered are {', '.join(self._adapters)}")
             if name not in saved:
                 raise IncompatibleStateError(f"the checkpoint has no component {name!r}; it has {', '.join(saved)}")
-
-
-def load_whole_model(
-    root: str | os.PathLike[str],
-    step: int | None = None,
-    *,
-    component: str = "model",
-    trust_pickle: bool = False,
-    map_location: MapLocation = "cpu",
-    storage_options: Mapping[str, Any] | None = None,
-) -> nn.Module:
-    """Make and fill a module that was saved as :class:`checkpointer.WholeModel`. **Runs code from the checkpoint.**
-
-    Args:
-        root: directory or fsspec URL that holds the run's checkpoints.
-        step: which checkpoint; the newest that is whole, if ``None``.
-        component: the name that the model was registered under.
-        trust_pickle: must be ``True``: whoever could write to ``root`` runs code in this process.
-        map_location: device of the module.
-        storage_options: handed to fsspec.
-
-    Raises:
-        ConfigError: ``trust_pickle`` is not ``True``; nothing was read.
-        CheckpointNotFoundError: there is no such checkpoint.
-        CorruptCheckpointError: it is damaged; found before anything in it is run.
-        IncompatibleStateError: it holds no such component, or one without its architecture, or one that cannot be
-            loaded here.
-    """
-    repository = Repository(open_storage(root, storage_options))
-    if trust_pickle is not True:
-        raise ConfigError(
-            f"a whole model is a pickle or an exported program, and loading either runs whatever code it holds. Pass "
-            f"trust_pickle=True if you trust everybody who could write to {repository.url}. To restore the weights "
-            "alone, which runs nothing, build the model and use CheckpointManager(root, read_only=True, model=model)"
-        )
-    loader = WholeModelLoader(component)
-    options = RestoreOptions(map_location=map_location, partial=True)
-    request = RestoreRequest((component,), options, verify="stream", read_only=True)
-    restorer = Restorer(repository, {component: loader})
-    if step is not None:
-        restorer.one(repository.find(step), request)
-    elif restorer.latest(request) is None:
-        raise CheckpointNotFoundError(f"there are no checkpoints in {repository.url}")
-    assert loader.model is not None
-    return loader.model
 
 
 def _component_mismatch(missing: list[str], unexpected: list[str]) -> str:

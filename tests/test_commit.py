@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from checkpointer import CheckpointManager, layout
 from checkpointer.errors import CheckpointerWarning, RunLockedError, SaveError
-from checkpointer.restoring import restore_request
+from checkpointer.restored import restore_request
 from checkpointer.storage import open_storage
 from tests.conftest import Root
 

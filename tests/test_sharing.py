@@ -23,7 +23,8 @@ from checkpointer.manifest import FileRecord
 from checkpointer.notes import Note
 from checkpointer.pruning import prune
 from checkpointer.repository import Repository
-from checkpointer.restoring import Restorer, restore_request
+from checkpointer.restored import restore_request
+from checkpointer.restoring import Restorer
 from checkpointer.retention import KeepPolicy, physical_size
 from checkpointer.sharing import Source, candidate
 from checkpointer.state import RngState, adapter_for

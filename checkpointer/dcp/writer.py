@@ -247,7 +247,7 @@ class _RankFiles:
         files = tuple(file for file in (written, beside) if file is not None)
         chunks = iter(written.chunks if written is not None else ())
         places = {
-            piece.key: (_spec(piece), chunk)
+            piece.key: (piece.spec, chunk)
             for piece, chunk in zip(inner, beside.chunks if beside is not None else (), strict=True)
         }
         results: list[WriteResult] = []
@@ -290,10 +290,6 @@ class _RankFiles:
 def _result(item: WriteItem, stored: _Stored) -> WriteResult:
     size = 0 if stored.chunk is None else stored.chunk.end - stored.chunk.begin
     return WriteResult(index=item.index, size_in_bytes=size, storage_data=stored)
-
-
-def _spec(piece: Piece) -> TensorSpec:
-    return TensorSpec(dtype_name(piece.tensor.dtype), tuple(piece.tensor.shape))
 
 
 def _worth_storing(item: WriteItem) -> bool:

@@ -31,6 +31,11 @@ class Piece:
     tensor: torch.Tensor
     """Just the box: strided, any device."""
 
+    @property
+    def spec(self) -> TensorSpec:
+        """Of the box."""
+        return TensorSpec(dtype_name(self.tensor.dtype), tuple(self.tensor.shape))
+
 
 class WrittenFile(NamedTuple):
     """A file that is durable, and where each piece lies in it."""
@@ -45,7 +50,7 @@ class WrittenFile(NamedTuple):
 
 def write_pieces(attempt: Attempt, path: str, component: str, pieces: Sequence[Piece]) -> WrittenFile:
     """Write ``pieces`` to one safetensors file of an attempt; durable when this returns."""
-    order = sorted(range(len(pieces)), key=lambda number: -ITEM_SIZES[_spec(pieces[number]).dtype])
+    order = sorted(range(len(pieces)), key=lambda number: -ITEM_SIZES[pieces[number].spec.dtype])
     ordered = [pieces[number] for number in order]
     file = _plan(path, component, ordered)
     digest = Digest(file)
@@ -59,12 +64,8 @@ def write_pieces(attempt: Attempt, path: str, component: str, pieces: Sequence[P
     return WrittenFile(path, record, header, tuple(found[number] for number in range(len(pieces))))
 
 
-def _spec(piece: Piece) -> TensorSpec:
-    return TensorSpec(dtype_name(piece.tensor.dtype), tuple(piece.tensor.shape))
-
-
 def _plan(path: str, component: str, pieces: Sequence[Piece]) -> TensorFile:
-    specs = tuple(map(_spec, pieces))
+    specs = tuple(piece.spec for piece in pieces)
     ends = accumulate((spec.nbytes for spec in specs), initial=0)
     slots = tuple(Slot(component, piece.key, *span) for piece, span in zip(pieces, pairwise(ends), strict=True))
     names = tuple(piece.key for piece in pieces)

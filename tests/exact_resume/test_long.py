@@ -17,7 +17,7 @@ SCRIPT = """
 import contextlib, runpy, sys
 sys.path.insert(0, "scripts")
 import _env
-_env.environment = lambda: contextlib.nullcontext(sys.executable)  # this one will do
+_env.environment = lambda extra: contextlib.nullcontext(sys.executable)  # this one will do
 runpy.run_path("scripts/exact_resume")
 """
 ONE_AT_A_TIME = ["--jobs", "1"]
