@@ -39,7 +39,7 @@ class LiveTensor:
     def __init__(self, slot: Slot, tensor: torch.Tensor) -> None:
         self.slot = slot
         # An alias has the same version, and keeps the memory where somebody replaces ``parameter.data``.
-        self.tensor = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+        self.tensor = tensor if type(tensor) is torch.Tensor else tensor.detach()
         self.version = tensor._version  # noqa: SLF001  the one public trace of a write
         self.address = tensor.data_ptr()
         self.size = slot.end - slot.begin

@@ -312,7 +312,9 @@ class Encoder:
 
 def is_simple(tensor: torch.Tensor) -> bool:
     """Whether a tensor is stored as it is: nothing to take apart, to flag or to refuse."""
-    if tensor.requires_grad or isinstance(tensor, nn.Parameter) or tensor.dtype not in tensors.STORABLE:
+    if tensor.requires_grad or tensor.dtype not in tensors.STORABLE:
+        return False
+    if type(tensor) is not torch.Tensor and isinstance(tensor, nn.Parameter):  # which takes long to tell
         return False
     if not tensors.is_ordinary(tensor):
         return False
