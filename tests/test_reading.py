@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 import xxhash
 
+from benchmarks.pagecache import evict, resident
 from checkpointer import CheckpointManager, reading
 from checkpointer.devices import BOUNCE_SIZE
 from checkpointer.errors import CorruptCheckpointError
@@ -220,6 +222,23 @@ def test_a_restore_into_live_memory_allocates_next_to_nothing(tmp_path: Path) ->
         finally:
             tracemalloc.stop()
     assert peak < 8 * MIB
+
+
+def test_the_system_reads_ahead_all_that_it_is_asked_for_and_not_just_its_usual_readahead(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(40 << 20))
+    if evict([path]) > 0:
+        pytest.skip("this file system keeps everything in memory")
+    fd = os.open(path, os.O_RDONLY)
+    file = LocalFile(fd, 40 << 20, str(path))
+    try:
+        file.prefetch(1 << 20, 35 << 20)
+        ends = time.monotonic() + 30
+        while resident([path]) < 35 / 40 and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert 35 / 40 <= resident([path]) < 38 / 40
+    finally:
+        file.close()
 
 
 def test_a_view_of_memory_writes_to_it() -> None:

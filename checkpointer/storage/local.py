@@ -21,6 +21,9 @@ from checkpointer import layout
 from checkpointer.errors import CorruptCheckpointError
 from checkpointer.storage.base import Buffer, Entry
 
+PREFETCHED = 128 << 10
+"""Bytes that the system is asked to read at a time: of more, Linux reads as far as its readahead is set to."""
+
 LARGE = 1 << 20
 """Bytes. Files from this size on are written past the page cache, by several threads."""
 
@@ -305,7 +308,8 @@ class LocalFile:
             count -= len(view)
 
     def prefetch(self, offset: int, size: int) -> None:
-        self._advise(offset, size, "POSIX_FADV_WILLNEED")
+        for start in range(offset, offset + size, PREFETCHED):
+            self._advise(start, min(PREFETCHED, offset + size - start), "POSIX_FADV_WILLNEED")
 
     def _advise(self, offset: int, size: int, name: str) -> None:
         """A hint; where there is none, or the file system knows it not, reading is only slower."""
