@@ -240,7 +240,7 @@ class Restorer:
         report.changed += _world_changed(reader.manifest.world_size, self._ranks.size)
         if found.exactness and prepared.inexact and not request.read_only:
             self._warn_inexact(reader, found.exactness)
-        return report, set() if request.verify == "off" else _wholly_read(reader, plans)
+        return report, _verified(prepared, request)
 
     def _warn_inexact(self, reader: CheckpointReader, reasons: Iterable[str]) -> None:
         warnings.warn(
@@ -309,11 +309,17 @@ def _chunks(reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> Itera
                 yield f"{name}.{key}", chunk
 
 
-def _wholly_read(reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> set[str]:
-    """The tensor files of which every tensor is read."""
-    read = {(name, key) for name, plan in plans.items() for key in plan.reads}
-    left_out = {chunk.file for tensor, chunks in reader.index.chunks.items() if tensor not in read for chunk in chunks}
-    return reader.index.headers.keys() - left_out
+def _verified(prepared: _Prepared, request: RestoreRequest) -> set[str]:
+    """The tensor files of which this rank, or all ranks together, have checked every byte."""
+    if request.verify == "off":
+        return set()
+    index = prepared.reader.index
+    if request.verify == "before" or prepared.shared_check:
+        checked = {chunk for _, chunk in _chunks(prepared.reader, prepared.plans)}
+    else:
+        checked = {read.chunk for read in prepared.reads.whole}
+    chunks = (chunk for parts in index.chunks.values() for chunk in parts)
+    return index.headers.keys() - {chunk.file for chunk in chunks if chunk.end > chunk.begin and chunk not in checked}
 
 
 def _share_of_checks(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 from checkpointer.config import Config, Mode
 from checkpointer.distributed.cooperation import Share
@@ -168,8 +168,7 @@ class Saver:
 
     def _stage(self, share: Share, mode: Mode) -> Staged:
         captured = share.captured
-        limit: int | Literal[False] = self._config.write.share if share.ranks.size == 1 else False
-        shareable = Shareable(self._share_with, limit)
+        shareable = Shareable(self._share_with, self._config.write.share)
         if mode == "sync":
             return self._stager.live(captured, shareable)
         if mode == "lazy":
@@ -297,7 +296,7 @@ class Saver:
             if snapshot.staged.live is not None:
                 snapshot.staged.live.end()
 
-    def _write_with_room(self, snapshot: Snapshot) -> tuple[CheckpointInfo, Source | None]:
+    def _write_with_room(self, snapshot: Snapshot) -> tuple[CheckpointInfo, Source]:
         """Write; where that has no room, once more after whatever frees some."""
         try:
             return write_checkpoint(self._repository, snapshot)

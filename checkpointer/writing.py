@@ -71,27 +71,34 @@ class Snapshot:
         return {**shard_indexes([file for file, _ in self.staged.files], self.staged.parts), **attached}
 
 
-def write_checkpoint(repository: Repository, snapshot: Snapshot) -> tuple[CheckpointInfo, Source | None]:
+def write_checkpoint(repository: Repository, snapshot: Snapshot) -> tuple[CheckpointInfo, Source]:
     """Write and commit; durable when this returns. On any error nothing is visible and what was written is removed.
 
-    Returns the checkpoint, and what a later one needs to share its files. Every rank calls this; each writes its own
-    files, and the coordinator commits once all have.
+    Returns the checkpoint, and what a later one needs to share the files that this rank has written. Every rank calls
+    this; each writes its own files, and the coordinator commits once all have.
     """
     began = time.perf_counter()
     ranks = snapshot.share.ranks
     meeting = Meeting(f"the save of step {snapshot.step} to {repository.url}", RankFilesForm(), _CommittedForm())
     attempt = _begin(repository, snapshot, meeting.what)
 
+    written: list[RankFiles] = []
+
+    def write() -> RankFiles:
+        written.append(_write_files(repository, attempt, snapshot))
+        return written[0]
+
     def commit(parts: Sequence[RankFiles]) -> _Committed:
         return _commit(repository, snapshot, attempt, parts, began)
 
     try:
-        done = ranks.meet(meeting, lambda: _write_files(repository, attempt, snapshot), commit)
+        done = ranks.meet(meeting, write, commit)
     except BaseException:
         if ranks.rank == 0:
             _abandon(repository, attempt)
         raise
-    return done.info, Source.of(done.info, done.manifest, done.index) if ranks.size == 1 and done.index else None
+    (mine,) = written
+    return done.info, Source(done.info, done.manifest.data, mine.files, mine.headers, mine.chunks)
 
 
 def refuse(share: Share, what: str, error: BaseException) -> None:
@@ -145,8 +152,6 @@ def _write_files(repository: Repository, attempt: Attempt, snapshot: Snapshot) -
 class _Committed:
     info: CheckpointInfo
     manifest: Manifest
-    index: Index | None
-    """Known to the coordinator alone."""
 
 
 class _CommittedForm:
@@ -156,7 +161,7 @@ class _CommittedForm:
     def unpack(self, raw: Json) -> _Committed:
         part = strictjson.mapping(raw, "commit")
         manifest = parse_manifest(part["manifest"].encode("ascii"), "the manifest of the coordinator")
-        return _Committed(manifest.info(part["path"]), manifest, None)
+        return _Committed(manifest.info(part["path"]), manifest)
 
 
 def _commit(
@@ -175,7 +180,7 @@ def _commit(
     attempt.write(layout.INDEX, [data], len(data))
     seconds = time.perf_counter() - began
     manifest = _manifest(repository, snapshot, attempt, seconds, finite=all_finite_over_ranks(parts), ranks=len(parts))
-    return _Committed(repository.commit(attempt, manifest), manifest, index)
+    return _Committed(repository.commit(attempt, manifest), manifest)
 
 
 def bytes_to_write(repository: Repository, snapshot: Snapshot) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -65,21 +65,28 @@ class Division:
 def divide(holdings: Sequence[Holding]) -> Division:
     """Let each box be written by the rank with the least to write of those that hold it; the largest first.
 
+    What is frozen is divided by itself: most saves share it with an earlier checkpoint, and write the rest alone.
+
     Raises:
         UnsupportedStateError: a tensor is not the same on all ranks.
     """
     writes: list[dict[str, list[str]]] = [{} for _ in holdings]
-    load = [0] * len(holdings)
+    load = {frozen: [0] * len(holdings) for frozen in (False, True)}
     claims = sorted(_claims(holdings), key=lambda claim: (-claim.size, claim.component, claim.key, claim.box))
     for claim in claims:
         candidates = claim.ranks if claim.spread else claim.ranks[:1]
-        rank = min(candidates, key=lambda candidate: (load[candidate], candidate))
-        load[rank] += claim.size
+        rank = min(candidates, key=_by_load(load[claim.frozen], load[not claim.frozen]))
+        load[claim.frozen][rank] += claim.size
         writes[rank].setdefault(claim.component, []).append(claim.key)
     ordered = [_in_order(holding, keys) for holding, keys in zip(holdings, writes, strict=True)]
     specs = _specs(holdings)
     cut = frozenset(claim.component for claim in claims if claim.box.lengths != specs[claim.component][claim.key].shape)
     return Division(ordered, cut, _numbered(holdings, ordered, cut), specs)
+
+
+def _by_load(alike: Sequence[int], others: Sequence[int]) -> Callable[[int], tuple[int, int, int]]:
+    """The order of ranks by bytes to write of the same sort, then of the other sort, then by number."""
+    return lambda rank: (alike[rank], others[rank], rank)
 
 
 class _Claim(NamedTuple):
@@ -88,6 +95,7 @@ class _Claim(NamedTuple):
     box: Box
     size: int
     spread: bool
+    frozen: bool
     ranks: tuple[int, ...]
     """Who holds it."""
 
@@ -102,7 +110,8 @@ def _claims(holdings: Sequence[Holding]) -> Iterator[_Claim]:
                     holders.setdefault((name, key, held.box), []).append(rank)
     for (name, key, box), ranks in holders.items():
         held = holdings[ranks[0]].components[name][key]
-        yield _Claim(name, key, box, box.numel * ITEM_SIZES[held.spec.dtype], held.spread, tuple(ranks))
+        size = box.numel * ITEM_SIZES[held.spec.dtype]
+        yield _Claim(name, key, box, size, held.spread, held.frozen, tuple(ranks))
 
 
 def _specs(holdings: Sequence[Holding]) -> dict[str, dict[str, TensorSpec]]:
