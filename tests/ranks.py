@@ -48,7 +48,10 @@ def launch(world: int, work: Callable[..., Any], *arguments: Any, timeout: float
         processes.append(process)
         ends.append(ours)
     try:
-        return [_collect(process, end, timeout) for process, end in zip(processes, ends, strict=True)]
+        # All of them before any is joined: a rank that has much to tell waits until somebody reads it, and the others
+        # wait for that rank.
+        told = [_told(process, end, timeout) for process, end in zip(processes, ends, strict=True)]
+        return [_ended(process, found) for process, found in zip(processes, told, strict=True)]
     finally:
         for process in processes:
             process.kill()
@@ -69,7 +72,7 @@ def alone(work: Callable[..., Any], *arguments: Any) -> Any:
     return work(*arguments)
 
 
-def _collect(process: Any, end: Connection, timeout: float) -> Outcome:
+def _told(process: Any, end: Connection, timeout: float) -> Outcome:
     found = Outcome()
     if end.poll(timeout):
         with contextlib.suppress(EOFError):
@@ -77,6 +80,10 @@ def _collect(process: Any, end: Connection, timeout: float) -> Outcome:
     else:
         found = Outcome(error=f"still running after {timeout} s")
         process.kill()
+    return found
+
+
+def _ended(process: Any, found: Outcome) -> Outcome:
     process.join()
     return found._replace(status=process.exitcode or 0)
 

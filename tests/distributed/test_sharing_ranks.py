@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-
-
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from checkpointer import CheckpointInfo, CheckpointManager
 from checkpointer.manifest import Manifest
 from checkpointer.repository import Repository
 from checkpointer.retention import physical_size
+from checkpointer.state.sharded import local_part
 from checkpointer.storage import open_storage
 from tests.ranks import alone, run
 
@@ -55,13 +55,26 @@ def build(layout: str, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]
     return model, torch.optim.AdamW(optimized, lr=0.01)
 
 
-def adapt(root: str, layout: str, steps: list[int], write: dict[str, Any] | None = None) -> list[dict[str, str]]:
-    """Restore, train the adapters through ``steps``, save each; what the model was then."""
+def adapt(
+    root: str,
+    layout: str,
+    steps: list[int],
+    write: dict[str, Any] | None = None,
+    *,
+    verify: str = "stream",
+    thaw: int | None = None,
+) -> list[dict[str, str]]:
+    """Restore, train the adapters through ``steps``, save each; what the model was then.
+
+    ``thaw``: before this step rank 1 changes an element of its part of what is frozen.
+    """
     model, optimizer = build(layout)
     seen = []
     with CheckpointManager(root, config={"write": write or {}}, model=model, optimizer=optimizer) as mgr:
-        mgr.restore_latest()
+        mgr.restore_latest(verify=verify)
         for step in steps:
+            if step == thaw and dist.get_rank() == 1:
+                local_part(next(model.parameters())).view(-1)[0] += 1
             model(torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step))).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -137,3 +150,46 @@ def test_each_rank_shares_what_is_frozen_and_writes_what_has_changed(tmp_path, l
 def restored_alone(root: Path, step: int) -> dict[str, str]:
     found: dict[str, str] = alone(restored, str(root), "plain", step)
     return found
+
+
+def several(root: str, layout: str) -> None:
+    """Runs of one job, each of its own root."""
+    adapt(f"{root}/twice", layout, [1, 2, 3, 4, 5], {"share": 2})
+    adapt(f"{root}/never", layout, [1, 2], {"share": False})
+    adapt(f"{root}/thawed", layout, [1, 2, 3], thaw=2)
+    adapt(f"{root}/resumed", layout, [1, 2])
+    adapt(f"{root}/resumed", layout, [3])
+    adapt(f"{root}/resumed", layout, [4], verify="before")
+    adapt(f"{root}/resumed", layout, [5], verify="off")
+
+
+def files_of_each_turn(root: Path) -> list[list[int]]:
+    return [sorted(found.values()) for found in turns(root)]
+
+
+def test_sharing_is_bounded_decided_by_hash_and_goes_on_after_a_resume_that_has_verified_as_in_one_process(tmp_path):
+    run(2, several, str(tmp_path), "fsdp")
+    assert files_of_each_turn(tmp_path / "twice") == [[], [2, 2], [], [2, 2], []]
+    assert files_of_each_turn(tmp_path / "never") == [[], []]
+    assert files_of_each_turn(tmp_path / "thawed") == [[], [2], [2, 3]]  # the file of rank 1 alone is written anew
+    assert files_of_each_turn(tmp_path / "resumed") == [[], [2, 2], [3, 3], [4, 4], []]
+    for root in tmp_path.iterdir():
+        assert repository(root).verify_all().ok
+    for gone in (1, 2, 3, 4, 5):
+        copy = shutil.copytree(tmp_path / "resumed", tmp_path / f"without-{gone}", symlinks=True)
+        left = repository(copy)
+        left.lock.acquire()
+        assert left.remove(left.find(gone))
+        left.lock.release()
+        assert [report.ok for report in left.verify_all().checkpoints] == [True] * 4
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.filterwarnings("ignore:training cannot be relied on to go on bit for bit")
+def test_another_number_of_ranks_shares_nothing_at_first_and_all_is_right(tmp_path, layout):
+    run(2, adapt, str(tmp_path), layout, [1, 2])
+    run(4, adapt, str(tmp_path), layout, [3, 4])
+    (expected,) = alone(adapt, str(tmp_path), "plain", [5])
+    assert [len(found) for found in turns(tmp_path)] == [0, 2, 0, 4, 0]
+    assert repository(tmp_path).verify_all().ok
+    assert restored_alone(tmp_path, 5) == expected
