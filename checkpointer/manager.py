@@ -42,11 +42,12 @@ from checkpointer.restored import Restored, RestoreKeywords, RestoreRequest, res
 from checkpointer.restoring import RNG, Restorer
 from checkpointer.retention import BestRule, RetentionPlan, rank
 from checkpointer.saving import PendingSave, Saver, finished
+from checkpointer.snapshot import Snapshot
 from checkpointer.state import Adapter, RngState, adapter_for, modules_of, optimizers_of
 from checkpointer.storage import open_storage
 from checkpointer.verification import VerifyReport
 from checkpointer.watching import watch
-from checkpointer.writing import Snapshot, refuse
+from checkpointer.writing import refuse
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from checkpointer.config import Config, Mode
@@ -22,11 +23,12 @@ from checkpointer.info import CheckpointInfo
 from checkpointer.lazy import Stepped
 from checkpointer.repository import Repository
 from checkpointer.sharing import Source
-from checkpointer.space import Space, is_full
+from checkpointer.snapshot import Snapshot
+from checkpointer.space import Space
 from checkpointer.staging import Shareable, Staged, Stager
 from checkpointer.stepping import StepWatch, WatchedSave
 from checkpointer.threads import Pool
-from checkpointer.writing import Snapshot, write_checkpoint
+from checkpointer.writing import write_checkpoint
 
 logger = logging.getLogger("checkpointer")
 
@@ -281,7 +283,8 @@ class Saver:
     def _write(self, snapshot: Snapshot, handle: PendingSave, future: Future[CheckpointInfo]) -> None:
         """Complete ``future``, whatever happens: a writer that died silently would leave the caller waiting."""
         try:
-            info, self._share_with = self._write_with_room(snapshot)
+            make_room = partial(self._make_room, snapshot)
+            info, self._share_with = write_checkpoint(self._repository, snapshot, make_room)
         except BaseException as error:  # noqa: BLE001  handed to whoever waits
             failure = self._as_save_error(snapshot.step, error)
             try:
@@ -296,20 +299,11 @@ class Saver:
             if snapshot.staged.live is not None:
                 snapshot.staged.live.end()
 
-    def _write_with_room(self, snapshot: Snapshot) -> tuple[CheckpointInfo, Source]:
-        """Write; where that has no room, once more after whatever frees some."""
-        try:
-            return write_checkpoint(self._repository, snapshot)
-        except OSError as error:
-            if not is_full(error) or snapshot.share.ranks.size > 1:  # which would all have to try again
-                raise
-            parent = () if snapshot.parent is None else (snapshot.parent,)
-            sync = snapshot.mode == "sync"  # else what prunes is this very thread
-            freed = [sync and self._settle_pruning(), self._space.make_room(protect=parent)]
-            begun = snapshot.staged.live is not None and not isinstance(error, SaveError)
-            if begun or not any(freed):  # what is read from live memory is read once
-                raise
-        return write_checkpoint(self._repository, snapshot)
+    def _make_room(self, snapshot: Snapshot) -> bool:
+        """Free what may be freed for ``snapshot``, which has no room; whether that was anything. On the coordinator."""
+        parent = () if snapshot.parent is None else (snapshot.parent,)
+        sync = snapshot.mode == "sync"  # else what prunes is this very thread
+        return any([sync and self._settle_pruning(), self._space.make_room(protect=parent)])
 
     def _settle_pruning(self) -> bool:
         """Wait for the pruning after the last save; whether there was any. On the training thread."""

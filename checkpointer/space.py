@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import warnings
 from collections.abc import Callable, Collection
@@ -12,19 +11,13 @@ from checkpointer.errors import CheckpointerWarning, SaveError
 from checkpointer.info import CheckpointInfo
 from checkpointer.pruning import prune
 from checkpointer.repository import Repository
-from checkpointer.writing import Snapshot, bytes_to_write
+from checkpointer.snapshot import Snapshot, bytes_to_write
+from checkpointer.writing import is_full
 
 logger = logging.getLogger("checkpointer")
 
 TIGHT, RECOVERED = 2, 3
 """Checkpoints that still fit: below the first it is tight, from the second on it has recovered."""
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a lack of space or an exceeded quota."""
-    return isinstance(error, OSError) and (error.errno in _FULL or is_full(error.__cause__))
 
 
 class Space:

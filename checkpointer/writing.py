@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import xxhash
 
@@ -16,89 +16,158 @@ from checkpointer import layout, strictjson
 from checkpointer.commit import Attempt
 from checkpointer.digest import Digest
 from checkpointer.distributed.cooperation import OWN, Share
-from checkpointer.distributed.ranks import AS_JSON, Alone, Meeting
-from checkpointer.distributed.report import Places, RankFiles, RankFilesForm, all_finite_over_ranks, separated
+from checkpointer.distributed.ranks import AS_JSON, Meeting
+from checkpointer.distributed.report import (
+    NoRoom,
+    PartForm,
+    Places,
+    RankFiles,
+    all_finite_over_ranks,
+    no_room_from_json,
+    no_room_to_json,
+    separated,
+)
+from checkpointer.errors import SaveError
 from checkpointer.index import Chunk, Index, Json, parse_index
 from checkpointer.info import CheckpointInfo
 from checkpointer.manifest import Manifest, parse_manifest
 from checkpointer.repository import Repository
 from checkpointer.sharing import Source
+from checkpointer.snapshot import Snapshot, bytes_to_write
 from checkpointer.staging import SharedFile, Staged, StagedFile
 from checkpointer.storage import Buffer
-from checkpointer.tensorfile import joined_shard_indexes, shard_indexes
+from checkpointer.tensorfile import joined_shard_indexes
 
 logger = logging.getLogger("checkpointer")
 
-BLOCK = 4096
-"""Bytes that a file takes a multiple of."""
-
-SLACK = 2 * layout.MANIFEST_LIMIT
-"""Bytes for the manifest, directories, and plain state in the index, which is measured only once it is written."""
-
-INDEX_ENTRY = 400
-"""Bytes that the index spends on one tensor beside its key, which it names twice; about 270 were measured."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """Everything that one ``save`` call captured."""
-
-    step: int
-    epoch: int | None
-    created: datetime
-    metrics: Mapping[str, float]
-    tags: tuple[str, ...]
-    staged: Staged
-    attachments: Mapping[str, bytes]
-    parent: str | None
-    environment: Mapping[str, Json]
-    mode: str = "sync"
-    share: Share = field(default_factory=lambda: Share(Alone(), {}, {}, {}))
-    """Which part of the save this process writes; all of it where there is one."""
-    wait_seconds: float = 0.0
-    """How long ``save`` waited for the one before."""
-    stall_seconds: float = 0.0
-    """How long ``save`` held training from then on, up to here."""
-
-    @cached_property
-    def small_files(self) -> dict[str, bytes]:
-        """Attachments, and the indexes of sharded components, by path."""
-        if not self.share.coordinator:
-            return {}
-        attached = {f"{layout.ATTACHMENTS}/{name}": data for name, data in self.attachments.items()}
-        if self.share.ranks.size > 1:  # the shards of all ranks are known only when all have written
-            return attached
-        return {**shard_indexes([file for file, _ in self.staged.files], self.staged.parts), **attached}
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a lack of space or an exceeded quota."""
+    return isinstance(error, OSError) and (error.errno in _FULL or is_full(error.__cause__))
 
 
-def write_checkpoint(repository: Repository, snapshot: Snapshot) -> tuple[CheckpointInfo, Source]:
+def no_room_is_made() -> bool:
+    """For whom nothing may be removed to make room."""
+    return False
+
+
+def write_checkpoint(
+    repository: Repository, snapshot: Snapshot, make_room: Callable[[], bool] = no_room_is_made
+) -> tuple[CheckpointInfo, Source]:
     """Write and commit; durable when this returns. On any error nothing is visible and what was written is removed.
 
     Returns the checkpoint, and what a later one needs to share the files that this rank has written. Every rank calls
-    this; each writes its own files, and the coordinator commits once all have.
+    this; each writes its own files, and the coordinator commits once all have. Where any of them has no room the
+    coordinator calls ``make_room``, and if that has freed some all ranks write once more.
     """
     began = time.perf_counter()
-    ranks = snapshot.share.ranks
-    meeting = Meeting(f"the save of step {snapshot.step} to {repository.url}", RankFilesForm(), _CommittedForm())
-    attempt = _begin(repository, snapshot, meeting.what)
+    done = _Writing(repository, snapshot, make_room, began).carried_out()
+    if done is None:
+        done = _Writing(repository, snapshot, no_room_is_made, began).carried_out()
+    assert done is not None, "only what was made room for is tried again"
+    return done
 
-    written: list[RankFiles] = []
 
-    def write() -> RankFiles:
-        written.append(_write_files(repository, attempt, snapshot))
-        return written[0]
+class _Writing:
+    """One attempt of all ranks."""
 
-    def commit(parts: Sequence[RankFiles]) -> _Committed:
-        return _commit(repository, snapshot, attempt, parts, began)
+    def __init__(self, repository: Repository, snapshot: Snapshot, make_room: Callable[[], bool], began: float) -> None:
+        self._repository = repository
+        self._snapshot = snapshot
+        self._make_room = make_room
+        self._began = began
+        self._ranks = snapshot.share.ranks
+        self._what = f"the save of step {snapshot.step} to {repository.url}"
+        self._repeatable = False
+        """Whether every rank could write its files once more. Known to the coordinator."""
+        self._written: RankFiles | None = None
+        self._full: OSError | None = None
+        """What told this rank that there is no room."""
 
-    try:
-        done = ranks.meet(meeting, write, commit)
-    except BaseException:
-        if ranks.rank == 0:
-            _abandon(repository, attempt)
-        raise
-    (mine,) = written
-    return done.info, Source(done.info, done.manifest.data, mine.files, mine.headers, mine.chunks)
+    def carried_out(self) -> tuple[CheckpointInfo, Source] | None:
+        """The checkpoint, and what may be shared of it; ``None`` where there was no room, and now there is some."""
+        attempt = self._begin()
+        meeting = Meeting(self._what, PartForm(), _ReplyForm())
+        try:
+            reply = self._ranks.meet(meeting, partial(self._write, attempt), partial(self._finish, attempt))
+        except BaseException:
+            if self._ranks.rank == 0:
+                _abandon(self._repository, attempt)
+            raise
+        if isinstance(reply, NoRoom):
+            raise self._error(reply)
+        if reply is None:
+            return None
+        mine = self._written
+        assert mine is not None
+        return reply.info, Source(reply.info, reply.manifest.data, mine.files, mine.headers, mine.chunks)
+
+    def _begin(self) -> Attempt:
+        """A new attempt, of which every rank knows."""
+        begun: list[Attempt] = []
+        step, live = self._snapshot.step, self._snapshot.staged.live
+
+        def begin(parts: Sequence[Json]) -> Json:
+            pairs = [part for part in parts if isinstance(part, list)]
+            self._repeatable = all(pair[1] for pair in pairs)
+            begun.append(self._begun(sum(pair[0] for pair in pairs if isinstance(pair[0], int))))
+            return begun[0].id
+
+        def offer() -> Json:  # what is read from live memory is read once
+            return [bytes_to_write(self._repository, self._snapshot), live is None]
+
+        id = self._ranks.meet(Meeting(self._what, AS_JSON, AS_JSON), offer, begin)
+        return begun[0] if begun else self._repository.join(step, str(id))
+
+    def _begun(self, size: int) -> Attempt:
+        """On the coordinator."""
+        try:
+            return self._repository.begin(self._snapshot.step, size)
+        except OSError as error:
+            if not (is_full(error) and self._make_room()):
+                raise
+        return self._repository.begin(self._snapshot.step, size)
+
+    def _write(self, attempt: Attempt) -> RankFiles | NoRoom:
+        try:
+            self._written = _write_files(self._repository, attempt, self._snapshot)
+        except OSError as error:
+            return self._no_room(error)
+        return self._written
+
+    def _finish(self, attempt: Attempt, parts: Sequence[RankFiles | NoRoom]) -> _Committed | NoRoom | None:
+        """On the coordinator, once every rank has written, or has no room."""
+        lacking = {rank: part for rank, part in enumerate(parts) if isinstance(part, NoRoom)}
+        if not lacking:
+            written = [part for part in parts if isinstance(part, RankFiles)]
+            try:
+                return _commit(self._repository, self._snapshot, attempt, written, self._began)
+            except OSError as error:
+                lacking = {0: self._no_room(error)}
+        _abandon(self._repository, attempt)
+        if self._repeatable and self._make_room():
+            return None
+        told = "; ".join(f"rank {rank} of {self._ranks.size}: {part.text}" for rank, part in lacking.items())
+        return NoRoom(told, next(iter(lacking.values())).errno)
+
+    def _no_room(self, error: OSError) -> NoRoom:
+        if not is_full(error):
+            raise error
+        self._full = error
+        return NoRoom(self._repository.storage.redact(f"{type(error).__name__}: {error}"), error.errno)
+
+    def _error(self, lacking: NoRoom) -> OSError:
+        """The same on every rank, but for its cause."""
+        if self._ranks.size == 1 and self._full is not None:
+            return self._full
+        error = SaveError(
+            f"{self._what} failed, there is no room for it: {lacking.text}. Nothing was committed. "
+            "Free some space, or keep fewer checkpoints (keep: in the configuration)"
+        )
+        error.errno, error.__cause__ = lacking.errno, self._full
+        return error
 
 
 def refuse(share: Share, what: str, error: BaseException) -> None:
@@ -112,19 +181,6 @@ def refuse(share: Share, what: str, error: BaseException) -> None:
 
     with contextlib.suppress(BaseException):  # ``error`` itself, which the caller raises
         share.ranks.meet(Meeting(what, AS_JSON, AS_JSON), fail, begin)
-
-
-def _begin(repository: Repository, snapshot: Snapshot, what: str) -> Attempt:
-    """A new attempt, of which every rank knows."""
-    begun: list[Attempt] = []
-
-    def begin(sizes: Sequence[Json]) -> Json:
-        begun.append(repository.begin(snapshot.step, sum(size for size in sizes if isinstance(size, int))))
-        return begun[0].id
-
-    meeting = Meeting(what, AS_JSON, AS_JSON)
-    id = snapshot.share.ranks.meet(meeting, lambda: bytes_to_write(repository, snapshot), begin)
-    return begun[0] if begun else repository.join(snapshot.step, str(id))
 
 
 def _write_files(repository: Repository, attempt: Attempt, snapshot: Snapshot) -> RankFiles:
@@ -154,11 +210,22 @@ class _Committed:
     manifest: Manifest
 
 
-class _CommittedForm:
-    def pack(self, value: _Committed) -> Json:
+class _ReplyForm:
+    """What the coordinator makes of it; ``None``: there is room now, try again."""
+
+    def pack(self, value: _Committed | NoRoom | None) -> Json:
+        if value is None:
+            return None
+        if isinstance(value, NoRoom):
+            return no_room_to_json(value)
         return {"path": value.info.path, "manifest": value.manifest.to_bytes().decode("ascii")}
 
-    def unpack(self, raw: Json) -> _Committed:
+    def unpack(self, raw: Json) -> _Committed | NoRoom | None:
+        if raw is None:
+            return None
+        lacking = no_room_from_json(raw)
+        if lacking is not None:
+            return lacking
         part = strictjson.mapping(raw, "commit")
         manifest = parse_manifest(part["manifest"].encode("ascii"), "the manifest of the coordinator")
         return _Committed(manifest.info(part["path"]), manifest)
@@ -181,21 +248,6 @@ def _commit(
     seconds = time.perf_counter() - began
     manifest = _manifest(repository, snapshot, attempt, seconds, finite=all_finite_over_ranks(parts), ranks=len(parts))
     return _Committed(repository.commit(attempt, manifest), manifest)
-
-
-def bytes_to_write(repository: Repository, snapshot: Snapshot) -> int:
-    """What a save takes on disk: whole blocks of every file but those shared with a checkpoint that is still there."""
-    staged = snapshot.staged
-    earlier = {source.earlier.info.id: source.earlier for _, source in staged.files if isinstance(source, SharedFile)}
-    there = {id for id, source in earlier.items() if repository.can_share(source)}
-    sizes = [
-        file.size
-        for file, source in staged.files
-        if not isinstance(source, SharedFile) or source.earlier.info.id not in there
-    ]
-    sizes += map(len, snapshot.small_files.values())
-    sizes.append(sum(INDEX_ENTRY + 2 * len(key) for part in staged.components.values() for key in part.tensors))
-    return sum(-(-size // BLOCK) * BLOCK for size in sizes) + SLACK
 
 
 def _abandon(repository: Repository, attempt: Attempt) -> None:

@@ -26,6 +26,35 @@ class RankFiles:
     fsync_seconds: float
 
 
+@dataclass(frozen=True)
+class NoRoom:
+    """Why files could not be written: the disk is full, or a quota is used up."""
+
+    text: str
+    errno: int | None
+
+
+class PartForm:
+    """What a rank has written, or why it had no room, as JSON."""
+
+    def pack(self, value: RankFiles | NoRoom) -> Json:
+        return no_room_to_json(value) if isinstance(value, NoRoom) else RankFilesForm().pack(value)
+
+    def unpack(self, raw: Json) -> RankFiles | NoRoom:
+        return no_room_from_json(raw) or RankFilesForm().unpack(raw)
+
+
+def no_room_to_json(value: NoRoom) -> Json:
+    """As an object that no other report looks like."""
+    return {"no_room": value.text, "errno": value.errno}
+
+
+def no_room_from_json(raw: Json) -> NoRoom | None:
+    """The inverse of :func:`no_room_to_json`; ``None`` where this is another report."""
+    part = strictjson.mapping(raw, "report")
+    return NoRoom(part["no_room"], part["errno"]) if "no_room" in part else None
+
+
 class RankFilesForm:
     """As JSON."""
 

@@ -30,13 +30,14 @@ from checkpointer.errors import (
 from checkpointer.info import CheckpointInfo
 from checkpointer.migration.naming import ImportPlan, Naming, Part, plan_import
 from checkpointer.repository import Repository
+from checkpointer.snapshot import Snapshot
 from checkpointer.staging import Stager
 from checkpointer.state import Captured
 from checkpointer.state.codec import encode
 from checkpointer.state.module import ModuleAdapter
 from checkpointer.storage import open_storage
 from checkpointer.version import __version__
-from checkpointer.writing import Snapshot, write_checkpoint
+from checkpointer.writing import write_checkpoint
 
 VALUES = "imported.json"
 """The attachment that holds what is no component's state, as a tree."""
