@@ -417,6 +417,9 @@ def make(folder: pathlib.Path) -> None:
         expected = {"local": _make_local(folder / "local"), "exported": _make_exported(folder / "exported")}
     text = json.dumps(expected, ensure_ascii=True, separators=(",", ":")).replace(',"', ',\n"')
     (folder / "expected.json").write_text(text + "\n", encoding="ascii")
+    from scripts import golden_ranks
+
+    golden_ranks.make(folder / "ranks")
 
 
 def _make_local(root: pathlib.Path) -> dict[str, Any]:

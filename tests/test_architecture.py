@@ -65,8 +65,8 @@ LAYERS = {
         "state arena devices digest finite lazy overlap staging stepping targets", "errors pure blocks state", STORAGE
     ),
     "manager": layer(
-        "environment snapshot writing space saving restored restoring whole_model position pacing preemption due signals"
-        " manager migration",
+        "environment snapshot writing space saving restored restoring whole_model position pacing preemption due"
+        " signals manager migration",
         "errors pure settings blocks storage repository arguments state manager distributed",
     ),
     "distributed": layer("distributed", "errors pure blocks storage repository state distributed"),
