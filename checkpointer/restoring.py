@@ -228,7 +228,8 @@ class Restorer:
         for name, plan in plans.items():
             plan.apply()
             report.components[name] = plan.report
-        if RNG in report.missing and not request.read_only:
+        has_none = RNG not in reader.index.components  # a rank beyond those that saved has none of its own
+        if RNG in report.missing and has_none and not request.read_only:
             warnings.warn(
                 f"the checkpoint of step {reader.manifest.step} holds no state of the random generators (imported ones "
                 "never do): they are left as they are, so training does not go on bit for bit",

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,11 @@ def own_state(root: str, action: str) -> list[Any]:
             model.running_mean.fill_(rank)
             mgr.save(0)
             return [torch.rand(2).tolist()]
-        restored = mgr.restore_latest()
-        return [torch.rand(2).tolist(), progress.seen, model.running_mean.tolist(), restored.report.changed]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            restored = mgr.restore_latest()
+        said = [str(item.message) for item in caught]
+        return [torch.rand(2).tolist(), progress.seen, model.running_mean.tolist(), restored.report.changed, said]
 
 
 def seeded(root: str, action: str) -> list[Any]:
@@ -94,6 +98,7 @@ def test_more_ranks_than_before_take_rank_0s_position_and_never_the_same_random_
     assert [row[1] for row in found] == [10, 10, 10]
     assert len({tuple(row[0]) for row in found}) == 3
     assert all(any("saved by 2 ranks, restored by 3" in line for line in row[3]) for row in found)
+    assert all(len(row[4]) == 1 and "another world size" in row[4][0] for row in found), found
 
 
 # ------------------------------------------------------------------------------------ who writes what

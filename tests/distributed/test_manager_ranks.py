@@ -161,6 +161,10 @@ def arranged(layout: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     elif layout == "fsdp":
         fully_shard(model.up)
         fully_shard(model)
+    elif layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copies", "parts"))
+        fully_shard(model.up, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     return model, torch.optim.AdamW(model.parameters(), lr=0.1)
 
 
