@@ -31,7 +31,7 @@ def main() -> None:
         world = dice.randint(2, 4)
         victim, after = dice.randrange(world), dice.randint(1, 40)
         if victim:
-            after = dice.randint(1, 8)
+            after = dice.randint(1, 15)
         with tempfile.TemporaryDirectory() as folder:
             try:
                 outcome = check_one(Path(folder, "run"), world, victim, after)

@@ -24,16 +24,18 @@ IMPATIENT: dict[str, Any] = {**CONFIG, "write": {"rank_timeout": "5s"}}
 STEPS = 4
 
 
-def state() -> tuple[nn.Module, torch.optim.Optimizer]:
+def state(*, sharded: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The layer in the middle is frozen, so that its files are shared by hard link from the second save on."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
-    fully_shard(model)
-    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 3))
+    if sharded:
+        fully_shard(model)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
 
 
 def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for parameter in model.parameters():
-        parameter.grad = parameter.detach().clone()
+        parameter.grad = parameter.detach().clone() if parameter.requires_grad else None
     optimizer.step()
 
 
@@ -90,9 +92,7 @@ def resume(root: str) -> list[Any]:
 
 def expected() -> dict[int, list[float]]:
     """The model after each step, as one process computes it."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model, optimizer = state(sharded=False)
     found = {}
     for step in range(1, STEPS + 1):
         stepped(model, optimizer)
