@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -150,6 +151,46 @@ def test_a_save_that_is_left_out_on_one_rank_is_left_out_on_all(tmp_path):
     told = run(2, saved_on_a_full_disk, str(tmp_path), config, {"rank": 1, **DATA})
     assert [row[:2] for row in told] == [["left out", None]] * 2
     assert steps(tmp_path) == [0, 1, 2, 3, 5]
+    nothing_left(tmp_path)
+
+
+def lazily(root: str) -> list[Any]:
+    """Save from live memory where the disk of rank 1 is full and something might be removed; step; save again."""
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    full = Fault("ENOSPC", on=["write"], path="*.safetensors")
+    full.end()
+    with faulty(full):
+        mgr = CheckpointManager(root, config={"write": {"mode": "lazy"}}, model=model, optimizer=optimizer)
+    for step in range(3):
+        mgr.save(step).result()
+        model(torch.ones(2, 40)).sum().backward()
+        optimizer.step()
+    mgr.close()
+    config = {"write": {"mode": "lazy", "on_full": "prune"}, "keep": {"last": 1}}
+    with faulty(full):
+        mgr = CheckpointManager(root, config=config, model=model, optimizer=optimizer)
+    mgr.restore_latest()
+    if dist.get_rank() == 1:
+        full.restart()
+    told = []
+    for step in (3, 4):
+        try:
+            mgr.save(step).result()
+            told.append("")
+        except SaveError as error:
+            told.append(str(error))
+    mgr.close()
+    return told
+
+
+def test_what_was_written_from_live_memory_is_not_written_again_but_fails_on_all_ranks(tmp_path):
+    first, second = run(2, lazily, str(tmp_path))
+    assert first == second
+    assert "there is no room for it: rank 1 of 2" in first[0]
+    assert first[1] == ""
+    assert steps(tmp_path) == [4]
     nothing_left(tmp_path)
 
 
