@@ -185,6 +185,7 @@ def test_sharing_is_bounded_decided_by_hash_and_goes_on_after_a_resume_that_has_
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.thorough(lambda layout: layout == "fsdp")
 @pytest.mark.filterwarnings("ignore:training cannot be relied on to go on bit for bit")
 def test_another_number_of_ranks_shares_nothing_at_first_and_all_is_right(tmp_path, layout):
     run(2, adapt, str(tmp_path), layout, [1, 2])
