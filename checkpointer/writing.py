@@ -147,7 +147,7 @@ class _Writing:
             except OSError as error:
                 lacking = {0: self._no_room(error)}
         _abandon(self._repository, attempt)
-        if self._repeatable and self._make_room():
+        if self._make_room() and self._repeatable:  # else there is room for the next save
             return None
         told = "; ".join(f"rank {rank} of {self._ranks.size}: {part.text}" for rank, part in lacking.items())
         return NoRoom(told, next(iter(lacking.values())).errno)
