@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -101,8 +102,10 @@ class SafetensorsReader(StorageReader):
             CheckpointNotFoundError: there is none.
             CorruptCheckpointError: it is damaged.
         """
-        index = self._opened().index
-        found = Metadata(state_dict_metadata={}, planner_data={})
+        reader = self._opened()
+        index = reader.index
+        identity = StorageMeta(self.checkpoint_id, save_id=reader.manifest.id)
+        found = Metadata(state_dict_metadata={}, planner_data={}, storage_meta=identity)
         for name, path, tensor in _tensors(index):
             component, key = tensor
             chunks = index.chunks[tensor]
@@ -184,6 +187,8 @@ class _Load:
         self._items = items
         self._planner = planner
         self._places = {name: tensor for name, _, tensor in _tensors(reader.index)}
+        self._filled: list[tuple[ReadItem, torch.Tensor]] = []
+        """What the planner has handed out for each item. To ask again might bring other memory."""
         self._bounced: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Tensors that were read in the saved dtype, and where they go."""
 
@@ -194,9 +199,8 @@ class _Load:
         with torch.no_grad():
             for target, value in self._bounced:
                 target.copy_(value)
-        for item in self._items:
-            if item.type is LoadItemType.TENSOR:
-                self._planner.commit_tensor(item, self._planner.resolve_tensor(item).detach())
+        for item, tensor in self._filled:
+            self._planner.commit_tensor(item, tensor)
         self._load_objects([item for item in self._items if item.type is not LoadItemType.TENSOR], verify=verify)
 
     def _reads(self, item: ReadItem) -> Iterator[ChunkRead]:
@@ -205,6 +209,7 @@ class _Load:
         chunks = self._reader.index.chunks[component, key]
         chunk = chunks[_number_of(chunks, item.storage_index)]
         target = self._planner.resolve_tensor(item).detach()
+        self._filled.append((item, target))
         dtype = DTYPES[self._reader.index.components[component].tensors[key].dtype]
         if target.dtype != dtype:
             value = torch.empty(target.shape, dtype=dtype, device=target.device)

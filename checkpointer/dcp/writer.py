@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,11 +92,18 @@ class SafetensorsWriter(StorageWriter):
         self._options = dict(storage_options or {})
         self._durable, self._threads = durable, threads
         self._epoch, self._metrics, self._tags = epoch, dict(metrics or {}), tuple(tags)
-        self._session = _Session()
-        weakref.finalize(self, self._session.give_up)
         self._place: Place | None = None if path is None else parse_place(path)
         self.checkpoint_id: str | os.PathLike[str] | None = path
         """The directory, as it was given."""
+        self._session = _Session.of(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the process in which DCP can save asynchronously: a writer that has begun nothing."""
+        return {name: value for name, value in self.__dict__.items() if name != "_session"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._session = _Session.of(self)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new save, to ``checkpoint_id`` if one is given. DCP calls this."""
@@ -111,10 +119,10 @@ class SafetensorsWriter(StorageWriter):
         self._session.give_up()
         place = self._known_place()
         storage = open_storage(place.root, self._options, durable=self._durable, threads=self._threads)
-        self._session.repository = Repository(storage)
+        repository = self._session.begin(Repository(storage))
         if is_coordinator:
-            self._session.repository.lock.acquire()
-            self._session.repository.recover()
+            repository.lock.acquire()
+            repository.recover()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Leave the plan as it is. DCP calls this."""
@@ -207,9 +215,37 @@ class _Session:
     def __init__(self) -> None:
         self.repository: Repository | None = None
         self.attempt: Attempt | None = None
+        self._thread = threading.current_thread()
+
+    @classmethod
+    def of(cls, writer: SafetensorsWriter) -> _Session:
+        """For ``writer``, and no longer than it is there."""
+        session = cls()
+        weakref.finalize(writer, session.give_up)
+        return session
+
+    def begin(self, repository: Repository) -> Repository:
+        """Begin a save, and give up those that have failed.
+
+        DCP tells a writer nothing of what fails on other ranks, and a program may keep it. But a thread makes one save
+        at a time: an earlier one of this thread, or of one that has ended, is over.
+        """
+        self._thread = threading.current_thread()
+        for other in tuple(_begun):
+            if other is not self and other.over:
+                other.give_up()
+        self.repository = repository
+        _begun.add(self)
+        return repository
+
+    @property
+    def over(self) -> bool:
+        """Whether its save cannot be running any more."""
+        return self._thread is threading.current_thread() or not self._thread.is_alive()
 
     def give_up(self) -> None:
         """Remove what was written and not committed, and free the lock."""
+        _begun.discard(self)
         repository, attempt = self.repository, self.attempt
         self.repository = self.attempt = None
         if repository is None or not repository.lock.held:
@@ -219,6 +255,10 @@ class _Session:
                 repository.abandon(attempt)
         finally:
             repository.lock.release()
+
+
+_begun: set[_Session] = set()
+"""The saves of this process that are neither committed nor given up."""
 
 
 class _RankFiles:
