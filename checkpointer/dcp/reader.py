@@ -24,12 +24,14 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from checkpointer.commit import read_manifest
-from checkpointer.dcp.places import MODEL, OBJECTS, Place, is_place, is_plugin_made, parse_place, paths_of
+from checkpointer.dcp.contents import Contents, Held, TensorAt, ValueAt
+from checkpointer.dcp.places import Place, is_place, parse_place
 from checkpointer.distributed.boxes import Box, reads_of_box
-from checkpointer.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
-from checkpointer.index import Chunk, Component, Index, Json
+from checkpointer.distributed.reads import Reads
+from checkpointer.errors import CheckpointNotFoundError, ConfigError
+from checkpointer.index import Chunk, Index, TensorSpec
 from checkpointer.reading import CheckpointReader, ChunkRead
-from checkpointer.state.decoding import decode
+from checkpointer.state.decoding import decode, outline
 from checkpointer.state.tensors import DTYPES, empty_for
 from checkpointer.storage import open_storage
 from checkpointer.targets import TensorTarget
@@ -48,8 +50,9 @@ class _Checks:
 class SafetensorsReader(StorageReader):
     """Reads checkpoints of this library's format for ``dcp.load``: see :mod:`checkpointer.dcp`.
 
-    Checkpoints that a :class:`~checkpointer.CheckpointManager` has written, too: their tensors are named
-    ``<component>.<key>``.
+    Checkpoints that a :class:`~checkpointer.CheckpointManager` has written, too, as the state ``{component: its
+    state_dict()}``. The state of an optimizer has the names of its own ``state_dict()`` and those that DCP's
+    ``get_optimizer_state_dict`` gives it.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class SafetensorsReader(StorageReader):
         self._options = dict(storage_options or {})
         self._verify = verify
         self._place: Place | None = None if path is None else parse_place(path)
-        self._reader: CheckpointReader | None = None
+        self._open: _Opened | None = None
         self.checkpoint_id: str | os.PathLike[str] | None = path
         """The directory, as it was given."""
 
@@ -85,9 +88,9 @@ class SafetensorsReader(StorageReader):
 
     def close(self) -> None:
         """Close every file; a load that succeeds does so itself."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()
+        opened, self._open = self._open, None
+        if opened is not None:
+            opened.reader.close()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new load, from ``checkpoint_id`` if one is given. DCP calls this."""
@@ -102,28 +105,20 @@ class SafetensorsReader(StorageReader):
             CheckpointNotFoundError: there is none.
             CorruptCheckpointError: it is damaged.
         """
-        reader = self._opened()
-        index = reader.index
-        identity = StorageMeta(self.checkpoint_id, save_id=reader.manifest.id)
-        found = Metadata(state_dict_metadata={}, planner_data={}, storage_meta=identity)
-        for name, path, tensor in _tensors(index):
-            component, key = tensor
-            chunks = index.chunks[tensor]
-            spec = index.components[component].tensors[key]
-            found.state_dict_metadata[name] = TensorStorageMetadata(
-                TensorProperties(dtype=DTYPES[spec.dtype]), torch.Size(spec.shape), [_chunk(part) for part in chunks]
-            )
-            found.planner_data[name] = path
-        for name, path in _objects(index):
-            found.state_dict_metadata[name] = BytesStorageMetadata()
-            found.planner_data[name] = path
-        return found
+        opened = self._opened()
+        manifest = opened.reader.manifest
+        contents = opened.contents
+        return Metadata(
+            state_dict_metadata=_Described(contents, opened.reader.index),
+            planner_data=contents.paths,
+            storage_meta=StorageMeta(self.checkpoint_id, save_id=manifest.id),
+        )
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: FBT001
         """Check the parts of the checkpoint that every rank relies on. DCP calls this."""
         del metadata, args, kwargs
         if is_coordinator and self._verify:
-            self._opened().check_metadata()
+            self._opened().reader.check_metadata()
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Leave the plan as it is. DCP calls this."""
@@ -131,15 +126,16 @@ class SafetensorsReader(StorageReader):
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Share out the checking of chunks that no rank reads as a whole. DCP calls this on the coordinator."""
-        tensors = {name: self._opened().index.chunks[tensor] for name, _, tensor in _tensors(self._opened().index)}
+        opened = self._opened()
         whole: set[tuple[str, int]] = set()
         partly: dict[tuple[str, int], int] = {}
         for rank, plan in enumerate(plans):
             for item in plan.items:
                 if item.type is LoadItemType.TENSOR:
-                    number = _number_of(tensors[item.storage_index.fqn], item.storage_index)
-                    place = (item.storage_index.fqn, number)
-                    if tuple(item.lengths) == tensors[place[0]][number].lengths:
+                    name = item.storage_index.fqn
+                    chunks = opened.chunks(name)
+                    place = (name, _number_of(chunks, item.storage_index))
+                    if tuple(item.lengths) == chunks[place[1]].lengths:
                         whole.add(place)
                     else:
                         partly.setdefault(place, rank)
@@ -151,12 +147,11 @@ class SafetensorsReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read this rank's items into the planner's tensors. DCP calls this."""
-        reader = self._opened()
-        _Load(reader, plan.items, planner).run(verify=self._verify)
+        opened = self._opened()
+        _Load(opened, plan.items, planner).run(verify=self._verify)
         checks = plan.storage_data
         if self._verify and isinstance(checks, _Checks):
-            places = {name: tensor for name, _, tensor in _tensors(reader.index)}
-            reader.check_chunks((name, reader.index.chunks[places[name]][number]) for name, number in checks.chunks)
+            opened.reader.check_chunks((name, opened.chunks(name)[number]) for name, number in checks.chunks)
         self.close()
         done: Future[None] = Future()
         done.set_result(None)
@@ -167,50 +162,93 @@ class SafetensorsReader(StorageReader):
         """Whether ``checkpoint_id`` has the form of a checkpoint's directory."""
         return is_place(checkpoint_id)
 
-    def _opened(self) -> CheckpointReader:
+    def _opened(self) -> _Opened:
         if self._place is None:
             raise ConfigError("no directory was given: SafetensorsReader('runs/gpt/checkpoint-500')")
-        if self._reader is None:
+        if self._open is None:
             storage = open_storage(self._place.root, self._options)
             manifest = read_manifest(storage, self._place.name)
             if manifest is None:
                 raise CheckpointNotFoundError(f"there is no checkpoint in {storage.place(self._place.name)}")
-            self._reader = CheckpointReader(storage, self._place.name, manifest)
-        return self._reader
+            self._open = _Opened.of(CheckpointReader(storage, self._place.name, manifest))
+        return self._open
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint that is open."""
+
+    reader: CheckpointReader
+    contents: Contents
+
+    @classmethod
+    def of(cls, reader: CheckpointReader) -> _Opened:
+        try:
+            return cls(reader, Contents.of(reader.index))
+        except BaseException:
+            reader.close()
+            raise
+
+    def chunks(self, name: str) -> Sequence[Chunk]:
+        """Of a tensor, by DCP's name."""
+        held = self.contents.find(name)
+        assert isinstance(held, TensorAt)
+        return self.reader.index.chunks[held]
+
+
+class _Described(dict[str, Any]):
+    """What each name stands for, in DCP's words. Lists everything once, but knows other names too, if asked for one."""
+
+    def __init__(self, contents: Contents, index: Index) -> None:
+        super().__init__((name, _description(held, index)) for name, held in contents.listed.items())
+        self._contents = contents
+        self._index = index
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self._contents.also
+
+    def __missing__(self, name: str) -> TensorStorageMetadata | BytesStorageMetadata:
+        return _description(self._contents.also[name], self._index)
+
+
+def _description(held: Held, index: Index) -> TensorStorageMetadata | BytesStorageMetadata:
+    if not isinstance(held, TensorAt):
+        return BytesStorageMetadata()
+    spec = index.components[held.component].tensors[held.key]
+    chunks = [ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.lengths)) for part in index.chunks[held]]
+    return TensorStorageMetadata(TensorProperties(dtype=DTYPES[spec.dtype]), torch.Size(spec.shape), chunks)
 
 
 class _Load:
     """The reads of one rank."""
 
-    def __init__(self, reader: CheckpointReader, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
-        self._reader = reader
-        self._items = items
+    def __init__(self, opened: _Opened, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
+        self._opened = opened
+        self._reader = opened.reader
+        self._tensors = [item for item in items if item.type is LoadItemType.TENSOR]
+        self._values = [item for item in items if item.type is not LoadItemType.TENSOR]
         self._planner = planner
-        self._places = {name: tensor for name, _, tensor in _tensors(reader.index)}
         self._filled: list[tuple[ReadItem, torch.Tensor]] = []
         """What the planner has handed out for each item. To ask again might bring other memory."""
         self._bounced: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Tensors that were read in the saved dtype, and where they go."""
 
     def run(self, *, verify: bool) -> None:
-        reads = [read for item in self._items if item.type is LoadItemType.TENSOR for read in self._reads(item)]
-        self._reader.read([read for read in reads if read.chunk.xxh3], verify=verify)
-        self._reader.read([read for read in reads if not read.chunk.xxh3], verify=False)
+        Reads.split(read for item in self._tensors for read in self._reads(item)).carry_out(self._reader, verify=verify)
         with torch.no_grad():
             for target, value in self._bounced:
                 target.copy_(value)
         for item, tensor in self._filled:
             self._planner.commit_tensor(item, tensor)
-        self._load_objects([item for item in self._items if item.type is not LoadItemType.TENSOR], verify=verify)
+        self._load_values(verify=verify)
 
     def _reads(self, item: ReadItem) -> Iterator[ChunkRead]:
         name = item.storage_index.fqn
-        component, key = self._places[name]
-        chunks = self._reader.index.chunks[component, key]
+        chunks = self._opened.chunks(name)
         chunk = chunks[_number_of(chunks, item.storage_index)]
         target = self._planner.resolve_tensor(item).detach()
         self._filled.append((item, target))
-        dtype = DTYPES[self._reader.index.components[component].tensors[key].dtype]
+        dtype = DTYPES[self._spec(name).dtype]
         if target.dtype != dtype:
             value = torch.empty(target.shape, dtype=dtype, device=target.device)
             self._bounced.append((target, value))
@@ -218,31 +256,47 @@ class _Load:
         offsets = tuple(a + b for a, b in zip(chunk.offsets, item.storage_offsets, strict=True))
         yield from reads_of_box(name, chunk, Box(offsets, tuple(item.lengths)), target)
 
-    def _load_objects(self, items: Sequence[ReadItem], *, verify: bool) -> None:
-        if not items:
-            return
-        component = self._reader.index.components[OBJECTS]
-        nodes = _nodes(component)
-        tensors = self._inner_tensors(component, verify=verify)
-        for item in items:
-            name = item.storage_index.fqn
-            value = decode(nodes[name], tensors, place=name, specs=component.tensors)
-            _hand_over(self._planner, item, value)
+    def _spec(self, name: str) -> TensorSpec:
+        held = self._opened.contents.find(name)
+        assert isinstance(held, TensorAt)
+        return self._reader.index.components[held.component].tensors[held.key]
 
-    def _inner_tensors(self, component: Component, *, verify: bool) -> dict[str, torch.Tensor]:
-        found = {key: empty_for(spec, "cpu") for key, spec in component.tensors.items()}
-        chunks = {key: self._reader.index.chunks[OBJECTS, key] for key in found}
+    def _load_values(self, *, verify: bool) -> None:
+        found = [(item, self._opened.contents.find(item.storage_index.fqn)) for item in self._values]
+        values = [(item, held) for item, held in found if isinstance(held, ValueAt)]
+        tensors = self._inner_tensors([held for _, held in values], verify=verify)
+        for item, held in values:
+            component = self._reader.index.components[held.component]
+            inner = {key: tensor for (name, key), tensor in tensors.items() if name == held.component}
+            value = decode(held.node, inner, place=item.storage_index.fqn, specs=component.tensors)
+            _hand_over(self._planner, item, value, held.names)
+
+    def _inner_tensors(self, values: Sequence[ValueAt], *, verify: bool) -> dict[TensorAt, torch.Tensor]:
+        """The tensors that are parts of values."""
+        found: dict[TensorAt, torch.Tensor] = {}
+        for held in values:
+            specs = self._reader.index.components[held.component].tensors
+            _, keys = outline(held.node, specs, place=held.component)
+            found.update({TensorAt(held.component, key): empty_for(specs[key], "cpu") for key in keys})
         reads = [
-            ChunkRead(key, part, TensorTarget(found[key], part)) for key, parts in chunks.items() for part in parts
+            ChunkRead(place.key, part, TensorTarget(tensor, part))
+            for place, tensor in found.items()
+            for part in self._reader.index.chunks[place]
         ]
         self._reader.read(reads, verify=verify)
         return found
 
 
-def _hand_over(planner: LoadPlanner, item: ReadItem, value: Any) -> None:
-    """Give a decoded value to the planner, which expects pickled bytes of it."""
+def _hand_over(planner: LoadPlanner, item: ReadItem, value: Any, names: Sequence[str]) -> None:
+    """Give a decoded value to the planner, which expects pickled bytes of it.
+
+    ``names``: what to give instead where the state holds names.
+    """
+    name = item.dest_index.fqn
+    live = getattr(planner, "state_dict", {}).get(name)
+    if names and isinstance(live, list) and any(isinstance(part, str) for part in live):
+        value = list(names)
     if isinstance(planner, DefaultLoadPlanner) and type(planner).load_bytes is DefaultLoadPlanner.load_bytes:
-        name = item.dest_index.fqn
         if planner.flatten_state_dict:
             _set(planner.original_state_dict, planner.mappings[name], value)
         else:
@@ -258,38 +312,6 @@ def _set(state: Any, path: Sequence[str | int], value: Any) -> None:
     for part in path[:-1]:
         state = state[part]
     state[path[-1]] = value
-
-
-def _tensors(index: Index) -> Iterator[tuple[str, tuple[str | int, ...], tuple[str, str]]]:
-    """DCP's name, the keys that lead there, and (component, key) of every tensor."""
-    if is_plugin_made(index):
-        component = index.components[MODEL]
-        paths = paths_of(component.meta)
-        yield from ((key, paths.get(key, (key,)), (MODEL, key)) for key in component.tensors)
-        return
-    for name, component in index.components.items():
-        yield from ((f"{name}.{key}", (name, key), (name, key)) for key in component.tensors)
-
-
-def _objects(index: Index) -> Iterator[tuple[str, tuple[str | int, ...]]]:
-    component = index.components.get(OBJECTS)
-    if is_plugin_made(index) and component is not None:
-        paths = paths_of(component.meta)
-        yield from ((name, paths.get(name, (name,))) for name in _nodes(component))
-
-
-def _nodes(component: Component) -> dict[str, Json]:
-    """The trees of all values that are no tensors, by name."""
-    tree = component.tree
-    if isinstance(tree, dict) and set(tree) == {"$dict"} and isinstance(tree["$dict"], list):
-        tree = {str(pair[0]): pair[1] for pair in tree["$dict"] if isinstance(pair, list) and len(pair) == 2}
-    if not isinstance(tree, dict):
-        raise CorruptCheckpointError("the tree of the component 'objects' is not well formed")
-    return tree
-
-
-def _chunk(chunk: Chunk) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.lengths))
 
 
 def _number_of(chunks: Sequence[Chunk], index: MetadataIndex) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,13 +32,18 @@ class Reads:
     @classmethod
     def of(cls, reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> Reads:
         """What fills the destinations of ``plans``."""
-        reads = [
+        return cls.split(
             read
             for name, plan in plans.items()
             for key, tensor in plan.reads.items()
             for read in _reads(f"{name}.{key}", reader.index.chunks[name, key], tensor)
-        ]
-        return cls([read for read in reads if read.chunk.xxh3], [read for read in reads if not read.chunk.xxh3])
+        )
+
+    @classmethod
+    def split(cls, reads: Iterable[ChunkRead]) -> Reads:
+        """What reads whole chunks, and what reads parts."""
+        found = list(reads)
+        return cls([read for read in found if read.chunk.xxh3], [read for read in found if not read.chunk.xxh3])
 
     def carry_out(self, reader: CheckpointReader, *, verify: bool) -> None:
         """Read everything."""
