@@ -102,7 +102,7 @@ class SharedFile:
         self.record = record
         """What the manifest says of it."""
         self.hashes = tuple(hashes)
-        self._tensors = _LiveTensors(tensors, ring)
+        self._tensors = LiveTensors(tensors, ring)
 
     def pieces(self, digest: Digest) -> Iterator[memoryview]:
         """For a storage that cannot share after all: from live memory, which has to hold the same bytes still."""
@@ -132,7 +132,7 @@ class Stager:
         shared = self._shared(captured, shareable)
         if _on_gpu(captured) and not self._ring_pinned:
             self._ring_pinned = pin(self._ring.region)
-        sources = [shared.get(file.path) or _LiveTensors(_tensors(file, captured), self._ring) for file in self._files]
+        sources = [shared.get(file.path) or LiveTensors(_tensors(file, captured), self._ring) for file in self._files]
         return self._staged(captured, sources)
 
     def copies(self, captured: Mapping[str, Captured], shareable: Shareable = NOTHING) -> Staged:
@@ -263,7 +263,7 @@ class _Image:
             yield block
 
 
-class _LiveTensors:
+class LiveTensors:
     """A file's tensors where they are: copied block by block."""
 
     steady = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -224,38 +224,48 @@ def _shards(component: ComponentTensors, limit: int) -> list[list[str]]:
     """Keys of each shard: what trains first, what is frozen after, neither above ``limit`` bytes."""
     trained = [key for key in component.specs if key not in component.frozen]
     frozen = [key for key in component.specs if key in component.frozen]
-    return [shard for group in (trained, frozen) for shard in _cut(group, component.specs, limit)]
+    return [
+        [group[number] for number in shard]
+        for group in (trained, frozen)
+        for shard in cut([component.specs[key].nbytes for key in group], limit)
+    ]
 
 
-def _cut(keys: Sequence[str], specs: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
-    shards: list[list[str]] = []
+def cut(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Which tensors go into one file, in their order: numbers into ``sizes`` for each file of ``limit`` bytes."""
+    shards: list[list[int]] = []
     room = 0
-    for key in keys:
-        size = specs[key].nbytes
+    for number, size in enumerate(sizes):
         if not shards or size > room:
             shards.append([])
             room = limit
-        shards[-1].append(key)
+        shards[-1].append(number)
         room -= size
     return shards
+
+
+def wide_first(specs: Sequence[TensorSpec]) -> list[int]:
+    """The order of tensors in a file, as numbers into ``specs``: so each one lies aligned."""
+    return sorted(range(len(specs)), key=lambda number: -ITEM_SIZES[specs[number].dtype])
+
+
+def lay_out(
+    path: str, tensors: Sequence[tuple[str, str, str]], specs: Sequence[TensorSpec], metadata: Mapping[str, str]
+) -> TensorFile:
+    """A file of ``(component, key, name in the file)``, one behind the other; nothing in it counts as frozen."""
+    ends = accumulate((spec.nbytes for spec in specs), initial=0)
+    slots = tuple(Slot(item[0], item[1], *span) for item, span in zip(tensors, pairwise(ends), strict=True))
+    return TensorFile(path, slots, tuple(name for _, _, name in tensors), tuple(specs), metadata, frozen=False)
 
 
 def _build(
     path: str, tensors: Sequence[tuple[str, str, str]], components: Mapping[str, ComponentTensors]
 ) -> TensorFile:
-    """A file of ``(component, key, name in the file)``; wide elements first, so that each one lies aligned."""
-    ordered = sorted(tensors, key=lambda item: -ITEM_SIZES[components[item[0]].specs[item[1]].dtype])
-    specs = tuple(components[component].specs[key] for component, key, _ in ordered)
-    ends = list(accumulate((spec.nbytes for spec in specs), initial=0))
-    slots = tuple(Slot(item[0], item[1], *span) for item, span in zip(ordered, pairwise(ends), strict=True))
-    return TensorFile(
-        path=path,
-        slots=slots,
-        names=tuple(name for _, _, name in ordered),
-        specs=specs,
-        metadata=_metadata(ordered, components),
-        frozen=all(key in components[component].frozen for component, key, _ in ordered),
-    )
+    given = [components[component].specs[key] for component, key, _ in tensors]
+    order = wide_first(given)
+    ordered = [tensors[number] for number in order]
+    file = lay_out(path, ordered, [given[number] for number in order], _metadata(ordered, components))
+    return replace(file, frozen=all(key in components[component].frozen for component, key, _ in ordered))
 
 
 def _free_name(name: str, taken: Mapping[str, object]) -> str:

@@ -6,15 +6,13 @@ import contextlib
 import errno
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import xxhash
-
 from checkpointer import layout, strictjson
 from checkpointer.commit import Attempt
-from checkpointer.digest import Digest
+from checkpointer.distributed.boxes import whole
 from checkpointer.distributed.cooperation import OWN, Share
 from checkpointer.distributed.ranks import AS_JSON, Meeting
 from checkpointer.distributed.report import (
@@ -23,20 +21,21 @@ from checkpointer.distributed.report import (
     Places,
     RankFiles,
     all_finite_over_ranks,
+    joined_index,
     no_room_from_json,
     no_room_to_json,
     separated,
+    write_index,
 )
+from checkpointer.distributed.shardfile import chunks_of, header_of, write_file
 from checkpointer.errors import SaveError
-from checkpointer.index import Chunk, Index, Json, parse_index
+from checkpointer.index import Chunk, Index, Json
 from checkpointer.info import CheckpointInfo
 from checkpointer.manifest import Manifest, parse_manifest
 from checkpointer.repository import Repository
 from checkpointer.sharing import Source
 from checkpointer.snapshot import Snapshot, bytes_to_write
 from checkpointer.staging import SharedFile, Staged, StagedFile
-from checkpointer.storage import Buffer
-from checkpointer.tensorfile import joined_shard_indexes
 
 logger = logging.getLogger("checkpointer")
 
@@ -238,13 +237,7 @@ def _commit(
     index = _index(snapshot, parts)
     for part in parts:
         attempt.files.update(part.files)
-    data = index.to_bytes()
-    if len(parts) > 1:
-        sizes = {path: record.size for path, record in attempt.files.items()}
-        parse_index(data, sizes, "the index of all ranks")  # every byte of every tensor is there, exactly once
-        for path, content in joined_shard_indexes(index).items():
-            attempt.write(path, [content], len(content))
-    attempt.write(layout.INDEX, [data], len(data))
+    write_index(attempt, index, joined=len(parts) > 1)
     seconds = time.perf_counter() - began
     manifest = _manifest(repository, snapshot, attempt, seconds, finite=all_finite_over_ranks(parts), ranks=len(parts))
     return _Committed(repository.commit(attempt, manifest), manifest)
@@ -285,29 +278,24 @@ class _TensorFiles:
             hashes = source.hashes
             self._unseen = self._unseen or source.earlier.info.finite is None
         else:
-            digest = Digest(file, self._learned)
-            self._attempt.write(file.path, _file_pieces(item, digest), file.size, steady=source.steady)
+            digest = write_file(self._attempt, item, self._learned)
             hashes = digest.hashes
             self._not_finite += digest.not_finite
-        start = len(file.header)
-        for slot, spec, xxh3 in zip(file.slots, file.specs, hashes, strict=True):
-            box = self._boxes.get((slot.component, slot.key))
-            offsets = (0,) * len(spec.shape) if box is None else box.offsets
-            place = Chunk(offsets, spec.shape, file.path, start + slot.begin, start + slot.end, xxh3)
-            self.chunks[slot.component, slot.key] = (place,)
+        boxes = [
+            self._boxes.get((slot.component, slot.key)) or whole(spec.shape)
+            for slot, spec in zip(file.slots, file.specs, strict=True)
+        ]
+        chunks = chunks_of(file, hashes, (box.offsets for box in boxes))
+        self.chunks.update(
+            {(slot.component, slot.key): (chunk,) for slot, chunk in zip(file.slots, chunks, strict=True)}
+        )
 
     def _share(self, path: str, source: SharedFile) -> bool:
         return self._repository.share(self._attempt, path, source.earlier, source.record)
 
 
-def _file_pieces(item: StagedFile, digest: Digest) -> Iterator[Buffer]:
-    yield item.file.header
-    yield from item.source.pieces(digest)
-    digest.update(memoryview(b""))  # tensors without elements at the end
-
-
 def _headers(staged: Staged) -> dict[str, tuple[int, str]]:
-    return {file.path: (len(file.header), xxhash.xxh3_128_hexdigest(file.header)) for file, _ in staged.files}
+    return {file.path: header_of(file) for file, _ in staged.files}
 
 
 def _own_index(staged: Staged, own: Places) -> Index:
@@ -321,15 +309,7 @@ def _index(snapshot: Snapshot, parts: Sequence[RankFiles]) -> Index:
     components = snapshot.share.components or snapshot.staged.components
     if len(parts) == 1:
         return Index(dict(components), parts[0].chunks, parts[0].headers)
-    chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {
-        (name, key): () for name, component in components.items() for key in component.tensors
-    }
-    headers: dict[str, tuple[int, str]] = {}
-    for part in parts:
-        headers.update(part.headers)
-        for place, found in part.chunks.items():
-            chunks[place] += found
-    return Index(dict(components), chunks, headers)
+    return joined_index(components, parts)
 
 
 def _manifest(

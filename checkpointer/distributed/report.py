@@ -1,4 +1,4 @@
-"""What a rank reports when its files are durable."""
+"""What a rank reports when its files are durable, and what the coordinator makes of all reports."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from checkpointer import strictjson
+from checkpointer import layout, strictjson
+from checkpointer.commit import Attempt
 from checkpointer.distributed.cooperation import OWN
-from checkpointer.index import Chunk, Json
+from checkpointer.index import Chunk, Component, Index, Json, parse_index
 from checkpointer.manifest import FileRecord
+from checkpointer.tensorfile import joined_shard_indexes
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class RankFiles:
 
     files: Mapping[str, FileRecord]
     headers: Mapping[str, tuple[int, str]]
-    """As in :class:`~checkpointer.index.Index`; ``chunks`` too, one for each tensor."""
+    """As in :class:`~checkpointer.index.Index`; ``chunks`` too."""
     chunks: dict[tuple[str, str], tuple[Chunk, ...]]
     finite: bool | None
     learned: bool
@@ -115,3 +117,33 @@ def separated(
         Places(shared, {path: header for path, header in headers.items() if path not in files}),
         Places(own, {path: header for path, header in headers.items() if path in files}),
     )
+
+
+def joined_index(components: Mapping[str, Component], parts: Sequence[RankFiles]) -> Index:
+    """The index of all ranks, of ``components`` as a whole."""
+    chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {
+        (name, key): () for name, component in components.items() for key in component.tensors
+    }
+    headers: dict[str, tuple[int, str]] = {}
+    for part in parts:
+        headers.update(part.headers)
+        for place, found in part.chunks.items():
+            chunks[place] += found
+    return Index(dict(components), chunks, headers)
+
+
+def write_index(attempt: Attempt, index: Index, *, joined: bool) -> None:
+    """Write the index of a checkpoint of which all files are recorded.
+
+    ``joined``: others than this process have written some, so that it is checked, and the model gets its index for
+    Hugging Face tools only now.
+
+    Raises:
+        CorruptCheckpointError: a byte of a tensor is missing, or is there twice.
+    """
+    data = index.to_bytes()
+    if joined:
+        parse_index(data, {path: record.size for path, record in attempt.files.items()}, "the index of all ranks")
+        for path, content in joined_shard_indexes(index).items():
+            attempt.write(path, [content], len(content))
+    attempt.write(layout.INDEX, [data], len(data))

@@ -1,30 +1,59 @@
-"""One safetensors file of one rank: boxes of tensors, written with a hash for each."""
+"""Tensor files of an attempt: how a manager and DCP's writer write each of theirs, and the boxes that DCP hands out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 import xxhash
 
+from checkpointer import tensorfile
 from checkpointer.commit import Attempt
 from checkpointer.digest import Digest
 from checkpointer.distributed.boxes import Box
-from checkpointer.index import ITEM_SIZES, Chunk, TensorSpec
-from checkpointer.manifest import FileRecord
+from checkpointer.index import Chunk, TensorSpec
 from checkpointer.memory import Ring
-from checkpointer.staging import parts_of
+from checkpointer.staging import LiveTensors, StagedFile
 from checkpointer.state.tensors import dtype_name
 from checkpointer.storage import Buffer
-from checkpointer.tensorfile import Slot, TensorFile
+from checkpointer.tensorfile import Naming, TensorFile
+
+
+def write_file(attempt: Attempt, item: StagedFile, learned: frozenset[tuple[str, str]] = frozenset()) -> Digest:
+    """Write one file; durable when this returns. The digest has the hash of each tensor.
+
+    ``learned``: which of them are parameters and moments, to be looked at for NaN and infinities.
+    """
+    digest = Digest(item.file, learned)
+    attempt.write(item.file.path, _pieces(item, digest), item.file.size, steady=item.source.steady)
+    return digest
+
+
+def _pieces(item: StagedFile, digest: Digest) -> Iterator[Buffer]:
+    yield item.file.header
+    yield from item.source.pieces(digest)
+    digest.update(memoryview(b""))  # tensors without elements at the end
+
+
+def header_of(file: TensorFile) -> tuple[int, str]:
+    """Length and hash of the header, as the index has them."""
+    return len(file.header), xxhash.xxh3_128_hexdigest(file.header)
+
+
+def chunks_of(file: TensorFile, hashes: Sequence[str], offsets: Iterable[tuple[int, ...]]) -> list[Chunk]:
+    """Where each tensor of a file lies; ``offsets`` say where in the whole tensor it begins."""
+    start = len(file.header)
+    return [
+        Chunk(begins, spec.shape, file.path, start + slot.begin, start + slot.end, xxh3)
+        for slot, spec, xxh3, begins in zip(file.slots, file.specs, hashes, offsets, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a tensor that is about to be written."""
+    """A box of a tensor that is about to be written. There may be several of one tensor."""
 
     key: str
     box: Box
@@ -37,44 +66,33 @@ class Piece:
         return TensorSpec(dtype_name(self.tensor.dtype), tuple(self.tensor.shape))
 
 
-class WrittenFile(NamedTuple):
-    """A file that is durable, and where each piece lies in it."""
+class Written(NamedTuple):
+    """What has become of pieces."""
 
-    path: str
-    record: FileRecord
-    header: tuple[int, str]
-    """Length and hash, as the index has them."""
-    chunks: tuple[Chunk, ...]
+    chunks: Sequence[Chunk]
     """In the order of the pieces."""
+    headers: dict[str, tuple[int, str]]
+    """Of each file, as the index has them."""
 
 
-def write_pieces(attempt: Attempt, path: str, component: str, pieces: Sequence[Piece]) -> WrittenFile:
-    """Write ``pieces`` to one safetensors file of an attempt; durable when this returns."""
-    order = sorted(range(len(pieces)), key=lambda number: -ITEM_SIZES[pieces[number].spec.dtype])
-    ordered = [pieces[number] for number in order]
-    file = _plan(path, component, ordered)
-    digest = Digest(file)
-    record = attempt.write(path, _bytes(file, ordered, digest), file.size, steady=True)
-    start = len(file.header)
-    found = {
-        number: Chunk(*piece.box, path, start + slot.begin, start + slot.end, xxh3)
-        for number, piece, slot, xxh3 in zip(order, ordered, file.slots, digest.hashes, strict=True)
-    }
-    header = (start, xxhash.xxh3_128_hexdigest(file.header))
-    return WrittenFile(path, record, header, tuple(found[number] for number in range(len(pieces))))
+def write_pieces(attempt: Attempt, component: str, naming: Naming, pieces: Sequence[Piece]) -> Written:
+    """Write ``pieces`` to as many files as they need; durable when this returns."""
+    shards = shards_of([piece.spec.nbytes for piece in pieces])
+    found: dict[int, Chunk] = {}
+    headers: dict[str, tuple[int, str]] = {}
+    for number, shard in enumerate(shards, start=1):
+        order = [shard[place] for place in tensorfile.wide_first([pieces[place].spec for place in shard])]
+        ordered = [pieces[place] for place in order]
+        names = [(component, piece.key, piece.key) for piece in ordered]
+        path = naming.path(component, number, len(shards))
+        file = tensorfile.lay_out(path, names, [piece.spec for piece in ordered], {"format": "pt"})
+        digest = write_file(attempt, StagedFile(file, LiveTensors([piece.tensor for piece in ordered], Ring())))
+        chunks = chunks_of(file, digest.hashes, (piece.box.offsets for piece in ordered))
+        found.update(zip(order, chunks, strict=True))
+        headers[path] = header_of(file)
+    return Written([found[number] for number in range(len(pieces))], headers)
 
 
-def _plan(path: str, component: str, pieces: Sequence[Piece]) -> TensorFile:
-    specs = tuple(piece.spec for piece in pieces)
-    ends = accumulate((spec.nbytes for spec in specs), initial=0)
-    slots = tuple(Slot(component, piece.key, *span) for piece, span in zip(pieces, pairwise(ends), strict=True))
-    names = tuple(piece.key for piece in pieces)
-    return TensorFile(path, slots, names, specs, {"format": "pt"}, frozen=False)
-
-
-def _bytes(file: TensorFile, pieces: Sequence[Piece], digest: Digest) -> Iterator[Buffer]:
-    yield file.header
-    for block in Ring().gather(part for piece in pieces for part in parts_of(piece.tensor)):
-        digest.update(block)
-        yield block
-    digest.update(memoryview(b""))  # tensors without elements at the end
+def shards_of(sizes: Sequence[int]) -> list[list[int]]:
+    """Which pieces of these sizes share a file."""
+    return tensorfile.cut(sizes, tensorfile.SHARD_LIMIT)

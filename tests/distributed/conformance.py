@@ -41,7 +41,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import checkpointer.dcp
+from checkpointer import tensorfile
 from checkpointer.dcp import SafetensorsReader, SafetensorsWriter
+from checkpointer.notes import Note
 from checkpointer.repository import Repository
 from checkpointer.state.tensors import DTYPES, STORABLE
 from checkpointer.storage import open_storage
@@ -57,7 +59,7 @@ def run_cases(cases: Sequence[Case], root: str) -> dict[str, str]:
             case(f"{root}/{case.__name__}")
         except BaseException:  # DCP's own error is no Exception
             failed[case.__name__] = traceback.format_exc()
-        dist.barrier()
+        meet()
     return failed
 
 
@@ -74,13 +76,18 @@ def load(state: dict[str, Any], path: str, **options: Any) -> None:
 
 def steps(root: str) -> list[int]:
     """What is committed, once all ranks are here; every byte of it is checked."""
-    dist.barrier()
+    meet()
     repository = Repository(open_storage(root))
     assert not [entry.name for entry in repository.storage.list_directory(".checkpointer/tmp")]
     report = repository.verify_all()
     assert report.ok, report
-    dist.barrier()
+    meet()
     return [info.step for info in repository.list_checkpoints().checkpoints]
+
+
+def meet() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 @contextmanager
@@ -332,6 +339,28 @@ def a_state_without_anything_in_it_is_a_checkpoint_too(root: str) -> None:
     assert steps(root) == [1, 2]
 
 
+def more_than_one_file_may_hold_is_written_to_several(root: str) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    whole = {f"t{number}": torch.full((100,), float(number)) for number in range(7)}
+    cut = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in whole.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorfile, "SHARD_LIMIT", 900)
+        save(whole, f"{root}/checkpoint-1")
+        save(cut, f"{root}/checkpoint-2")
+    assert steps(root) == [1, 2]
+    names = [sorted(entry.name for entry in open_storage(root).list_directory(f"checkpoint-{step}")) for step in (1, 2)]
+    shards = [f"model-{number:05d}-of-00004.safetensors" for number in (1, 2, 3, 4)]
+    ranks = [f"model-rank-{rank:05d}-{number:05d}-of-00002.safetensors" for rank in (0, 1) for number in (1, 2)]
+    assert names == [
+        ["index.json", "manifest.json", *shards, "model.safetensors.index.json"],
+        ["index.json", "manifest.json", *ranks],
+    ]
+    for step in (1, 2):
+        state = {name: torch.zeros(100) for name in whole}
+        load(state, f"{root}/checkpoint-{step}")
+        assert all(torch.equal(state[name], tensor) for name, tensor in whole.items())
+
+
 # ------------------------------------------------------------------------------------ what is loaded
 
 
@@ -454,6 +483,19 @@ def what_a_planner_makes_of_a_tensor_is_written(root: str) -> None:
     assert state["n"] == 1
 
 
+class CastingPlanner(dcp.DefaultSavePlanner):
+    """Gives other tensors than its plan has announced."""
+
+    def transform_object(self, write_item, object):
+        found = super().transform_object(write_item, object)
+        return found.to(torch.int32) if isinstance(found, torch.Tensor) else found
+
+
+def a_planner_that_gives_other_tensors_than_it_announces_is_refused(root: str) -> None:
+    with fails("announces torch.float32 [5, 20] in its plan, and gives torch.int32 [5, 20]"):
+        save({"t": sharded(SHARDINGS["halves"], TABLE)}, f"{root}/checkpoint-1", planner=CastingPlanner())
+
+
 # ------------------------------------------------------------------------------------ one after the other
 
 
@@ -466,6 +508,21 @@ def a_checkpoint_is_replaced_at_once_and_only_by_a_whole_one(root: str) -> None:
     state = {"t": torch.zeros(10, 20)}
     load(state, path)
     assert torch.equal(state["t"], TABLE + 1)
+    save({"t": TABLE}, f"{root}/checkpoint-2")
+    assert steps(root) == [1, 2]
+
+
+def a_pinned_checkpoint_is_never_replaced(root: str) -> None:
+    save({"t": TABLE}, f"{root}/checkpoint-1")
+    repository = Repository(open_storage(root))
+    if dist.get_rank() == 0:
+        repository.note(repository.find(1), Note(pinned=True))
+    dist.barrier()
+    with fails("checkpoint-1 is pinned", ranks=[0]):
+        save({"t": TABLE + 1}, f"{root}/checkpoint-1")
+    state = {"t": torch.zeros(10, 20)}
+    load(state, f"{root}/checkpoint-1")
+    assert torch.equal(state["t"], TABLE)
     save({"t": TABLE}, f"{root}/checkpoint-2")
     assert steps(root) == [1, 2]
 
@@ -500,7 +557,7 @@ class Failing(SafetensorsWriter):
 
     def __init__(self, stage: str, rank: int, path: str, *, late: bool = False) -> None:
         super().__init__(path)
-        if dist.get_rank() == rank:
+        if this_rank() == rank:
             setattr(self, stage, failing(getattr(self, stage), late=late))
 
 
@@ -509,8 +566,12 @@ class FailingReader(SafetensorsReader):
 
     def __init__(self, stage: str, rank: int, path: str, *, late: bool = False) -> None:
         super().__init__(path)
-        if dist.get_rank() == rank:
+        if this_rank() == rank:
             setattr(self, stage, failing(getattr(self, stage), late=late))
+
+
+def this_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def failing(method: Callable[..., Any], *, late: bool) -> Callable[..., Any]:
@@ -527,13 +588,15 @@ COORDINATOR = ("prepare_global_plan", "finish")
 
 
 def a_save_that_fails_anywhere_fails_on_all_ranks_and_commits_nothing(root: str) -> None:
-    stages = [(stage, rank) for stage in EVERY_RANK for rank in (0, 1)] + [(stage, 0) for stage in COORDINATOR]
+    ranks = range(dist.get_world_size() if dist.is_initialized() else 1)
+    stages = [(stage, rank) for stage in EVERY_RANK for rank in ranks] + [(stage, 0) for stage in COORDINATOR]
     kept = []  # a program may keep the writer, and so what it holds
+    tensor = sharded(SHARDINGS["halves"], TABLE) if dist.is_initialized() else TABLE
     for stage, rank in stages:
         for late in (False, True) if stage != "finish" else (False,):
             kept.append(Failing(stage, rank, f"{root}/checkpoint-1", late=late))
             with fails("the disk is full", ranks=[rank]):
-                dcp.save({"t": sharded(SHARDINGS["halves"], TABLE), "n": 1}, storage_writer=kept[-1])
+                dcp.save({"t": tensor, "n": 1}, storage_writer=kept[-1])
             assert not Repository(open_storage(root)).list_checkpoints().checkpoints
     save({"t": TABLE}, f"{root}/checkpoint-2")
     assert steps(root) == [2]
@@ -558,8 +621,9 @@ def any_rank_may_coordinate(root: str) -> None:
 def a_load_that_fails_anywhere_fails_on_all_ranks(root: str) -> None:
     path = f"{root}/checkpoint-1"
     save({"t": TABLE}, path)
+    ranks = range(dist.get_world_size() if dist.is_initialized() else 1)
     stages = ("set_up_storage_reader", "prepare_local_plan", "read_data", "read_metadata")
-    for stage, rank in [*((stage, rank) for stage in stages for rank in (0, 1)), ("prepare_global_plan", 0)]:
+    for stage, rank in [*((stage, rank) for stage in stages for rank in ranks), ("prepare_global_plan", 0)]:
         for late in (False, True):
             with fails("the disk is full", ranks=[rank]):
                 dcp.load({"t": torch.zeros(10, 20)}, storage_reader=FailingReader(stage, rank, path, late=late))
@@ -594,33 +658,54 @@ def what_would_leave_no_one_to_commit_is_refused(root: str) -> None:
 # ------------------------------------------------------------------------------------ asynchronous
 
 
-def finished(begun: Any) -> Any:
+def uploaded(begun: Any) -> Future[Any]:
+    """What is done when all is committed."""
     pending: Future[Any] = getattr(begun, "upload_completion", begun)
-    return pending.result()
+    return pending
 
 
 def an_asynchronous_save_holds_the_state_of_its_call(root: str) -> None:
-    mesh = init_device_mesh("cpu", (2,))
-    multiprocessing.process.current_process()._config["daemon"] = False  # DCP starts a process for one of them
     in_a_thread = StagingOptions(
         use_pinned_memory=False, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=False
     )
-    for step, options in enumerate(
-        ({}, {"async_stager": DefaultStager(in_a_thread)}, {"async_checkpointer_type": AsyncCheckpointerType.PROCESS}),
-        start=1,
-    ):
+    mesh = init_device_mesh("cpu", (2,))
+    for step, options in enumerate(({}, {"async_stager": DefaultStager(in_a_thread)}), start=1):
         state = {"t": distribute_tensor(TABLE, mesh, [Shard(0)]), "plain": TABLE.clone(), "n": [1]}
-        begun = dcp.async_save(state, storage_writer=SafetensorsWriter(f"{root}/checkpoint-{step}"), **options)
+        begun: Any = dcp.async_save(state, storage_writer=SafetensorsWriter(f"{root}/checkpoint-{step}"), **options)
         getattr(begun, "staging_completion", begun).result()
         state["plain"].zero_()
         state["t"].to_local().zero_()
-        finished(begun)
+        uploaded(begun).result()
         found = {"t": torch.zeros(10, 20), "plain": torch.zeros(10, 20), "n": []}
         load(found, f"{root}/checkpoint-{step}")
         assert torch.equal(found["t"], TABLE)
         assert torch.equal(found["plain"], TABLE)
         assert found["n"] == [1]
-    assert steps(root) == [1, 2, 3]
+    assert steps(root) == [1, 2]
+
+
+class Unlucky(SafetensorsWriter):
+    """Fails after it has written; it can be sent to another process."""
+
+    def write_data(self, plan, planner):
+        super().write_data(plan, planner)
+        raise OSError(28, "the disk is full")
+
+
+def a_process_of_its_own_saves_and_goes_on_after_a_failure(root: str) -> None:
+    alone = dist.new_group([0])
+    if dist.get_rank():
+        return
+    multiprocessing.process.current_process()._config["daemon"] = False  # which may have no processes of its own
+    apart = {"async_checkpointer_type": AsyncCheckpointerType.PROCESS, "process_group": alone}
+    state = {"plain": TABLE, "n": [1]}
+    failed = uploaded(dcp.async_save(state, storage_writer=Unlucky(f"{root}/checkpoint-1"), **apart)).exception()
+    assert "the disk is full" in str(failed)
+    uploaded(dcp.async_save(state, storage_writer=SafetensorsWriter(f"{root}/checkpoint-2"), **apart)).result()
+    found = {"plain": torch.zeros(10, 20), "n": []}
+    load(found, f"{root}/checkpoint-2", no_dist=True)
+    assert torch.equal(found["plain"], TABLE)
+    assert found["n"] == [1]
 
 
 # ------------------------------------------------------------------------------------ four ranks: meshes and groups
@@ -758,6 +843,19 @@ def ranks_outside_the_mesh_of_a_tensor_hold_nothing_of_it(root: str) -> None:
     assert torch.equal(found["t"], TABLE)
 
 
+ONE_PROCESS: Sequence[Case] = [
+    values_that_are_no_tensors_replace_those_in_the_state,
+    a_state_without_anything_in_it_is_a_checkpoint_too,
+    a_part_of_the_keys_is_loaded_and_missing_ones_are_named,
+    a_tensor_of_another_shape_or_kind_is_refused,
+    keys_are_loaded_without_a_state_to_load_into,
+    one_writer_and_one_reader_serve_many_times,
+    a_save_that_fails_anywhere_fails_on_all_ranks_and_commits_nothing,
+    a_load_that_fails_anywhere_fails_on_all_ranks,
+    a_place_without_a_checkpoint_is_an_error,
+]
+"""Without a process group."""
+
 TWO_RANKS: Sequence[Case] = [
     a_sharded_tensor_is_loaded_in_every_other_sharding,
     a_sharded_tensor_is_loaded_as_a_plain_one_and_the_other_way_round,
@@ -770,6 +868,7 @@ TWO_RANKS: Sequence[Case] = [
     every_dtype_comes_back_bit_for_bit,
     copies_of_one_tensor_are_written_once_by_the_lowest_rank_if_that_is_asked_for,
     a_state_without_anything_in_it_is_a_checkpoint_too,
+    more_than_one_file_may_hold_is_written_to_several,
     a_part_of_the_keys_is_loaded_and_missing_ones_are_named,
     a_tensor_of_another_shape_or_kind_is_refused,
     keys_are_loaded_without_a_state_to_load_into,
@@ -777,7 +876,9 @@ TWO_RANKS: Sequence[Case] = [
     a_planner_may_hand_out_memory_of_its_own,
     planners_may_leave_the_state_nested_and_read_values_themselves,
     what_a_planner_makes_of_a_tensor_is_written,
+    a_planner_that_gives_other_tensors_than_it_announces_is_refused,
     a_checkpoint_is_replaced_at_once_and_only_by_a_whole_one,
+    a_pinned_checkpoint_is_never_replaced,
     one_writer_and_one_reader_serve_many_times,
     a_rank_alone_may_save_and_load,
     a_save_that_fails_anywhere_fails_on_all_ranks_and_commits_nothing,
@@ -787,6 +888,7 @@ TWO_RANKS: Sequence[Case] = [
     what_only_pickle_could_store_is_refused_by_name_on_all_ranks,
     what_would_leave_no_one_to_commit_is_refused,
     an_asynchronous_save_holds_the_state_of_its_call,
+    a_process_of_its_own_saves_and_goes_on_after_a_failure,
 ]
 
 FOUR_RANKS: Sequence[Case] = [
