@@ -7,12 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.conformance import FOUR_RANKS, ONE_PROCESS, TWO_RANKS, Case, run_cases
+from tests.distributed.conformance import background, failures, loading, meshes, sharding, values
+from tests.distributed.conformance.calls import Case, run_cases
 from tests.ranks import run
 
+TWO_RANKS = [*sharding.CASES, *values.CASES, *loading.CASES, *failures.CASES, *background.CASES]
 
-@pytest.mark.parametrize("ranks, cases", [(2, TWO_RANKS), (4, FOUR_RANKS)])
-def test_the_ranks_save_and_load_whatever_pytorch_asks_of_storage(tmp_path: Path, ranks: int, cases: Sequence[Case]):
+ONE_PROCESS: Sequence[Case] = [
+    values.values_that_are_no_tensors_replace_those_in_the_state,
+    values.a_state_without_anything_in_it_is_a_checkpoint_too,
+    loading.a_part_of_the_keys_is_loaded_and_missing_ones_are_named,
+    loading.a_tensor_of_another_shape_or_kind_is_refused,
+    loading.keys_are_loaded_without_a_state_to_load_into,
+    failures.one_writer_and_one_reader_serve_many_times,
+    failures.a_save_that_fails_anywhere_fails_on_all_ranks_and_commits_nothing,
+    failures.a_load_that_fails_anywhere_fails_on_all_ranks,
+    failures.a_place_without_a_checkpoint_is_an_error,
+]
+"""Those that need no process group."""
+
+
+@pytest.mark.parametrize("ranks, cases", [(2, TWO_RANKS), (4, meshes.CASES)], ids=["two", "four"])
+def test_all_ranks_save_and_load_whatever_pytorch_asks_of_storage(tmp_path: Path, ranks: int, cases: Sequence[Case]):
     for rank, failed in enumerate(run(ranks, run_cases, cases, str(tmp_path))):
         assert not failed, "\n".join(f"{name} on rank {rank}\n{trace}" for name, trace in failed.items())
 

@@ -39,7 +39,7 @@ class Tied(nn.Module):
         self.last.weight = self.first.weight
         self.seen: dict[str, Any] = {"seed": seed, "scale": torch.tensor([float(seed)])}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return self.last(self.norm(self.first(x)))
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -155,7 +155,8 @@ def test_what_a_managers_checkpoint_lacks_is_named(saved):
 
 def sharded() -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = fully_shard(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(2, 6)).sum().backward()
     optimizer.step()

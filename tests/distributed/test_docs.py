@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from checkpointer import CheckpointManager
 from tests.ranks import run
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -71,3 +73,19 @@ def test_torchrun_starts_killed_ranks_again_and_training_ends_with_the_same_bits
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kill 1: rank process" in done.stdout
     assert done.stdout.endswith("the same bits\n")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")  # DCP's own, in one process
+def test_the_example_of_a_managers_checkpoint_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved, model = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    trained = torch.optim.AdamW(saved.parameters(), lr=0.5)
+    saved(torch.ones(2)).sum().backward()
+    trained.step()
+    with CheckpointManager("runs/gpt", model=saved, optimizer=trained) as mgr:
+        mgr.save(500)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    exec(block("manager"), {"model": model, "optimizer": optimizer})
+    assert torch.equal(model.weight, saved.weight)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert torch.equal(optimizer.state[model.weight]["exp_avg"], trained.state[saved.weight]["exp_avg"])
