@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -92,30 +93,27 @@ def without_any() -> nn.Module:
 LAYOUTS = (over_one_dimension, replicated_over_the_first, with_tensor_parallelism, without_any)
 
 
-def trained(build: Callable[[], nn.Module], *, steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(steps)
+def trained(build: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
     model = build()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * steps)
-    for _ in range(steps):
-        model(torch.ones(2, 6)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * seed)
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
     return model, optimizer
 
 
 def model_and_optimizer_are_loaded_in_every_other_parallelism(root: str) -> None:
-    for step, saved in enumerate(LAYOUTS, start=1):
-        path = f"{root}/checkpoint-{step}"
-        model, optimizer = trained(saved, steps=2)
-        weights, moments = get_state_dict(model, optimizer)
-        save({"model": weights, "optimizer": moments}, path)
-        expected = gathered(model, optimizer)
-        for other in LAYOUTS:
-            fresh, its_optimizer = trained(other, steps=1)
-            weights, moments = get_state_dict(fresh, its_optimizer)
-            load({"model": weights, "optimizer": moments}, path)
-            set_state_dict(fresh, its_optimizer, model_state_dict=weights, optim_state_dict=moments)
-            assert equal(gathered(fresh, its_optimizer), expected), (saved.__name__, other.__name__)
+    made = [trained(layout, seed) for seed, layout in enumerate(LAYOUTS, start=1)]
+    expected = copy.deepcopy([gathered(*pair) for pair in made])  # parts of it are live
+    for step, pair in enumerate(made, start=1):
+        weights, moments = get_state_dict(*pair)
+        save({"model": weights, "optimizer": moments}, f"{root}/checkpoint-{step}")
+    for step, value in enumerate(expected, start=1):
+        for other, (model, optimizer) in zip(LAYOUTS, made, strict=True):
+            weights, moments = get_state_dict(model, optimizer)
+            load({"model": weights, "optimizer": moments}, f"{root}/checkpoint-{step}")
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+            assert equal(gathered(model, optimizer), value), (step, other.__name__)
     assert steps(root) == [1, 2, 3, 4]
 
 
