@@ -142,7 +142,12 @@ def _items(node: Json) -> list[tuple[str, Json]] | None:
         return None
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise CorruptCheckpointError(f"a {tag} of a tree is not well formed")
-    return [(str(decode(pair[0], {}, place="key")), pair[1]) for pair in pairs if isinstance(pair, list)]
+    return [(_key(pair[0]), pair[1]) for pair in pairs if isinstance(pair, list)]
+
+
+def _key(node: Json) -> str:
+    """A key of a dict as DCP writes it."""
+    return str(node if isinstance(node, str | int) else decode(node, {}, place="key"))
 
 
 def _tensor_key(node: Json) -> str | None:

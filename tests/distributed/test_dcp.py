@@ -234,37 +234,11 @@ def test_a_manager_restores_a_model_that_dcp_has_saved(tmp_path):
     assert same(fresh.state_dict(), model.state_dict())
 
 
-def test_dcp_loads_a_model_that_a_manager_has_saved(tmp_path):
-    model, optimizer = training_state()
-    with CheckpointManager(tmp_path, model=model, optimizer=optimizer) as mgr:
-        mgr.save(5)
-    state = {"model": emptied(model.state_dict())}
-    checkpointer.dcp.load(state, tmp_path / "checkpoint-5")
-    assert same(state["model"], dict(model.state_dict()))
-
-
 def test_another_dtype_is_cast_as_dcp_does(tmp_path):
     checkpointer.dcp.save({"w": torch.arange(6.0)}, tmp_path / "checkpoint-1")
     state = {"w": torch.zeros(6, dtype=torch.bfloat16)}
     checkpointer.dcp.load(state, tmp_path / "checkpoint-1")
     assert torch.equal(state["w"], torch.arange(6.0).bfloat16())
-
-
-@pytest.mark.parametrize("dtype", [torch.complex128, torch.complex64, torch.bool, torch.float8_e4m3fn, torch.int16])
-def test_every_dtype_is_cut_by_columns(tmp_path, dtype):
-    run(2, _columns_of, str(tmp_path / "checkpoint-1"), dtype)
-
-
-def _columns_of(path: str, dtype: torch.dtype) -> None:
-    mesh = init_device_mesh("cpu", (2,))
-    whole = torch.arange(48).reshape(6, 8)
-    whole = (whole % 2 == 0) if dtype is torch.bool else whole.to(dtype)
-    rows = DTensor.from_local(whole.chunk(2, 0)[dist.get_rank()].clone(), mesh, [Shard(0)])
-    dcp.save({"w": rows}, storage_writer=SafetensorsWriter(path))
-    mine = whole.chunk(2, 1)[dist.get_rank()]
-    columns = DTensor.from_local(torch.zeros(6, 4).to(dtype), mesh, [Shard(1)])
-    dcp.load({"w": columns}, storage_reader=SafetensorsReader(path))
-    assert columns.to_local().contiguous().view(torch.uint8).equal(mine.contiguous().view(torch.uint8))
 
 
 # ------------------------------------------------------------------------------------ fsdp, async

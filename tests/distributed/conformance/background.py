@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -16,12 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from checkpointer.dcp import SafetensorsWriter
-from tests.distributed.conformance.calls import (
-    TABLE,
-    Case,
-    load,
-    steps,
-)
+from tests.distributed.conformance.calls import TABLE, Case, fails, load, save, steps
 
 
 def uploaded(begun: Any) -> Future[Any]:
@@ -50,6 +46,24 @@ def an_asynchronous_save_holds_the_state_of_its_call(root: str) -> None:
     assert steps(root) == [1, 2]
 
 
+def a_save_in_the_background_goes_on_beside_another_one(root: str) -> None:
+    let_it = threading.Event()
+
+    class Slow(SafetensorsWriter):
+        def write_data(self, plan, planner):
+            assert let_it.wait(30)
+            return super().write_data(plan, planner)
+
+    mine = f"{root}/{dist.get_rank()}"
+    begun = dcp.async_save({"t": TABLE}, storage_writer=Slow(f"{mine}/slow/checkpoint-1"), no_dist=True)
+    save({"t": TABLE}, f"{mine}/fast/checkpoint-1", no_dist=True)
+    with fails("is being written by"):
+        save({"t": TABLE}, f"{mine}/slow/checkpoint-2", no_dist=True)
+    let_it.set()
+    uploaded(begun).result()
+    assert [steps(f"{mine}/{which}") for which in ("slow", "fast")] == [[1], [1]]
+
+
 class Unlucky(SafetensorsWriter):
     """Fails after it has written; it can be sent to another process."""
 
@@ -76,5 +90,6 @@ def a_process_of_its_own_saves_and_goes_on_after_a_failure(root: str) -> None:
 
 CASES: Sequence[Case] = [
     an_asynchronous_save_holds_the_state_of_its_call,
+    a_save_in_the_background_goes_on_beside_another_one,
     a_process_of_its_own_saves_and_goes_on_after_a_failure,
 ]

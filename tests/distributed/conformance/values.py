@@ -139,19 +139,23 @@ def tensors_of_every_form_come_back(root: str) -> None:
     assert steps(root) == [1]
 
 
-def every_dtype_comes_back_bit_for_bit(root: str) -> None:
-    mesh = init_device_mesh("cpu", (2,))
-    raw = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
+def every_dtype_comes_back_bit_for_bit_and_in_other_cuts(root: str) -> None:
+    mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
+    raw = (torch.arange(1024) % 256).to(torch.uint8).reshape(16, 64)
     whole = {name: (raw % 2 if dtype is torch.bool else raw).view(dtype) for name, dtype in planned().items()}
-    mine = slice(8 * dist.get_rank(), 8 * dist.get_rank() + 8)
-    save(
-        {name: DTensor.from_local(tensor[mine], mesh, [Shard(0)]) for name, tensor in whole.items()},
-        f"{root}/checkpoint-1",
-    )
+    rows = {name: DTensor.from_local(tensor.chunk(2, 0)[rank], mesh, [Shard(0)]) for name, tensor in whole.items()}
+    save(rows, f"{root}/checkpoint-1")
     state = {name: torch.zeros_like(raw).view(tensor.dtype) for name, tensor in whole.items()}
     load(state, f"{root}/checkpoint-1")
+    columns = {
+        name: DTensor.from_local(torch.zeros(16, 32, dtype=torch.uint8).view(tensor.dtype), mesh, [Shard(1)])
+        for name, tensor in whole.items()
+    }
+    load(columns, f"{root}/checkpoint-1")
     for name, tensor in whole.items():
         assert torch.equal(state[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        mine = tensor.view(torch.uint8).chunk(2, 1)[rank]
+        assert torch.equal(columns[name].to_local().view(torch.uint8), mine), name
     assert len(state) > 20
 
 
@@ -210,7 +214,7 @@ CASES: Sequence[Case] = [
     stateful_objects_load_themselves_in_one_order_on_all_ranks,
     each_rank_may_hold_what_no_other_does,
     tensors_of_every_form_come_back,
-    every_dtype_comes_back_bit_for_bit,
+    every_dtype_comes_back_bit_for_bit_and_in_other_cuts,
     copies_of_one_tensor_are_written_once_by_the_lowest_rank_if_that_is_asked_for,
     a_state_without_anything_in_it_is_a_checkpoint_too,
     more_than_one_file_may_hold_is_written_to_several,
