@@ -106,8 +106,11 @@ class RankPart:
             raise UnsupportedStateError(
                 f"{index.fqn}: {kind} gives no object but pickled bytes; see DefaultSavePlanner"
             )
-        encoder = Encoder(index.fqn)
-        node = encoder.encode_at([("[]", f"{self._naming.rank}-{number}")], lookup(index))
+        encoder, own = Encoder(index.fqn), f"{self._naming.rank}-{number}"
+        try:
+            node = encoder.encode_at([("[]", own)], lookup(index))
+        except UnsupportedStateError as error:
+            raise UnsupportedStateError(str(error).replace(f"['{own}']", "", 1)) from error
         return node, encoder.tensors
 
 

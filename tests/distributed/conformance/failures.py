@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -136,7 +137,7 @@ def a_place_without_a_checkpoint_is_an_error(root: str) -> None:
 
 def what_only_pickle_could_store_is_refused_by_name_on_all_ranks(root: str) -> None:
     for value in (object(), io.StringIO("x"), lambda: None):
-        with fails("odd"):
+        with fails("odd: cannot store a value of type"):
             save({"t": TABLE, "odd": value}, f"{root}/checkpoint-1")
     with fails("partial"):
         mesh = init_device_mesh("cpu", (2,))
@@ -144,6 +145,19 @@ def what_only_pickle_could_store_is_refused_by_name_on_all_ranks(root: str) -> N
 
         save({"partial": DTensor.from_local(torch.ones(2), mesh, [Partial()])}, f"{root}/checkpoint-1")
     assert steps(root) == []
+
+
+def a_plan_that_repeats_an_earlier_one_is_refused(root: str) -> None:
+    caching = {"planner": dcp.DefaultSavePlanner(enable_plan_caching=True)}
+    try:
+        save({"t": TABLE}, f"{root}/checkpoint-1", **caching)
+        with fails("enable_plan_caching", ranks=[0]):
+            save({"t": TABLE}, f"{root}/checkpoint-2", **caching)
+    finally:
+        for name in [name for name in vars(SavePlanner) if name.startswith("_cached")]:
+            getattr(SavePlanner, name).clear()
+    save({"t": TABLE}, f"{root}/checkpoint-3")
+    assert steps(root) == [1, 3]
 
 
 def what_would_leave_no_one_to_commit_is_refused(root: str) -> None:
@@ -162,5 +176,6 @@ CASES: Sequence[Case] = [
     a_load_that_fails_anywhere_fails_on_all_ranks,
     a_place_without_a_checkpoint_is_an_error,
     what_only_pickle_could_store_is_refused_by_name_on_all_ranks,
+    a_plan_that_repeats_an_earlier_one_is_refused,
     what_would_leave_no_one_to_commit_is_refused,
 ]
