@@ -36,9 +36,19 @@ class Outcome(NamedTuple):
     """Exit status; negative: the signal that killed it."""
 
 
-def launch(world: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Outcome]:
-    """Call ``work(*arguments)`` on every rank of a job of ``world`` ranks; wait for all of them."""
-    server = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+def store() -> Any:
+    """A new store for a job."""
+    return dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+
+
+def launch(
+    world: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120, server: Any = None
+) -> list[Outcome]:
+    """Call ``work(*arguments)`` on every rank of a job of ``world`` ranks; wait for all of them.
+
+    ``server``: the store of a job that is started again, as torchrun does: with all that was said before.
+    """
+    server = server or store()
     processes, ends = [], []
     for rank in range(world):
         ours, theirs = CONTEXT.Pipe(duplex=False)
@@ -58,9 +68,9 @@ def launch(world: int, work: Callable[..., Any], *arguments: Any, timeout: float
             process.join()
 
 
-def run(world: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+def run(world: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120, server: Any = None) -> list[Any]:
     """As :func:`launch`, for work that succeeds: what it returned, by rank."""
-    outcomes = launch(world, work, *arguments, timeout=timeout)
+    outcomes = launch(world, work, *arguments, timeout=timeout, server=server)
     errors = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if outcome.error or outcome.status]
     assert not errors, "\n".join(f"{text}\n{outcomes[int(text.split()[1][:-1])].error}" for text in errors)
     return [outcome.value for outcome in outcomes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
 from collections.abc import Callable, Sequence
@@ -49,4 +50,10 @@ def open_run(ranks: Ranks, storage: Storage, take: Callable[[], None]) -> None:
     told = ranks.meet(Meeting(where, AS_JSON, AS_JSON), lambda: storage.url, begin)
     assert isinstance(told, list)
     path, host = map(str, told)
-    ranks.meet(Meeting(where, AS_JSON, AS_JSON), look, end)
+    try:
+        ranks.meet(Meeting(where, AS_JSON, AS_JSON), look, end)
+    except BaseException:
+        if ranks.rank == 0:
+            with contextlib.suppress(OSError):
+                storage.remove(probe)
+        raise

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore
 
-from checkpointer import errors, strictjson
+from checkpointer.distributed.failures import failure, joined, opened
+from checkpointer.distributed.mail import Mail, in_time
+from checkpointer.distributed.session import Session
 from checkpointer.errors import CheckpointerError, SaveError
 from checkpointer.index import Json
 
-PIECE = 4 << 20
-"""Bytes of one value: the store takes 8 MiB at most."""
+logger = logging.getLogger("checkpointer")
 
-SHORTEST_NAP, LONGEST_NAP = 0.0002, 0.05
-"""Seconds between two looks for a key. To block instead would keep the training thread, and torch itself, from using
-the same connection."""
+LAST_WORDS = 2.0
+"""Seconds that the coordinator takes to say what came of an exchange, once its time is over."""
 
 Value = TypeVar("Value")
 Reply = TypeVar("Reply")
@@ -121,11 +121,10 @@ class Alone:
 class StoreRanks:
     """The ranks of the default process group, through its store."""
 
-    def __init__(self, store: Store, rank: int, size: int, *, timeout: float, channel: str = "main") -> None:
-        """``timeout``: seconds that any exchange may take."""
-        self.rank, self.size, self.channel = rank, size, channel
-        self._store = store
-        self._keys = PrefixStore(channel, store)
+    def __init__(self, session: Session, *, timeout: float, channel: str = "main") -> None:
+        """``timeout``: seconds that a rank which is ready waits for the others."""
+        self.rank, self.size, self.channel = session.rank, session.size, channel
+        self._session = session
         self._timeout = timeout
         self._count = 0
         self._answered: list[str] = []
@@ -138,124 +137,137 @@ class StoreRanks:
         decide: Callable[[Sequence[Value]], Reply],
     ) -> Reply:
         self._count += 1
-        number, limit = self._count, time.monotonic() + self._timeout
+        exchange = _Exchange(str(self._count), meeting.what)
         try:
             value = contribute()
         except BaseException as error:
-            self._tell_of_failure(number, meeting.what, error, limit)
+            self._tell_of_failure(exchange.before(self._limit), error)
             raise
+        exchange = exchange.before(self._limit)
         if self.rank == 0:
-            return self._decide(number, meeting, value, decide, limit)
-        self._say(f"{number}/{self.rank}", {"value": meeting.contribution.pack(value)})
-        return meeting.reply.unpack(_opened(self._listen(f"{number}/reply", [0], meeting.what, limit)))
+            return self._decide(exchange, meeting, value, decide)
+        said = {"value": meeting.contribution.pack(value)}
+        return meeting.reply.unpack(opened(in_time(exchange.limit, self._contribute, exchange, said)))
 
     def beside(self, channel: str) -> Ranks:
-        return StoreRanks(self._store, self.rank, self.size, timeout=self._timeout, channel=channel)
+        return StoreRanks(self._session, timeout=self._timeout, channel=channel)
 
     def close(self) -> None:
         """Nothing is held: keys that are left over go with the job."""
 
+    @property
+    def _limit(self) -> float:
+        """Until when to wait, from now on: a bit longer for the coordinator, who waits for others itself."""
+        return time.monotonic() + self._timeout + (LAST_WORDS if self.rank else 0)
+
     def _decide(
         self,
-        number: int,
+        exchange: _Exchange,
         meeting: Meeting[Value, Reply],
         own: Value,
         decide: Callable[[Sequence[Value]], Reply],
-        limit: float,
     ) -> Reply:
         try:
-            contributions = self._collected(number, meeting, own, limit)
+            heard = in_time(exchange.limit, self._collect, exchange)
+            contributions = [own, *map(meeting.contribution.unpack, heard)]
         except BaseException as error:
-            self._answer(number, _failure(error))
+            self._answer(exchange, failure(error))
             raise
         try:
             reply = decide(contributions)
         except BaseException as error:
-            self._answer(number, _failure(_joined(meeting.what, {0: _failure(error)}, self.size)))
+            self._answer(exchange, failure(joined(meeting.what, {0: failure(error)}, self.size)))
             raise
-        self._answer(number, {"value": meeting.reply.pack(reply)})
+        self._answer(exchange, {"value": meeting.reply.pack(reply)})
         return reply
 
-    def _answer(self, number: int, value: dict[str, Any]) -> None:
-        self._answered = self._say(f"{number}/reply", value)
+    def _answer(self, exchange: _Exchange, value: dict[str, Any]) -> None:
+        """What is decided is done: that nobody can be told any more is an error of the next exchange."""
 
-    def _collected(self, number: int, meeting: Meeting[Value, Any], own: Value, limit: float) -> list[Value]:
-        """What all ranks have contributed, the coordinator's own first."""
-        found: list[Value] = [own]
-        failed: dict[int, dict[str, Any]] = {}
-        self._await([f"{number}/{rank}" for rank in range(1, self.size)], range(1, self.size), meeting.what, limit)
-        for rank in range(1, self.size):
-            heard = self._hear(f"{number}/{rank}")
-            if "value" in heard:
-                found.append(meeting.contribution.unpack(heard["value"]))
-            else:
-                failed[rank] = heard
-        self._forget(*self._answered)  # everybody has heard the answer before, or would not be here
+        def say() -> None:
+            self._answered = self._mail(exchange).say(exchange.reply, value)
+
+        try:
+            in_time(max(exchange.limit, time.monotonic() + LAST_WORDS), say)
+        except SaveError as error:
+            logger.warning("%s: the other ranks could not be told the outcome: %s", exchange.what, error)
+
+    def _collect(self, exchange: _Exchange) -> list[Json]:
+        """What the other ranks have contributed."""
+        mail, keys = self._await_all(exchange)
+        heard = {rank: mail.hear(key) for rank, key in keys.items()}
+        mail.forget(*self._answered)  # everybody has heard the answer before, or would not be here
+        failed = {rank: said for rank, said in heard.items() if "value" not in said}
         if failed:
-            raise _joined(meeting.what, failed, self.size)
-        return found
+            raise joined(exchange.what, failed, self.size)
+        return [said["value"] for said in heard.values()]
 
-    def _tell_of_failure(self, number: int, what: str, error: BaseException, limit: float) -> None:
+    def _contribute(self, exchange: _Exchange, said: dict[str, Any]) -> dict[str, Any]:
+        """Say something to the coordinator, and hear its answer."""
+        mail = self._mail(exchange)
+        mail.say(exchange.key(self.rank), said)
+        self._session.wait(mail, {0: exchange.reply}, exchange.limit, self._missing(exchange))
+        return mail.hear(exchange.reply, keep=True)
+
+    def _tell_of_failure(self, exchange: _Exchange, error: BaseException) -> None:
         """Nobody goes on before all know. What goes wrong here matters less than ``error``."""
-        heard = _failure(error)
+        heard = failure(error)
         with contextlib.suppress(CheckpointerError):
             if self.rank == 0:
-                self._await([f"{number}/{rank}" for rank in range(1, self.size)], range(1, self.size), what, limit)
-                self._answer(number, _failure(_joined(what, {0: heard}, self.size)))
+                in_time(exchange.limit, self._await_all, exchange)
+                self._answer(exchange, failure(joined(exchange.what, {0: heard}, self.size)))
+            elif isinstance(error, Exception):
+                in_time(exchange.limit, self._contribute, exchange, heard)
             else:
-                self._say(f"{number}/{self.rank}", heard)
-                if isinstance(error, Exception):
-                    self._listen(f"{number}/reply", [0], what, limit)
+                in_time(exchange.limit, lambda: self._mail(exchange).say(exchange.key(self.rank), heard))
 
-    def _listen(self, key: str, ranks: Sequence[int], what: str, limit: float) -> dict[str, Any]:
-        self._await([key], ranks, what, limit)
-        return self._hear(key, keep=True)
+    def _await_all(self, exchange: _Exchange) -> tuple[Mail, dict[int, str]]:
+        mail, keys = self._mail(exchange), {rank: exchange.key(rank) for rank in range(1, self.size)}
+        self._session.wait(mail, keys, exchange.limit, self._missing(exchange))
+        return mail, keys
 
-    def _await(self, keys: list[str], ranks: Sequence[int], what: str, limit: float) -> None:
-        """Sleep until all keys are there."""
-        nap = SHORTEST_NAP
-        while not self._there(keys):
-            if time.monotonic() > limit:
-                missing = [rank for key, rank in zip(keys, ranks, strict=True) if not self._there([key])]
-                raise SaveError(
-                    f"{what}: rank {', '.join(map(str, missing[:8]))} of {self.size} said nothing for "
-                    f"{self._timeout:g} s (write: {{rank_timeout}}): it is dead or stuck. Nothing was committed"
+    def _mail(self, exchange: _Exchange) -> Mail:
+        return self._session.mail(self.channel, exchange.limit, self._missing(exchange))
+
+    def _missing(self, exchange: _Exchange) -> Callable[[list[int], dict[int, int]], SaveError]:
+        """The error for those that have said nothing."""
+
+        def error(silent: list[int], dead: dict[int, int]) -> SaveError:
+            if dead:
+                told = ", ".join(
+                    f"rank {rank} of {self.size} is dead: its process {dead[rank]} has ended" for rank in dead
                 )
-            time.sleep(nap)
-            nap = min(nap * 1.5, LONGEST_NAP)
+            else:
+                told = (
+                    f"rank {', '.join(map(str, silent[:8]))} of {self.size} said nothing for {self._timeout:g} s "
+                    "(write: {rank_timeout}): it is dead or stuck"
+                )
+            outcome = "Nothing was committed" if self.rank == 0 else "If rank 0 has committed, restore_latest will tell"
+            return SaveError(f"{exchange.what}: {told}. {outcome}")
 
-    def _there(self, keys: list[str]) -> bool:
-        try:
-            return not keys or bool(self._keys.check(keys))
-        except (RuntimeError, ConnectionError) as error:
-            raise SaveError(f"the store of this job cannot be reached any more: {error}") from error
+        return error
 
-    def _say(self, key: str, value: dict[str, Any]) -> list[str]:
-        """Publish a value; returns the keys that it takes."""
-        data = zlib.compress(strictjson.dumps(value).encode("ascii"), 1)
-        pieces = [data[start : start + PIECE] for start in range(0, len(data), PIECE)]
-        for number, piece in enumerate(pieces[1:], start=1):
-            self._put(f"{key}+{number}", piece)
-        self._put(key, len(pieces).to_bytes(4, "big") + pieces[0])  # the last: whoever sees it finds the others
-        return [key, *(f"{key}+{number}" for number in range(1, len(pieces)))]
 
-    def _put(self, key: str, data: bytes) -> None:
-        try:
-            self._keys.set(key, data)  # type: ignore[arg-type]  # declared for str, takes bytes
-        except (RuntimeError, ConnectionError) as error:
-            raise SaveError(f"the store of this job cannot be reached any more: {error}") from error
+class _Exchange(NamedTuple):
+    """One meeting, of this time."""
 
-    def _hear(self, key: str, *, keep: bool = False) -> dict[str, Any]:
-        first = self._keys.get(key)
-        names = [f"{key}+{number}" for number in range(1, int.from_bytes(first[:4], "big"))]
-        data = first[4:] + b"".join(self._keys.get(name) for name in names)
-        if not keep:
-            self._forget(key, *names)
-        return strictjson.mapping(strictjson.loads(zlib.decompress(data), "another rank's message"), "message")
+    number: str
+    what: str
+    limit: float = 0
+    """By ``time.monotonic()``."""
 
-    def _forget(self, *keys: str) -> None:
-        for key in keys:
-            self._keys.delete_key(key)
+    def before(self, limit: float) -> _Exchange:
+        """The same, to be over in time."""
+        return self._replace(limit=limit)
+
+    @property
+    def reply(self) -> str:
+        """The key of the coordinator's answer."""
+        return f"{self.number}/reply"
+
+    def key(self, rank: int) -> str:
+        """The key of what a rank contributes."""
+        return f"{self.number}/{rank}"
 
 
 def ranks_of_job(purpose: str, timeout: timedelta) -> Ranks:
@@ -269,42 +281,8 @@ def ranks_of_job(purpose: str, timeout: timedelta) -> Ranks:
     key = hashlib.sha256(purpose.encode()).hexdigest()[:16]
     count = _made[key] = _made.get(key, 0) + 1
     keys = PrefixStore(f"checkpointer/{key}/{count}", store)
-    return StoreRanks(keys, dist.get_rank(), dist.get_world_size(), timeout=timeout.total_seconds())
+    return StoreRanks(Session(keys, dist.get_rank(), dist.get_world_size()), timeout=timeout.total_seconds())
 
 
 _made: dict[str, int] = {}
 """How many times ranks have met for each purpose: every time has keys of its own."""
-
-
-def _failure(error: BaseException) -> dict[str, Any]:
-    """An error as JSON: its class by name, which is looked up among ours alone."""
-    number = error.errno if isinstance(error, OSError) else None
-    kind = type(error).__name__ if isinstance(error, CheckpointerError) else "SaveError"
-    told = str(error) if isinstance(error, CheckpointerError) else f"{type(error).__name__}: {error}"
-    return {"error": kind, "text": told[:20_000].encode("ascii", "replace").decode(), "errno": number}
-
-
-def _joined(what: str, failed: dict[int, dict[str, Any]], size: int) -> CheckpointerError:
-    """One error for what several ranks have met."""
-    kinds = {str(heard.get("error")) for heard in failed.values()}
-    told = "; ".join(f"rank {rank} of {size}: {heard.get('text')}" for rank, heard in sorted(failed.items())[:8])
-    error = _class_named(kinds.pop() if len(kinds) == 1 else "SaveError")(f"{what} failed: {told}")
-    numbers = {heard.get("errno") for heard in failed.values()}
-    if isinstance(error, OSError):
-        error.errno = numbers.pop() if len(numbers) == 1 else None
-    return error
-
-
-def _class_named(name: str) -> type[CheckpointerError]:
-    found = getattr(errors, name, None) if name in errors.__all__ else None
-    return found if isinstance(found, type) and issubclass(found, CheckpointerError) else SaveError
-
-
-def _opened(heard: dict[str, Any]) -> Json:
-    if "value" in heard:
-        value: Json = heard["value"]
-        return value
-    error = _class_named(str(heard.get("error")))(str(heard.get("text")))
-    if isinstance(error, OSError):
-        error.errno = heard.get("errno")
-    raise error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -206,26 +207,50 @@ def test_what_fails_on_one_rank_fails_on_all_with_its_cause_and_commits_nothing(
     nothing_left(tmp_path)
 
 
-def dying(root: str, victim: int, moment: str) -> str:
+def dying(root: str, victim: int, moment: str) -> tuple[str, float]:
+    config = {"write": {"rank_timeout": "3s" if moment == "stopped" else "10min"}}
     weights = nn.Linear(3, 3)
-    with CheckpointManager(root, config=SHORT, progress={"x": torch.ones(3)}, weights=weights) as mgr:
+    with CheckpointManager(root, config=config, progress={"x": torch.ones(3)}, weights=weights) as mgr:
         mgr.save(1)
         mgr.wait()
+        pids: list[Any] = [None, None]
+        dist.all_gather_object(pids, os.getpid())
         if dist.get_rank() == victim:
+            number = signal.SIGSTOP if moment == "stopped" else signal.SIGKILL
             if moment == "before":
-                os.kill(os.getpid(), signal.SIGKILL)
-            LocalStorage.write = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-        return caught(lambda: mgr.save(2).result())
+                os.kill(os.getpid(), number)
+            LocalStorage.write = lambda *_, **__: os.kill(os.getpid(), number)
+        began = time.monotonic()
+        told = caught(lambda: mgr.save(2).result())
+        seconds = time.monotonic() - began
+        if moment == "stopped" and dist.get_rank() != victim:
+            os.kill(pids[victim], signal.SIGCONT)
+        return told, seconds
 
 
 @pytest.mark.parametrize("victim,moment", [(1, "before"), (1, "writing"), (0, "before"), (0, "writing")])
-def test_a_dead_rank_is_an_error_in_time_that_names_it(tmp_path, victim, moment):
+@pytest.mark.skipif(sys.platform != "linux", reason="what the system tells of processes")
+def test_a_dead_rank_of_the_same_host_is_an_error_at_once_that_names_it(tmp_path, victim, moment):
     outcomes: list[Outcome] = launch(2, dying, str(tmp_path), victim, moment, timeout=60)
-    assert outcomes[victim].status == -9
-    told = outcomes[1 - victim]
-    assert f"rank {victim} of 2 said nothing for 4 s" in f"{told.value} {told.error}"
+    assert outcomes[victim].status == -signal.SIGKILL
+    assert not outcomes[1 - victim].error
+    told, seconds = outcomes[1 - victim].value
+    assert told.startswith("SaveError")
+    assert f"rank {victim} of 2 is dead: its process" in told
+    assert ("Nothing was committed" in told) == (victim == 1)  # rank 0 might have committed before it died
+    assert seconds < 5
     assert steps(tmp_path) == [1]
     assert Repository(open_storage(tmp_path)).verify_all().ok
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.thorough(lambda victim: victim == 0)
+def test_a_rank_that_is_stuck_is_an_error_in_time_and_not_called_dead_for_certain(tmp_path, victim):
+    outcomes: list[Outcome] = launch(2, dying, str(tmp_path), victim, "stopped", timeout=60)
+    told, seconds = outcomes[1 - victim].value
+    assert f"rank {victim} of 2 said nothing for 3 s (write: {{rank_timeout}}): it is dead or stuck" in told
+    assert 3 <= seconds < 8
+    assert steps(tmp_path) == [1]
 
 
 def disagreeing(root: str) -> str:
@@ -319,6 +344,7 @@ def test_ranks_that_do_not_share_a_directory_find_out_at_the_first_save(tmp_path
         assert f"on {socket.gethostname()}" in told
         assert "shared file system" in told
     assert steps(tmp_path / "0") == []
+    assert not list(tmp_path.rglob("probe-*"))
 
 
 def pruned(root: str) -> list[Any]:

@@ -1,0 +1,105 @@
+"""The ranks of a job find each other: those that live now, not those of the same job before it was started again.
+
+``torchrun`` keeps its store when it starts ranks again, with all that their predecessors have said. So the coordinator
+names each session anew, and every rank waits until the coordinator has repeated a word that it has just made up.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.distributed_c10d import Store
+
+from checkpointer.distributed.mail import Mail
+from checkpointer.distributed.neighbours import Neighbours, this_process
+
+SHORTEST_NAP, LONGEST_NAP = 0.0002, 0.05
+"""Seconds between two looks for a key. To block instead would keep the training thread, and torch itself, from using
+the same connection."""
+
+BETWEEN_LOOKS = 0.5
+"""Seconds between two looks whether those that say nothing still run."""
+
+Missing = Callable[[list[int], dict[int, int]], Exception]
+"""The error for ranks that have said nothing, and for those of them that run no more: their processes."""
+
+
+class Session:
+    """One life of a job."""
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self._store = store
+        self._guard = threading.Lock()
+        self._id = ""
+        self._neighbours = Neighbours({})
+
+    def mail(self, channel: str, limit: float, missing: Missing) -> Mail:
+        """What the ranks of this session say on a channel; at the first call, they find each other."""
+        with self._guard:
+            if not self._id:
+                self._id = self._lead(limit, missing) if self.rank == 0 else self._follow(limit, missing)
+        return Mail(self._store, f"{self._id}/{channel}")
+
+    def wait(self, mail: Mail, keys: dict[int, str], limit: float, missing: Missing) -> None:
+        """Sleep until each rank has said its key.
+
+        Raises:
+            Exception: whatever ``missing`` makes of those that have not.
+        """
+        nap, look = SHORTEST_NAP, time.monotonic() + BETWEEN_LOOKS
+        while not mail.there(*keys.values()):
+            now = time.monotonic()
+            late = now > limit
+            if late or now > look:
+                look = now + BETWEEN_LOOKS
+                self._look(mail, keys, missing, late=late)
+            time.sleep(nap)
+            nap = min(nap * 1.5, LONGEST_NAP)
+
+    def _look(self, mail: Mail, keys: dict[int, str], missing: Missing, *, late: bool) -> None:
+        dead = self._neighbours.gone(keys)
+        silent = [rank for rank, key in keys.items() if not mail.there(key)]  # last words may have come just now
+        dead = {rank: pid for rank, pid in dead.items() if rank in silent}
+        if dead or (late and silent):
+            raise missing(silent, dead)
+
+    def _lead(self, limit: float, missing: Missing) -> str:
+        """On the coordinator: begin a session."""
+        mail, id = Mail(self._store, "sessions"), secrets.token_hex(8)
+        mail.say("newest", {"id": id})
+        keys = {rank: f"{id}/{rank}" for rank in range(1, self.size)}
+        self.wait(mail, keys, limit, missing)
+        told = {str(rank): mail.hear(key) for rank, key in keys.items()}
+        mail.say(f"{id}/all", {"ranks": {**told, "0": _words()}})
+        self._meet_neighbours(told)
+        return id
+
+    def _follow(self, limit: float, missing: Missing) -> str:
+        """On any other rank: answer to each session that is called the newest, until one knows this answer."""
+        mail, words, nap, id = Mail(self._store, "sessions"), _words(), SHORTEST_NAP, ""
+        while True:
+            if mail.there("newest") and (newest := str(mail.hear("newest", keep=True)["id"])) != id:
+                id = newest
+                mail.say(f"{id}/{self.rank}", words)
+            if id and mail.there(f"{id}/all"):
+                told = mail.hear(f"{id}/all", keep=True)["ranks"]
+                if told.get(str(self.rank)) == words:
+                    self._meet_neighbours(told)
+                    return id
+            if time.monotonic() > limit:
+                raise missing([0], {})
+            time.sleep(nap)
+            nap = min(nap * 1.5, LONGEST_NAP)
+
+    def _meet_neighbours(self, told: dict[str, Any]) -> None:
+        self._neighbours = Neighbours({int(rank): words["process"] for rank, words in told.items()})
+
+
+def _words() -> dict[str, Any]:
+    """What a rank says of itself; never the same twice."""
+    return {"word": secrets.token_hex(8), "process": this_process()}
