@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -25,7 +26,7 @@ from checkpointer.storage import LocalStorage, open_storage
 PRIVATE = Path("/mnt")
 """A disk that each host has of its own."""
 
-CONFIG = {"write": {"rank_timeout": "6s"}}
+CONFIG = {"write": {"rank_timeout": "2s"}}
 
 
 def caught(work: Callable[[], object]) -> dict[str, Any]:
@@ -117,19 +118,24 @@ def private_root(folder: Path) -> dict[str, Any]:
     del folder
     root = PRIVATE / "run"
     found = caught(lambda: manager(root, model()).save(1))
-    return {**found, "committed": committed(root), "left": [str(file) for file in root.glob("**/tmp/*")]}
+    return {**found, "committed": committed(root), "left": left(root)}
 
 
-def private_root_below(folder: Path) -> dict[str, Any]:
-    """The run root exists on each, as if a checkpoint had been copied there before."""
+def left(root: Path) -> list[str]:
+    """What is unfinished, or was."""
+    return [str(file) for file in root.glob(".checkpointer/t*/*")]
+
+
+def private_copy(folder: Path) -> dict[str, Any]:
+    """Each host has its own directory under the same name, with the same checkpoint in it."""
     own, here = PRIVATE / "copied", manager(folder / "copied", model())
     here.save(1).result()
     here.close()
     if os.environ["LOCAL_RANK"] == "0":
-        os.system(f"cp -r {folder / 'copied'} {own}")
+        shutil.copytree(folder / "copied", own)
     dist.barrier()
     found = caught(lambda: manager(own, model()).restore_latest())
-    return {**found, "committed": committed(own)}
+    return {**found, "committed": committed(own), "left": left(own)}
 
 
 def link_down(folder: Path) -> dict[str, Any]:
@@ -139,14 +145,13 @@ def link_down(folder: Path) -> dict[str, Any]:
     mgr.save(1).result()
     whole = LocalStorage.write
 
-    def slow(self: LocalStorage, path: str, *arguments: Any, **options: Any) -> float:
-        seconds = whole(self, path, *arguments, **options)
-        if path.endswith(".safetensors"):
-            (folder / "cut").touch()
-            time.sleep(1.5)
-        return seconds
+    def waiting(self: LocalStorage, path: str, *arguments: Any, **options: Any) -> float:
+        (folder / f"writing-{dist.get_rank()}").touch()
+        while not (folder / "cut").exists():
+            time.sleep(0.01)
+        return whole(self, path, *arguments, **options)
 
-    LocalStorage.write = slow  # type: ignore[method-assign]
+    LocalStorage.write = waiting  # type: ignore[method-assign]
     found = caught(lambda: mgr.save(2).result())
     return {**found, "committed": committed(root)}
 
@@ -156,7 +161,7 @@ WORK = {
     "stale owner": stale_owner,
     "living owner": living_owner,
     "private root": private_root,
-    "private root below": private_root_below,
+    "private copy": private_copy,
     "link down": link_down,
 }
 
