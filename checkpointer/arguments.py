@@ -6,6 +6,7 @@ import operator
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from checkpointer import layout
 from checkpointer.errors import ConfigError, CorruptCheckpointError
@@ -96,6 +97,27 @@ def read_attachments(files: Mapping[str, bytes | str | os.PathLike[str]] | None)
         else:
             raise ConfigError(f"files[{name!r}] must be bytes or a path, got {type(content).__name__}")
     return attachments
+
+
+class Extras(NamedTuple):
+    """What a checkpoint holds beside the state."""
+
+    metrics: dict[str, float]
+    tags: tuple[str, ...]
+    attachments: dict[str, bytes]
+
+
+def check_extras(
+    metrics: Mapping[str, object] | None,
+    tags: Iterable[str],
+    files: Mapping[str, bytes | str | os.PathLike[str]] | None,
+) -> Extras:
+    """Everything that ``save`` takes beside the state.
+
+    Raises:
+        ConfigError, OSError: as the checks of each.
+    """
+    return Extras(check_metrics(metrics), check_tags(tags), read_attachments(files))
 
 
 def check_component_names(names: Iterable[str], reserved: Iterable[str]) -> None:

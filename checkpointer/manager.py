@@ -13,12 +13,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from checkpointer.arguments import (
+    Extras,
     check_component_names,
+    check_extras,
     check_metrics,
     check_seconds,
     check_step,
     check_tags,
-    read_attachments,
 )
 from checkpointer.config import Config, Mode, load_config
 from checkpointer.distributed.job import Job
@@ -43,7 +44,7 @@ from checkpointer.restoring import RNG, Restorer
 from checkpointer.retention import BestRule, RetentionPlan, rank
 from checkpointer.saving import PendingSave, Saver, finished
 from checkpointer.snapshot import Snapshot
-from checkpointer.state import Adapter, RngState, adapter_for, modules_of, optimizers_of
+from checkpointer.state import Adapter, Captured, RngState, adapter_for, modules_of, optimizers_of
 from checkpointer.storage import open_storage
 from checkpointer.verification import VerifyReport
 from checkpointer.watching import watch
@@ -445,15 +446,19 @@ class CheckpointManager:
         mode: Mode,
     ) -> PendingSave | None:
         """Capture and stage everything, then hand it to the writer."""
-        checked_metrics, checked_tags, attachments = check_metrics(metrics), check_tags(tags), read_attachments(files)
         began = time.perf_counter()
         self._saver.settle()
         settled = time.perf_counter()
         created = datetime.now(timezone.utc)
         self._last()
-        share = self._job.cooperation.share(
-            step, lambda: {name: adapter.capture() for name, adapter in self._adapters.items()}
-        )
+        extras: list[Extras] = []
+
+        def capture() -> dict[str, Captured]:
+            # The coordinator's files alone are saved: those of other hosts need not be there.
+            extras.append(check_extras(metrics, tags, files if self._job.ranks.rank == 0 else None))
+            return {name: adapter.capture() for name, adapter in self._adapters.items()}
+
+        share = self._job.cooperation.share(step, capture)
         try:
             staged = self._saver.stage(share, mode)
         except BaseException as error:
@@ -463,10 +468,8 @@ class CheckpointManager:
             step=step,
             epoch=epoch,
             created=created,
-            metrics=checked_metrics,
-            tags=checked_tags,
             staged=staged,
-            attachments=attachments,
+            **extras[0]._asdict(),
             parent=self._position.tip.id if self._position.tip else None,
             environment=environment(),
             mode=mode,
