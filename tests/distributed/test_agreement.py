@@ -155,58 +155,6 @@ def test_ranks_that_hold_nothing_take_part(tmp_path):
 # ------------------------------------------------------------------------------------ failures
 
 
-class Unsupported:
-    pass
-
-
-def failing(root: str, where: str, mode: str) -> list[str]:
-    """Save step 1, then step 2 with a failure on rank 1, then step 3."""
-    progress: dict[str, Any] = {"x": torch.ones(3)}
-    weights = nn.Linear(3, 3)
-    mgr = CheckpointManager(root, config={"write": {"mode": mode}}, progress=progress, weights=weights)
-    mgr.save(1)
-    mgr.wait()
-    whole = LocalStorage.write
-
-    def broken(self: Any, path: str, *arguments: Any, **options: Any) -> float:
-        if path.endswith(".safetensors"):
-            raise OSError(28, "No space left on device")
-        return whole(self, path, *arguments, **options)
-
-    if dist.get_rank() == (0 if where == "coordinator" else 1):
-        if where == "capture":
-            progress["odd"] = Unsupported()
-        else:
-            LocalStorage.write = broken
-    told = caught(lambda: mgr.save(2).result())
-    LocalStorage.write = whole
-    progress.pop("odd", None)
-    mgr.save(3).result()
-    mgr.close()
-    return [told]
-
-
-@pytest.mark.parametrize(
-    "where,mode,kind",
-    [
-        ("capture", "async", "UnsupportedStateError"),
-        ("writing", "async", "SaveError"),
-        ("writing", "sync", "SaveError"),
-        ("coordinator", "async", "SaveError"),
-    ],
-)
-def test_what_fails_on_one_rank_fails_on_all_with_its_cause_and_commits_nothing(tmp_path, where, mode, kind):
-    first, second = (row[0] for row in run(2, failing, str(tmp_path), where, mode))
-    assert first.startswith(kind)
-    assert second.startswith(kind)
-    failed = 0 if where == "coordinator" else 1
-    for told in (first, second)[1 - failed : 2 - failed]:
-        assert f"rank {failed} of 2:" in told
-        assert ("odd" if where == "capture" else "No space left on device") in told
-    assert steps(tmp_path) == [1, 3]
-    nothing_left(tmp_path)
-
-
 def dying(root: str, victim: int, moment: str) -> tuple[str, float]:
     config = {"write": {"rank_timeout": "3s" if moment == "stopped" else "10min"}}
     weights = nn.Linear(3, 3)
