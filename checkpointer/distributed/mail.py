@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
@@ -23,6 +24,14 @@ PIECE = 4 << 20
 
 GRACE = 0.5
 """Seconds that a call may take beyond its limit, in which it says itself what was missing."""
+
+
+class Heard(NamedTuple):
+    """One message."""
+
+    value: dict[str, Any]
+    keys: tuple[str, ...]
+    """That it takes."""
 
 
 class Mail:
@@ -44,19 +53,34 @@ class Mail:
         self._put(key, len(pieces).to_bytes(4, "big") + pieces[0])  # the last: whoever sees it finds the others
         return [key, *(f"{key}+{number}" for number in range(1, len(pieces)))]
 
-    def hear(self, key: str, *, keep: bool = False) -> dict[str, Any]:
-        """What was said; it is forgotten unless others have to hear it, too."""
-        first = self._asked(self._keys.get, key)
-        names = [f"{key}+{number}" for number in range(1, int.from_bytes(first[:4], "big"))]
-        data = first[4:] + b"".join(self._asked(self._keys.get, name) for name in names)
-        if not keep:
-            self.forget(key, *names)
-        return strictjson.mapping(strictjson.loads(zlib.decompress(data), "another rank's message"), "message")
+    def hear(self, key: str) -> dict[str, Any]:
+        """What was said."""
+        return self.hear_all([key])[0].value
+
+    def hear_all(self, keys: Sequence[str]) -> list[Heard]:
+        """Everything that was said; one question for all, where the store takes such."""
+        if self._keys.has_extended_api():  # type: ignore[attr-defined]  # every store has it, the stubs do not
+            first = self._asked(self._keys.multi_get, list(keys))
+        else:
+            first = [self._asked(self._keys.get, key) for key in keys]
+        return [self._whole(key, data) for key, data in zip(keys, first, strict=True)]
 
     def forget(self, *keys: str) -> None:
-        """Remove what nobody has to hear any more."""
-        for key in keys:
-            self._asked(self._keys.delete_key, key)
+        """Remove what nobody has to hear any more; nobody waits for it."""
+
+        def remove() -> None:
+            with contextlib.suppress(SaveError):  # it goes with the job
+                for key in keys:
+                    self._asked(self._keys.delete_key, key)
+
+        if keys and room_for_a_thread():
+            threading.Thread(target=remove, name="checkpointer-store", daemon=True).start()
+
+    def _whole(self, key: str, first: bytes) -> Heard:
+        names = [f"{key}+{number}" for number in range(1, int.from_bytes(first[:4], "big"))]
+        data = first[4:] + b"".join(self._asked(self._keys.get, name) for name in names)
+        said = strictjson.loads(zlib.decompress(data), "another rank's message")
+        return Heard(strictjson.mapping(said, "message"), (key, *names))
 
     def _put(self, key: str, data: bytes) -> None:
         self._asked(self._keys.set, key, data)  # type: ignore[arg-type]  # declared for str, takes bytes

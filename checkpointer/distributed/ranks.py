@@ -195,8 +195,10 @@ class StoreRanks:
     def _collect(self, exchange: _Exchange) -> list[Json]:
         """What the other ranks have contributed."""
         mail, keys = self._await_all(exchange)
-        heard = {rank: mail.hear(key) for rank, key in keys.items()}
-        mail.forget(*self._answered)  # everybody has heard the answer before, or would not be here
+        messages = mail.hear_all(list(keys.values()))
+        # Everybody has heard the answer before, or would not be here.
+        mail.forget(*self._answered, *(key for message in messages for key in message.keys))
+        heard = {rank: message.value for rank, message in zip(keys, messages, strict=True)}
         failed = {rank: said for rank, said in heard.items() if "value" not in said}
         if failed:
             raise joined(exchange.what, failed, self.size)
@@ -207,7 +209,7 @@ class StoreRanks:
         mail = self._mail(exchange)
         mail.say(exchange.key(self.rank), said)
         self._session.wait(mail, {0: exchange.reply}, exchange.limit, self._missing(exchange))
-        return mail.hear(exchange.reply, keep=True)
+        return mail.hear(exchange.reply)
 
     def _tell_of_failure(self, exchange: _Exchange, error: BaseException) -> None:
         """Nobody goes on before all know. What goes wrong here matters less than ``error``."""

@@ -74,7 +74,7 @@ class Session:
         mail.say("newest", {"id": id})
         keys = {rank: f"{id}/{rank}" for rank in range(1, self.size)}
         self.wait(mail, keys, limit, missing)
-        told = {str(rank): mail.hear(key) for rank, key in keys.items()}
+        told = {str(rank): heard.value for rank, heard in zip(keys, mail.hear_all(list(keys.values())), strict=True)}
         mail.say(f"{id}/all", {"ranks": {**told, "0": _words()}})
         self._meet_neighbours(told)
         return id
@@ -83,11 +83,11 @@ class Session:
         """On any other rank: answer to each session that is called the newest, until one knows this answer."""
         mail, words, nap, id = Mail(self._store, "sessions"), _words(), SHORTEST_NAP, ""
         while True:
-            if mail.there("newest") and (newest := str(mail.hear("newest", keep=True)["id"])) != id:
+            if mail.there("newest") and (newest := str(mail.hear("newest")["id"])) != id:
                 id = newest
                 mail.say(f"{id}/{self.rank}", words)
             if id and mail.there(f"{id}/all"):
-                told = mail.hear(f"{id}/all", keep=True)["ranks"]
+                told = mail.hear(f"{id}/all")["ranks"]
                 if told.get(str(self.rank)) == words:
                     self._meet_neighbours(told)
                     return id

@@ -370,25 +370,6 @@ def test_a_signal_to_one_rank_makes_all_save_at_one_step_and_stop(tmp_path):
     assert first[2] is True
 
 
-def quiet(root: str) -> int:
-    """How often the ranks talk while nothing is due by the rules of steps."""
-    from checkpointer.distributed.ranks import StoreRanks
-
-    mgr = CheckpointManager(root, config={"save": {"every_n_steps": 100}}, progress={"x": 1})
-    mgr.save(100)
-    mgr.wait()
-    talk = []
-    StoreRanks.meet = lambda *arguments: talk.append(arguments)
-    for step in range(101, 200):
-        assert mgr.save(step) is None
-        assert not mgr.should_save(step)
-    return len(talk)
-
-
-def test_rules_of_steps_alone_need_no_word_between_the_ranks(tmp_path):
-    assert run(2, quiet, str(tmp_path)) == [0, 0]
-
-
 def user_group(root: str) -> list[Any]:
     """Collectives of the training thread, while a save is being written: no group of the user's is touched."""
     mesh = init_device_mesh("cpu", (2,))
