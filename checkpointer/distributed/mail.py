@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -65,16 +65,11 @@ class Mail:
             first = [self._asked(self._keys.get, key) for key in keys]
         return [self._whole(key, data) for key, data in zip(keys, first, strict=True)]
 
-    def forget(self, *keys: str) -> None:
-        """Remove what nobody has to hear any more; nobody waits for it."""
-
-        def remove() -> None:
-            with contextlib.suppress(SaveError):  # it goes with the job
-                for key in keys:
-                    self._asked(self._keys.delete_key, key)
-
-        if keys and room_for_a_thread():
-            threading.Thread(target=remove, name="checkpointer-store", daemon=True).start()
+    def forget(self, keys: Iterable[str]) -> None:
+        """Remove what nobody has to hear any more."""
+        with contextlib.suppress(SaveError):  # it goes with the job
+            for key in keys:
+                self._asked(self._keys.delete_key, key)
 
     def _whole(self, key: str, first: bytes) -> Heard:
         names = [f"{key}+{number}" for number in range(1, int.from_bytes(first[:4], "big"))]

@@ -52,6 +52,11 @@ class Neighbours:
         self._seen = {rank: process for rank, process in found.items() if process and process.where == here}
         self._seen = {rank: process for rank, process in self._seen.items() if process.runs}
 
+    @property
+    def ranks(self) -> frozenset[int]:
+        """Those that it has seen run."""
+        return frozenset(self._seen)
+
     def gone(self, ranks: Iterable[int]) -> dict[int, int]:
         """Those of ``ranks`` that run no more, and the process that each was."""
         seen = {rank: self._seen[rank] for rank in ranks if rank in self._seen}

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
@@ -26,9 +26,14 @@ from checkpointer.index import Json
 
 logger = logging.getLogger("checkpointer")
 
+TRAINING = "main"
+"""The channel of the training thread."""
+
 LAST_WORDS = 2.0
 """Seconds that the coordinator takes to say what came of an exchange, once its time is over."""
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Value = TypeVar("Value")
 Reply = TypeVar("Reply")
 
@@ -121,7 +126,7 @@ class Alone:
 class StoreRanks:
     """The ranks of the default process group, through its store."""
 
-    def __init__(self, session: Session, *, timeout: float, channel: str = "main") -> None:
+    def __init__(self, session: Session, *, timeout: float, channel: str = TRAINING) -> None:
         """``timeout``: seconds that a rank which is ready waits for the others."""
         self.rank, self.size, self.channel = session.rank, session.size, channel
         self._session = session
@@ -147,7 +152,7 @@ class StoreRanks:
         if self.rank == 0:
             return self._decide(exchange, meeting, value, decide)
         said = {"value": meeting.contribution.pack(value)}
-        return meeting.reply.unpack(opened(in_time(exchange.limit, self._contribute, exchange, said)))
+        return meeting.reply.unpack(opened(self._in_time(exchange.limit, self._contribute, exchange, said)))
 
     def beside(self, channel: str) -> Ranks:
         return StoreRanks(self._session, timeout=self._timeout, channel=channel)
@@ -168,7 +173,7 @@ class StoreRanks:
         decide: Callable[[Sequence[Value]], Reply],
     ) -> Reply:
         try:
-            heard = in_time(exchange.limit, self._collect, exchange)
+            heard = self._in_time(exchange.limit, self._collect, exchange)
             contributions = [own, *map(meeting.contribution.unpack, heard)]
         except BaseException as error:
             self._answer(exchange, failure(error))
@@ -188,7 +193,7 @@ class StoreRanks:
             self._answered = self._mail(exchange).say(exchange.reply, value)
 
         try:
-            in_time(max(exchange.limit, time.monotonic() + LAST_WORDS), say)
+            self._in_time(max(exchange.limit, time.monotonic() + LAST_WORDS), say)
         except SaveError as error:
             logger.warning("%s: the other ranks could not be told the outcome: %s", exchange.what, error)
 
@@ -197,7 +202,8 @@ class StoreRanks:
         mail, keys = self._await_all(exchange)
         messages = mail.hear_all(list(keys.values()))
         # Everybody has heard the answer before, or would not be here.
-        mail.forget(*self._answered, *(key for message in messages for key in message.keys))
+        keys_heard = [*self._answered, *(key for message in messages for key in message.keys)]
+        self._session.forget(mail, keys_heard, background=self.channel != TRAINING)
         heard = {rank: message.value for rank, message in zip(keys, messages, strict=True)}
         failed = {rank: said for rank, said in heard.items() if "value" not in said}
         if failed:
@@ -216,17 +222,23 @@ class StoreRanks:
         heard = failure(error)
         with contextlib.suppress(CheckpointerError):
             if self.rank == 0:
-                in_time(exchange.limit, self._await_all, exchange)
+                self._in_time(exchange.limit, self._await_all, exchange)
                 self._answer(exchange, failure(joined(exchange.what, {0: heard}, self.size)))
             elif isinstance(error, Exception):
-                in_time(exchange.limit, self._contribute, exchange, heard)
+                self._in_time(exchange.limit, self._contribute, exchange, heard)
             else:
-                in_time(exchange.limit, lambda: self._mail(exchange).say(exchange.key(self.rank), heard))
+                self._in_time(exchange.limit, lambda: self._mail(exchange).say(exchange.key(self.rank), heard))
 
     def _await_all(self, exchange: _Exchange) -> tuple[Mail, dict[int, str]]:
         mail, keys = self._mail(exchange), {rank: exchange.key(rank) for rank in range(1, self.size)}
         self._session.wait(mail, keys, exchange.limit, self._missing(exchange))
         return mail, keys
+
+    def _in_time(self, limit: float, talk: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
+        """Call ``talk``; where a network may be cut, in a thread that can be left behind, which costs some switches."""
+        if self._session.on_one_host:
+            return talk(*arguments, **options)
+        return in_time(limit, talk, *arguments, **options)
 
     def _mail(self, exchange: _Exchange) -> Mail:
         return self._session.mail(self.channel, exchange.limit, self._missing(exchange))

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import Store
 
 from checkpointer.distributed.mail import Mail
 from checkpointer.distributed.neighbours import Neighbours, this_process
+from checkpointer.threads import room_for_a_thread
 
 SHORTEST_NAP, LONGEST_NAP = 0.0002, 0.05
 """Seconds between two looks for a key. To block instead would keep the training thread, and torch itself, from using
@@ -23,6 +24,9 @@ the same connection."""
 
 BETWEEN_LOOKS = 0.5
 """Seconds between two looks whether those that say nothing still run."""
+
+MOST_HEARD = 1000
+"""Keys of messages that the training thread leaves to be removed by others."""
 
 Missing = Callable[[list[int], dict[int, int]], Exception]
 """The error for ranks that have said nothing, and for those of them that run no more: their processes."""
@@ -37,6 +41,8 @@ class Session:
         self._guard = threading.Lock()
         self._id = ""
         self._neighbours = Neighbours({})
+        self._heard: list[tuple[Mail, list[str]]] = []
+        """Messages that can be removed."""
 
     def mail(self, channel: str, limit: float, missing: Missing) -> Mail:
         """What the ranks of this session say on a channel; at the first call, they find each other."""
@@ -44,6 +50,11 @@ class Session:
             if not self._id:
                 self._id = self._lead(limit, missing) if self.rank == 0 else self._follow(limit, missing)
         return Mail(self._store, f"{self._id}/{channel}")
+
+    @property
+    def on_one_host(self) -> bool:
+        """Whether all ranks are known to run here, where no network comes between them and their store."""
+        return self._neighbours.ranks >= frozenset(range(self.size))
 
     def wait(self, mail: Mail, keys: dict[int, str], limit: float, missing: Missing) -> None:
         """Sleep until each rank has said its key.
@@ -61,6 +72,19 @@ class Session:
             time.sleep(nap)
             nap = min(nap * 1.5, LONGEST_NAP)
 
+    def forget(self, mail: Mail, keys: list[str], *, background: bool) -> None:
+        """Remove messages that all have heard: by a thread for which training does not wait."""
+        with self._guard:
+            self._heard.append((mail, keys))
+            many = sum(len(some) for _, some in self._heard) >= MOST_HEARD
+            if not background and not many:
+                return
+            heard, self._heard = self._heard, []
+        if background:
+            _forget(heard)
+        elif room_for_a_thread():
+            threading.Thread(target=_forget, args=(heard,), name="checkpointer-store", daemon=True).start()
+
     def _look(self, mail: Mail, keys: dict[int, str], missing: Missing, *, late: bool) -> None:
         dead = self._neighbours.gone(keys)
         silent = [rank for rank, key in keys.items() if not mail.there(key)]  # last words may have come just now
@@ -74,8 +98,9 @@ class Session:
         mail.say("newest", {"id": id})
         keys = {rank: f"{id}/{rank}" for rank in range(1, self.size)}
         self.wait(mail, keys, limit, missing)
-        told = {str(rank): heard.value for rank, heard in zip(keys, mail.hear_all(list(keys.values())), strict=True)}
-        mail.say(f"{id}/all", {"ranks": {**told, "0": _words()}})
+        heard = mail.hear_all(list(keys.values()))
+        told = {"0": _words(), **{str(rank): message.value for rank, message in zip(keys, heard, strict=True)}}
+        mail.say(f"{id}/all", {"ranks": told})
         self._meet_neighbours(told)
         return id
 
@@ -98,6 +123,11 @@ class Session:
 
     def _meet_neighbours(self, told: dict[str, Any]) -> None:
         self._neighbours = Neighbours({int(rank): words["process"] for rank, words in told.items()})
+
+
+def _forget(heard: list[tuple[Mail, list[str]]]) -> None:
+    for mail, keys in heard:
+        mail.forget(keys)
 
 
 def _words() -> dict[str, Any]:
