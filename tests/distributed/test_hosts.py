@@ -28,7 +28,10 @@ NEEDED = (
 SECONDS = 2.0
 """``rank_timeout`` of the job."""
 
-Outcomes = dict[str, list[dict[str, Any]]]
+Ranks = list[dict[str, Any]]
+"""What each of them says of a case."""
+
+Outcomes = dict[str, Ranks]
 
 
 @functools.cache
@@ -46,45 +49,55 @@ def isolation() -> tuple[Sequence[str], str]:
     return (), said
 
 
-@pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> Outcomes:
-    """What every rank of one job says of each case; with ``--thorough``, of two ranks on each host."""
+def outcomes(ranks: int) -> Outcomes:
+    """What every rank of one job says of each case."""
     within, reason = isolation()
     if not within:
         pytest.skip(f"no namespaces to make hosts of ({reason}). As root, outside a container: {PROGRAM}")
-    ranks = 2 if request.config.getoption("--thorough") else 1
     with tempfile.TemporaryDirectory(prefix="hosts-") as folder:
         done = program.run("tests.distributed.hosts", folder, f"--ranks={ranks}", within=within)
         assert done.returncode == 0, done.stdout + done.stderr
-        found = {line["case"]: line["ranks"] for line in map(json.loads, done.stdout.splitlines())}
+        return {line["case"]: line["ranks"] for line in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.thorough(lambda ranks: ranks > 1)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_job_over_two_hosts_saves_and_restores_and_names_the_host_where_something_is_wrong(ranks):
+    """One test, since one job goes through all cases."""
+    found = outcomes(ranks)
     assert list(found) == list(CASES)
-    assert all(len(said) == 2 * ranks for said in found.values()), f"a rank hangs, or has died: {found}"
-    assert all({rank["host"] for rank in said} == {"host-0", "host-1"} for said in found.values())
-    return found
+    for case, said in found.items():
+        assert len(said) == 2 * ranks, f"{case}: a rank hangs, or has died: {found}"
+        assert {rank["host"] for rank in said} == {"host-0", "host-1"}
+    a_normal_run_is_restored_though_the_clocks_began_at_other_times(found["run"])
+    the_lock_of_a_job_that_was_killed_on_the_other_host_is_free(found["stale owner"])
+    a_job_that_writes_on_the_other_host_is_named_on_every_rank(found["living owner"])
+    hosts_that_do_not_share_the_root_are_told_which_and_what_to_do(found["private root"], committed=[])
+    hosts_that_do_not_share_the_root_are_told_which_and_what_to_do(found["private copy"], committed=[1])
+    a_link_that_goes_down_in_the_middle_of_a_save_is_an_error_in_time_on_both_hosts(found["link down"])
 
 
-def test_a_job_over_two_hosts_saves_and_restores_though_their_clocks_began_at_other_times(outcomes):
-    for rank in outcomes["run"]:
+def a_normal_run_is_restored_though_the_clocks_began_at_other_times(ranks: Ranks) -> None:
+    for rank in ranks:
         assert (rank["step"], rank["same"], rank["committed"]) == (2, True, [1, 2])
-    clocks = [rank["monotonic"] for rank in outcomes["run"]]
+    clocks = [rank["monotonic"] for rank in ranks]
     assert max(clocks) - min(clocks) == pytest.approx(AHEAD, abs=60)
 
 
-def test_the_lock_of_a_job_that_was_killed_on_the_other_host_is_free(outcomes):
-    for rank in outcomes["stale owner"]:
+def the_lock_of_a_job_that_was_killed_on_the_other_host_is_free(ranks: Ranks) -> None:
+    for rank in ranks:
         assert (rank["owner"], rank["told"], rank["committed"]) == ("host-1", "no error", [1])
 
 
-def test_a_job_that_writes_on_the_other_host_is_named_on_every_rank(outcomes):
-    for rank in outcomes["living owner"]:
+def a_job_that_writes_on_the_other_host_is_named_on_every_rank(ranks: Ranks) -> None:
+    for rank in ranks:
         assert rank["told"].startswith("RunLockedError")
         assert "on host host-1 (user " in rank["told"]
         assert rank["committed"] == []
 
 
-@pytest.mark.parametrize("case,committed", [("private root", []), ("private copy", [1])])
-def test_hosts_that_do_not_share_the_root_are_told_which_and_what_to_do_and_nothing_is_left(outcomes, case, committed):
-    for rank in outcomes[case]:
+def hosts_that_do_not_share_the_root_are_told_which_and_what_to_do(ranks: Ranks, *, committed: list[int]) -> None:
+    for rank in ranks:
         assert rank["told"].startswith("ConfigError")
         assert "on host-1, does not see what rank 0, on host-0, has written to /mnt/" in rank["told"]
         assert "Choose a path on a shared file system (NFS, Lustre, …), the same on every host" in rank["told"]
@@ -93,8 +106,8 @@ def test_hosts_that_do_not_share_the_root_are_told_which_and_what_to_do_and_noth
         assert rank["seconds"] < SECONDS
 
 
-def test_a_link_that_goes_down_in_the_middle_of_a_save_is_an_error_in_time_on_both_hosts(outcomes):
-    for rank in outcomes["link down"]:
+def a_link_that_goes_down_in_the_middle_of_a_save_is_an_error_in_time_on_both_hosts(ranks: Ranks) -> None:
+    for rank in ranks:
         assert rank["told"].startswith("SaveError")
         assert SECONDS <= rank["seconds"] < 3 * SECONDS + 4
         assert rank["committed"] == [1]

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from checkpointer import CheckpointManager
+from checkpointer.distributed import session
 from checkpointer.distributed.mail import in_time
 from checkpointer.distributed.neighbours import Neighbours, this_process
 from checkpointer.distributed.ranks import AS_JSON, Meeting, StoreRanks
@@ -118,6 +119,24 @@ def test_ranks_find_those_who_live_now_in_whatever_order_they_come():
         with ThreadPoolExecutor(size) as pool:
             lives = [pool.submit(met, server, rank, size, delay) for rank, delay in enumerate(delays)]
         assert len({str(life.result()) for life in lives}) == 1
+
+
+def talking(server: Any, rank: int, times: int) -> None:
+    keys = dist.TCPStore("127.0.0.1", server.port, None, is_master=False)
+    ranks = StoreRanks(Session(dist.PrefixStore("job", keys), rank, 2), timeout=10)
+    for _ in range(times):
+        ranks.meet(Meeting("a word", AS_JSON, AS_JSON), lambda: 1, list)
+    ranks.beside("writer").meet(Meeting("a word", AS_JSON, AS_JSON), lambda: 1, list)
+
+
+@pytest.mark.parametrize("times", [60, 110])
+def test_what_all_have_heard_does_not_stay_in_the_store(monkeypatch, times):
+    monkeypatch.setattr(session, "MOST_HEARD", 100)
+    server = store()
+    with ThreadPoolExecutor(2) as pool:
+        for life in [pool.submit(talking, server, rank, times) for rank in range(2)]:
+            life.result()
+    ended(lambda: server.num_keys() < 10)
 
 
 # ------------------------------------------------------------------------------------ who still runs

@@ -26,42 +26,34 @@ def sampled(stage: Stage, victim: int, mode: str) -> bool:
     return stage.modes[order.index((stage, victim)) % len(stage.modes)] == mode
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("stages")
+@pytest.mark.thorough(lambda every: every)
+@pytest.mark.parametrize("every", [False, True], ids=["a mode for each", "every mode"])
+def test_a_failure_in_any_stage_on_any_rank_is_one_error_on_all_and_the_next_save_works(tmp_path, every):
+    """One test, since one job goes through all cases."""
+    cases = [case for case in CASES if every or sampled(*case)]
+    names = [(stage.name, victim, mode) for stage, victim, mode in cases]
+    said: Said = run(2, all_stages, str(tmp_path), [*names, (PRUNE.name, 0, "async")])
+    for stage, victim, mode in cases:
+        case = f"{stage.name}-{victim}-{mode}"
+        for rank in (0, 1):
+            check(case, stage, said[rank][case], elsewhere=rank != victim, failed=f"rank {victim} of 2: ")
+        whole_and_nothing_else(tmp_path / case)
+    a_prune_that_fails_is_a_warning_and_what_was_saved_stays(*(outcomes["prune-0-async"] for outcomes in said))
+    whole_and_nothing_else(tmp_path / "prune-0-async")
 
 
-@pytest.fixture(scope="module")
-def said(request: pytest.FixtureRequest, folder: Path) -> Said:
-    thorough = request.config.getoption("--thorough")
-    cases = [(stage.name, rank, mode) for stage, rank, mode in CASES if thorough or sampled(stage, rank, mode)]
-    return run(2, all_stages, str(folder), [*cases, (PRUNE.name, 0, "async")])
+def check(case: str, stage: Stage, outcome: dict[str, Any], *, elsewhere: bool, failed: str) -> None:
+    assert outcome["told"].startswith(f"{stage.kind}: "), f"{case}: {outcome['told']}"
+    assert re.search(stage.cause, outcome["told"]), case
+    assert set(re.findall(r"rank \d of 2: ", outcome["told"])) == ({failed} if elsewhere else set()), case
+    assert (outcome["between"], outcome["after"]) == ([1], [3]), case
 
 
-@pytest.mark.thorough(lambda stage, victim, mode: not sampled(stage, victim, mode))
-@pytest.mark.parametrize("stage,victim,mode", CASES, ids=[f"{stage.name}-{rank}-{mode}" for stage, rank, mode in CASES])
-def test_a_failure_in_any_stage_on_any_rank_is_one_error_on_all_and_the_next_save_works(
-    folder, said, stage, victim, mode
-):
-    case = f"{stage.name}-{victim}-{mode}"
-    for rank in (0, 1):
-        outcome = said[rank][case]
-        assert outcome["told"].startswith(f"{stage.kind}: "), outcome["told"]
-        assert re.search(stage.cause, outcome["told"])
-        assert rank == victim or f"rank {victim} of 2: " in outcome["told"]
-        assert f"rank {1 - victim} of 2: " not in outcome["told"]
-        assert outcome["between"] == [1]
-        assert outcome["after"] == [3]
-    whole_and_nothing_else(folder / case)
-
-
-def test_pruning_that_fails_on_the_coordinator_is_a_warning_there_and_what_was_saved_stays(folder, said):
-    first, second = (outcomes["prune-0-async"] for outcomes in said)
+def a_prune_that_fails_is_a_warning_and_what_was_saved_stays(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert first["told"] == second["told"] == "no error"
     assert [("could not prune" in "".join(outcome["warned"])) for outcome in (first, second)] == [True, False]
     assert first["between"] == [1, 2]
     assert first["after"] == [3]
-    whole_and_nothing_else(folder / "prune-0-async")
 
 
 def whole_and_nothing_else(root: Path) -> None:
