@@ -167,7 +167,13 @@ def dying(root: str, victim: int, moment: str) -> tuple[str, float]:
             number = signal.SIGSTOP if moment == "stopped" else signal.SIGKILL
             if moment == "before":
                 os.kill(os.getpid(), number)
-            LocalStorage.write = lambda *_, **__: os.kill(os.getpid(), number)
+
+            def die(*_: Any, **__: Any) -> float:
+                os.kill(os.getpid(), number)
+                time.sleep(1)  # the other threads of a process are stopped a moment later
+                raise OSError("it was stopped, and goes on")
+
+            LocalStorage.write = die
         began = time.monotonic()
         told = caught(lambda: mgr.save(2).result())
         seconds = time.monotonic() - began
