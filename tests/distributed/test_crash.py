@@ -13,7 +13,7 @@ SOME = (
     Crash(2, Kill(0, "before rename .checkpointer/tmp/ID"), 1),
     Crash(2, Kill(0, "before the answer: commit"), 3),
     Crash(3, Kill(2, "after the word: report"), 1),
-    Crash(2, Kill(1, "half of write .checkpointer/tmp/ID/model-rank-N.safetensors"), 1),
+    Crash(2, Kill(1, "half of write .checkpointer/tmp/ID/optimizer-rank-N.safetensors"), 1),
 )
 
 TELLING = {
