@@ -33,7 +33,7 @@ RUN_LENGTH = 256
 LARGE = 16 << 20
 """Bytes. Several threads share a larger chunk, so that none is left alone with it at the end."""
 
-PREFETCH = 128 << 20
+PREFETCH = 64 << 20
 """Bytes that the system is asked to read while a restore is prepared: what a fast disk reads in that time."""
 
 SPAN = 4 << 20

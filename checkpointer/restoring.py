@@ -204,10 +204,10 @@ class Restorer:
         if RNG in names and not reader.has_own_state:
             names.remove(RNG)
             report.missing.append(RNG)
+        if request.verify != "off":
+            reader.check_metadata()  # first: behind the rest it would wait for all that the disk was asked for
         reader.prefetch(names)
         plans = self._prepare(reader, names, replace(options, rng=RNG in names))
-        if request.verify != "off":
-            reader.check_metadata()
         if request.verify == "before":
             reader.check_chunks(_chunks(reader, plans))
         return _Prepared(reader, plans, report, Reads.of(reader, plans), inexact=not options.partial)
