@@ -32,6 +32,7 @@ from checkpointer.errors import (
     ConfigError,
     SaveError,
 )
+from checkpointer.index import collector_paused
 from checkpointer.info import CheckpointInfo
 from checkpointer.lazy import stepped
 from checkpointer.notes import Note
@@ -458,12 +459,13 @@ class CheckpointManager:
             extras.append(check_extras(metrics, tags, files if self._job.ranks.rank == 0 else None))
             return {name: adapter.capture() for name, adapter in self._adapters.items()}
 
-        share = self._job.cooperation.share(step, capture)
-        try:
-            staged = self._saver.stage(share, mode)
-        except BaseException as error:
-            refuse(share, f"the save of step {step}", error)
-            raise
+        with collector_paused():
+            share = self._job.cooperation.share(step, capture)
+            try:
+                staged = self._saver.stage(share, mode)
+            except BaseException as error:
+                refuse(share, f"the save of step {step}", error)
+                raise
         snapshot = Snapshot(
             step=step,
             epoch=epoch,
