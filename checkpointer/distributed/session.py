@@ -6,6 +6,7 @@ names each session anew, and every rank waits until the coordinator has repeated
 
 from __future__ import annotations
 
+import atexit
 import secrets
 import threading
 import time
@@ -24,6 +25,9 @@ the same connection."""
 
 BETWEEN_LOOKS = 0.5
 """Seconds between two looks whether those that say nothing still run."""
+
+LAST_MOMENTS = 2.0
+"""Seconds that the end of the program waits for messages to be removed."""
 
 MOST_HEARD = 1000
 """Keys of messages that the training thread leaves to be removed by others."""
@@ -83,7 +87,10 @@ class Session:
         if background:
             _forget(heard)
         elif room_for_a_thread():
-            threading.Thread(target=_forget, args=(heard,), name="checkpointer-store", daemon=True).start()
+            thread = threading.Thread(target=_forget, args=(heard,), name="checkpointer-store", daemon=True)
+            thread.start()
+            # A daemon that is inside torch when the interpreter ends would bring the process down.
+            atexit.register(thread.join, LAST_MOMENTS)
 
     def _look(self, mail: Mail, keys: dict[int, str], missing: Missing, *, late: bool) -> None:
         dead = self._neighbours.gone(keys)
