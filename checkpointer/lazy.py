@@ -22,7 +22,7 @@ from checkpointer.digest import Digest
 from checkpointer.errors import SaveError
 from checkpointer.memory import Part, Ring, copy_memory, part_of_memory
 from checkpointer.state.optimizer import STATE
-from checkpointer.state.sharded import is_sharded, local_part
+from checkpointer.state.sharded import PLAIN_TYPES, is_sharded, local_part
 from checkpointer.tensorfile import Slot
 
 WORTH_TIMING = 4 << 20
@@ -215,16 +215,13 @@ def stepped(optimizers: Mapping[str, torch.optim.Optimizer], modules: Iterable[n
         for group in optimizer.param_groups:
             if group.get("capturable") or group.get("differentiable"):
                 return Stepped(frozenset(), {})
-            parts = [local_part(item) for item in group["params"] if type(item) in _PLAIN or is_sharded(item)]
+            parts = [local_part(item) for item in group["params"] if type(item) in PLAIN_TYPES or is_sharded(item)]
             parameters.update((part.data_ptr(), part.nbytes) for part in parts)
     for module in modules:
         for inner in module.modules():
             if isinstance(inner, (nn.Embedding, nn.EmbeddingBag)) and inner.max_norm is not None:
                 parameters.pop(inner.weight.data_ptr(), None)
     return Stepped(frozenset(names), parameters)
-
-
-_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 class LazyFile:

@@ -20,7 +20,7 @@ from checkpointer.errors import UnsupportedStateError
 from checkpointer.index import Json
 from checkpointer.state import leaves, tensors
 from checkpointer.state.registry import codec_for
-from checkpointer.state.sharded import address, is_sharded
+from checkpointer.state.sharded import PLAIN_TYPES, address, is_sharded
 
 MAX_DEPTH = 200
 INLINE_BYTES = 4096
@@ -215,7 +215,7 @@ class Encoder:
         """A tensor without its autograd flags."""
         if is_sharded(value):
             return self._plain_tensor(value)
-        if type(value) not in (torch.Tensor, nn.Parameter):
+        if type(value) not in PLAIN_TYPES:
             return self._subclass(value)
         if value.device.type == "meta":
             self._fail("a tensor on the meta device, which has no data; materialize it first")

@@ -14,6 +14,7 @@ from checkpointer.index import Component, Json, TensorSpec
 from checkpointer.state.names import Names, registered_tensors
 from checkpointer.state.places import nearest
 from checkpointer.state.plan import ComponentReport, RestoreOptions
+from checkpointer.state.sharded import PLAIN_TYPES
 from checkpointer.state.tensors import dtype_name, is_ordinary, is_plain, memory_key
 from checkpointer.state.unsaved import non_persistent_buffers
 
@@ -172,7 +173,7 @@ def _is_ordinary(value: Any) -> bool:
 
 def is_dense(value: torch.Tensor) -> bool:
     """Whether it is an ordinary strided tensor, wherever it is."""
-    return type(value) in (torch.Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_quantized
+    return type(value) in PLAIN_TYPES and value.layout is torch.strided and not value.is_quantized
 
 
 def _kind(entry: Entry) -> str:

@@ -15,7 +15,7 @@ from checkpointer.state.module_match import match
 from checkpointer.state.names import Names, assign, loads_plainly, module_versions, wrapped_attribute
 from checkpointer.state.places import Places
 from checkpointer.state.plan import ComponentReport, RestoreOptions, RestorePlan, SavedState
-from checkpointer.state.sharded import is_sharded, local_part
+from checkpointer.state.sharded import PLAIN_TYPES, is_sharded, local_part
 from checkpointer.state.tensors import is_ordinary, memory_key
 
 
@@ -231,7 +231,7 @@ def _copy_inside(live: torch.Tensor, value: torch.Tensor) -> bool:
         return True
     if type(live) is not type(value) or live.layout != value.layout:
         return False
-    if type(live) not in (torch.Tensor, nn.Parameter):
+    if type(live) not in PLAIN_TYPES:
         return _copy_subclass(live, value)
     if live.is_quantized or value.is_quantized:
         return False

@@ -14,12 +14,13 @@ import torch
 
 from checkpointer.errors import UnsupportedStateError
 
-_WHOLE = (torch.Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+"""Just these, no class derived from them."""
 
 
 def is_sharded(value: object) -> bool:
     """Whether ``value`` is a DTensor, a parameter or not."""
-    if type(value) in _WHOLE:  # asked for every tensor of every save
+    if type(value) in PLAIN_TYPES:  # asked for every tensor of every save
         return False
     module = sys.modules.get("torch.distributed.tensor")
     kind = getattr(module, "DTensor", None)

@@ -12,7 +12,7 @@ import torch
 
 from checkpointer.index import ITEM_SIZES, TensorSpec, is_dense
 from checkpointer.state.plan import MapLocation
-from checkpointer.state.sharded import is_sharded, local_part
+from checkpointer.state.sharded import PLAIN_TYPES, is_sharded, local_part
 
 #: Every torch dtype by its name without ``torch.``.
 DTYPES: Mapping[str, torch.dtype] = {str(v)[6:]: v for v in vars(torch).values() if isinstance(v, torch.dtype)}
@@ -138,7 +138,7 @@ def memory_key(tensor: torch.Tensor) -> Memory:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether the tensor is an ordinary strided one with memory of its own (any wrapper as ``nn.Parameter`` apart)."""
     return (
-        type(tensor) in _PLAIN_TYPES
+        type(tensor) in PLAIN_TYPES
         and tensor.layout is torch.strided
         and not tensor.is_quantized
         and not tensor.is_nested
@@ -212,7 +212,6 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
     return plain.view(CARRIERS[plain.element_size()])
 
 
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
