@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import os
 import secrets
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Torch is not imported yet. Tests fork, and OpenMP that has run several threads hangs in a fork's first parallel loop.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYsecretKEY"
 
