@@ -27,8 +27,8 @@ from checkpointer.storage import open_storage
 if TYPE_CHECKING:
     import torch
 
-UNCOMPARED_META = frozenset({"inner", "shapes", "devices", "dtypes"})
-"""Of a component's meta: what follows from its tensors, or from the machine."""
+UNCOMPARED_META = frozenset({"inner", "shapes", "devices", "dtypes", "class", "defaults"})
+"""Of a component's meta: what follows from its tensors, from its class, or from the machine."""
 
 
 class Change(NamedTuple):
@@ -130,6 +130,9 @@ def _summary(component: Component) -> str:
 def _component(name: str, a: Component, b: Component) -> Iterator[Change]:
     if a.kind != b.kind:
         yield Change(f"{name} (kind)", a.kind, b.kind)
+    classes = a.meta.get("class"), b.meta.get("class")
+    if None not in classes and classes[0] != classes[1]:  # one that is not known is no other one
+        yield Change(f"{name} (class)", str(classes[0]), str(classes[1]))
     for key in {**a.tensors, **b.tensors}:
         sides = [_describe(side.tensors[key]) if key in side.tensors else None for side in (a, b)]
         if sides[0] != sides[1]:

@@ -246,7 +246,8 @@ class CheckpointManager:
         Args:
             step: a step that was saved.
             **options: ``strict=True``; ``components=None`` (names; then ``rng`` only if named); ``ignore_keys=()``
-                (globs); ``rename=None`` (saved key to live key: mapping or function); ``adapt=None``
+                (globs); ``rename=None`` (saved key to live key: mapping or function; a mapping also renames the class
+                of an optimizer or scheduler); ``adapt=None``
                 (``(key, saved_tensor, target_tensor) -> tensor``); ``map_location=None`` (device of new tensors);
                 ``verify=None`` (``stream``, ``before`` or ``off`` in place of the configured one).
 

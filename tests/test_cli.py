@@ -278,6 +278,7 @@ def test_show_prints_tensors_values_files_and_facts(tmp_path):
     assert any(line.startswith("statistics.write_seconds ") for line in lines)
     assert "model (module, 2 tensors, 32B)" in lines
     assert "weight float32 [2, 3] 24B" in lines
+    assert any(line.startswith("optimizer (optimizer, SGD, ") for line in lines)
     assert "param_groups[0].lr = 0.125" in lines
     assert "tokens = 12345" in lines
     assert "name = 'gpt'" in lines

@@ -235,7 +235,9 @@ def components(details: Details) -> Iterator[tuple[str, tuple[Node, ...]]]:
     for name, component in details.components.items():
         size = human_size(sum(spec.nbytes for spec in component.tensors.values()))
         count = len(component.tensors)
-        yield f"{name} ({component.kind}, {count} tensor{'' if count == 1 else 's'}, {size})", outline(component)
+        saved_by = component.meta.get("class")
+        kind = f"{component.kind}, {saved_by}" if isinstance(saved_by, str) else component.kind
+        yield f"{name} ({kind}, {count} tensor{'' if count == 1 else 's'}, {size})", outline(component)
 
 
 # -------------------------------------------------------------------------------------------------- plain text

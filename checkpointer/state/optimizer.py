@@ -15,16 +15,17 @@ from torch import nn
 
 from checkpointer.errors import CorruptCheckpointError, IncompatibleStateError
 from checkpointer.index import Json
+from checkpointer.state.classes import CLASS, class_name
 from checkpointer.state.codec import encode, is_simple
 from checkpointer.state.decoding import outline
 from checkpointer.state.module_match import SHOWN
 from checkpointer.state.names import parameter_names
-from checkpointer.state.optimizer_misfits import has_usual_form, misfits
+from checkpointer.state.optimizer_misfits import DEFAULTS, has_usual_form, misfits, settings_of
 from checkpointer.state.optimizer_restore import OptimizerRestore, loads_plainly
 from checkpointer.state.places import check_kind
-from checkpointer.state.plan import Captured, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.plan import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.sharded import address
-from checkpointer.state.stateful import StatefulAdapter
+from checkpointer.state.stateful import StatefulAdapter, nothing
 from checkpointer.state.tensors import dtype_name
 
 STATE = "state."
@@ -46,12 +47,13 @@ class OptimizerAdapter:
         """Refer to the live tensors of ``state_dict()``.
 
         Meta, each a list of groups with an entry for each parameter: ``params`` (``"component.name"``, or null where
-        no registered module holds it), ``shapes``, ``devices`` and ``dtypes``. Raises :class:`UnsupportedStateError`.
+        no registered module holds it), ``shapes``, ``devices`` and ``dtypes``. Also ``class``, the name of its class,
+        and ``defaults``, the names of the hyper-parameters that the class sets. Raises :class:`UnsupportedStateError`.
         """
         state = self.live.state_dict()
         if not has_usual_form(state):
             tree, tensors = encode(state, self.name)
-            return Captured(self.kind, tree, tensors)
+            return Captured(self.kind, tree, tensors, {CLASS: class_name(self.live)})
         tree, tensors = self._encode(state)
         groups = [group["params"] for group in self.live.param_groups]
         devices = {device: str(device) for device in {item.device for group in groups for item in group}}
@@ -60,6 +62,8 @@ class OptimizerAdapter:
             "shapes": [[list(parameter.shape) for parameter in group] for group in groups],
             "devices": [[devices[parameter.device] for parameter in group] for group in groups],
             "dtypes": [[dtype_name(parameter.dtype) for parameter in group] for group in groups],
+            CLASS: class_name(self.live),
+            DEFAULTS: [str(key) for key in settings_of(self.live)],
         }
         learned = frozenset(key for key in tensors if key.startswith(STATE))
         return Captured(self.kind, tree, tensors, meta, learned=learned)
@@ -142,8 +146,15 @@ class _AsStateful(StatefulAdapter):
         super().__init__(name, live)
         self.optimizer = live
 
+    @property
+    def _class_decides(self) -> bool:
+        return True
+
     def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:
         """As of :class:`StatefulAdapter`. What torch's own ``load_state_dict`` would refuse later is refused now."""
+        report = ComponentReport(self.name)
+        if not self._check_class(saved, options, report):
+            return RestorePlan({}, nothing, report)
         if loads_plainly(self.optimizer):
             state, _ = outline(saved.component.tree, saved.component.tensors, place=self.name)
             problems = misfits(state, self.optimizer)

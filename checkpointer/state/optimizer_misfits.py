@@ -1,12 +1,87 @@
-"""Why a ``state_dict`` without the names of parameters does not fit an optimizer of torch, found without loading it."""
+"""Why the saved state of an optimizer does not fit a live one, found without loading it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
+from checkpointer.state.classes import unwrapped
 from checkpointer.state.decoding import Leaf
+
+DEFAULTS = "defaults"
+"""The member of an optimizer's meta that lists the hyper-parameters its class sets. Absent where it is not known."""
+
+
+class _Slots(NamedTuple):
+    """What a class of torch keeps of each parameter, beside ``step``."""
+
+    always: frozenset[str]
+    sometimes: frozenset[str] = frozenset()
+    """Only with some settings, or parameters of some shapes."""
+
+
+def _slots_of(always: str = "", sometimes: str = "") -> _Slots:
+    return _Slots(frozenset(always.split()), frozenset({"step", *sometimes.split()}))
+
+
+SLOTS: Mapping[str, _Slots] = {
+    "ASGD": _slots_of("eta mu ax"),
+    "Adadelta": _slots_of("square_avg acc_delta"),
+    "Adafactor": _slots_of(sometimes="variance row_var col_var"),
+    "Adagrad": _slots_of("sum"),
+    "Adam": _slots_of("exp_avg exp_avg_sq", "max_exp_avg_sq"),
+    "AdamW": _slots_of("exp_avg exp_avg_sq", "max_exp_avg_sq"),
+    "Adamax": _slots_of("exp_avg exp_inf"),
+    "Muon": _slots_of("momentum_buffer"),
+    "NAdam": _slots_of("exp_avg exp_avg_sq mu_product"),
+    "RAdam": _slots_of("exp_avg exp_avg_sq"),
+    "RMSprop": _slots_of("square_avg", "momentum_buffer grad_avg"),
+    "Rprop": _slots_of("prev step_size"),
+    "SGD": _slots_of(sometimes="momentum_buffer"),
+    "SparseAdam": _slots_of("exp_avg exp_avg_sq"),
+}
+"""LBFGS, which keeps everything under its first parameter, is not here."""
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+    """The hyper-parameters that the class sets in every group, by name; a few third-party classes say none."""
+    found = getattr(unwrapped(optimizer), "defaults", None)
+    return found if isinstance(found, Mapping) else {}
+
+
+def is_of_torch(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its class is torch's own, which goes on to read what its earlier and later versions have written."""
+    return type(unwrapped(optimizer)).__module__.startswith("torch.optim.")
+
+
+def slot_misfit(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, saved: Collection[Any]) -> str:
+    """Why saved state with these keys cannot be this class's; empty where nothing says so.
+
+    State that one side lacks is no reason: it is made when it is first needed, and surplus state is removed.
+    """
+    known = SLOTS.get(type(unwrapped(optimizer)).__name__) if is_of_torch(optimizer) else None
+    if known is not None:
+        lacking = known.always - set(saved)
+        return f"it has {_listed(saved)}, and no {_listed(lacking)}" if lacking else ""
+    live = optimizer.state.get(parameter)
+    if not isinstance(live, dict) or not live.keys() - saved or not set(saved) - live.keys():
+        return ""
+    return f"it has {_listed(saved)}, live state has {_listed(live)}"
+
+
+def slots_agree(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, saved: Collection[Any]) -> bool:
+    """Whether saved state of another class has just what this class keeps, as far as that is known."""
+    known = SLOTS.get(type(unwrapped(optimizer)).__name__) if is_of_torch(optimizer) else None
+    if known is not None:
+        return known.always <= set(saved) <= known.always | known.sometimes
+    live = optimizer.state.get(parameter)
+    return isinstance(live, dict) and live.keys() == set(saved)
+
+
+def _listed(keys: Collection[Any]) -> str:
+    return ", ".join(map(repr, sorted(keys, key=str))) or "nothing"
 
 
 def has_usual_form(state: Any) -> bool:
@@ -34,11 +109,14 @@ def misfits(state: Any, optimizer: torch.optim.Optimizer) -> list[str]:
         for number, (before, now) in enumerate(counts)
         if before != now
     ]
-    return problems or [*_missing_settings(saved, optimizer), *_misshapen(state, optimizer)]
+    return problems or [*missing_settings(saved, optimizer), *_misshapen(state, optimizer)]
 
 
-def _missing_settings(saved: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> list[str]:
-    """Settings without which the class cannot step, after it has filled in those that old files lack."""
+def missing_settings(saved: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> list[str]:
+    """Settings without which the class cannot step, after it has filled in those that old files lack.
+
+    To be asked only where ``__setstate__`` is torch's own.
+    """
     groups = [{**group, "params": []} for group in saved]
     stand_in: Any = object.__new__(type(optimizer))
     stand_in.__setstate__({"defaults": dict(optimizer.defaults), "state": {}, "param_groups": groups})
@@ -47,6 +125,17 @@ def _missing_settings(saved: list[dict[str, Any]], optimizer: torch.optim.Optimi
         for number, group in enumerate(groups)
         if (lacking := [key for key in optimizer.defaults if key not in group])
     ]
+
+
+def foreign_settings(saved: Any, groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    """Hyper-parameters of the class that was saved (``saved``: its defaults, if they are known) and not of this one."""
+    if not isinstance(saved, list):
+        return
+    own = set(settings_of(optimizer)).union(*optimizer.param_groups)
+    for number, group in enumerate(groups):
+        surplus = [key for key in saved if key in group and key not in own]
+        if surplus:
+            yield f"group {number} was saved with {', '.join(map(repr, surplus))}, which the live class does not have"
 
 
 def _misshapen(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> list[str]:

@@ -8,10 +8,19 @@ import torch
 
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError, IncompatibleStateError
 from checkpointer.index import TensorSpec
+from checkpointer.state.classes import CLASS, class_change, class_name, refused_class
 from checkpointer.state.containers import merge, place_leaves
 from checkpointer.state.decoding import Leaf, decode, outline
 from checkpointer.state.module_match import refusal
 from checkpointer.state.optimizer_match import Matched, SavedParameter, match_parameters, saved_parameters
+from checkpointer.state.optimizer_misfits import (
+    DEFAULTS,
+    foreign_settings,
+    is_of_torch,
+    missing_settings,
+    slot_misfit,
+    slots_agree,
+)
 from checkpointer.state.places import Places
 from checkpointer.state.plan import ComponentReport, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.sharded import is_sharded
@@ -50,6 +59,45 @@ class OptimizerRestore:
         self.places = Places(name, self.component.tensors)
         self.direct = loads_plainly(live)
         self.casts: dict[str, torch.dtype] = {}
+        self.foreign = False
+        """Whether another class was saved: then only state of the very same form is restored."""
+        self._check_class(saved)
+
+    def _check_class(self, saved: SavedState) -> None:
+        """Find out whether hyper-parameters and state are this class's, and keep the live ones where not."""
+        groups, live, match = self.value["param_groups"], self.live, self.match
+        change = class_change(saved, live, self.options)
+        missing = missing_settings(groups, live) if self.direct else []
+        if not change and missing and CLASS not in self.component.meta:
+            change = f"saved by another class than {class_name(live)}: {missing[0]}"
+        self.foreign = bool(change)
+        if change:
+            advice = refused_class(change, saved, live) if CLASS in self.component.meta else change
+            match.problems.insert(0, f"{advice}; strict=False keeps the live hyper-parameters, and state of other form")
+            match.groups.clear()
+            self.report.changed.append(f"hyper-parameters not restored: {change}")
+        elif self.direct:
+            found = [*missing, *foreign_settings(self.component.meta.get(DEFAULTS), groups, live)]
+            match.problems += [] if is_of_torch(live) else found  # torch reads what its other versions wrote
+            self.report.changed += found
+        self._drop_misfits()
+
+    def _drop_misfits(self) -> None:
+        """Parameters whose saved state has other keys than this class's keep the state that they have."""
+        for row in list(self.match.pairs):
+            parameter, tensor, label = row
+            slots = self.value["state"].get(parameter.index)
+            keys = slots.keys() if isinstance(slots, dict) else ()
+            if self.foreign:
+                misfit = "" if keys and slots_agree(self.live, tensor, keys) else "it is that of another class"
+            else:  # a hook or an override may know how to load other keys
+                misfit = slot_misfit(self.live, tensor, keys) if keys and self.direct else ""
+            if misfit:
+                self.match.pairs.remove(row)
+                self.match.kept.append(tensor)
+                self.report.unexpected += [f"{label}.{slot}" for slot in keys]
+            if misfit and not self.foreign:
+                self.match.problems.append(f"the saved state of {label!r} is not {class_name(self.live)}'s: {misfit}")
 
     def plan(self) -> RestorePlan:
         """Choose destinations; nothing live is changed."""
@@ -152,7 +200,8 @@ class OptimizerRestore:
     def _in_order(self, slots: list[tuple[Any, Any]], saved: dict[Any, Any]) -> list[tuple[Any, Any]]:
         """State of parameters, and that of everything else, in the order of the checkpoint."""
         indices = self._indices()
-        rest = [(place, (key, value)) for place, (key, value) in enumerate(saved.items()) if key not in indices]
+        others = {} if self.foreign else {key: value for key, value in saved.items() if key not in indices}
+        rest = [(place, (key, others[key])) for place, key in enumerate(saved) if key in others]
         restored = {parameter.index for parameter, _, _ in self.match.pairs}
         order = [place for place, key in enumerate(saved) if key in restored]
         rows = [*zip(order, slots, strict=True), *rest]

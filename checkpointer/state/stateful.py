@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Protocol, runtime_checkable
 
-from checkpointer.errors import CheckpointerError, IncompatibleStateError
+from checkpointer.errors import CheckpointerError, CheckpointerWarning, IncompatibleStateError
+from checkpointer.state.classes import CLASS, class_change, class_name, is_scheduler, refused_class, unwrapped
 from checkpointer.state.codec import encode
 from checkpointer.state.decoding import decode, outline
 from checkpointer.state.places import Places, check_kind
@@ -34,7 +36,12 @@ class StatefulAdapter:
     def capture(self) -> Captured:
         """Encode ``state_dict()``. Raises :class:`UnsupportedStateError`."""
         tree, tensors = encode(self.live.state_dict(), self.name)
-        return Captured(self.kind, tree, tensors)
+        return Captured(self.kind, tree, tensors, {CLASS: class_name(self.live)})
+
+    @property
+    def _class_decides(self) -> bool:
+        """Whether the state of another class means something else. Schedulers take over whatever they are given."""
+        return is_scheduler(unwrapped(self.live))
 
     def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:
         """Check the tree and allocate its tensors; ``load_state_dict`` is called by ``apply``.
@@ -42,8 +49,14 @@ class StatefulAdapter:
         An object that has ``check_state_dict(state)`` may refuse here, before anything is changed. Where ``state`` has
         a tensor or an array, it is given a placeholder: the data has not been read yet. One that would set the global
         random generators later on, and has ``leave_rng()``, is told so where they are not to be restored.
+
+        The state of another class is refused for schedulers, or left out where ``strict`` is off. For other objects
+        it is their ``load_state_dict`` that judges: it is handed over, with a warning.
         """
         check_kind(saved, self.kind, self.live)
+        report = ComponentReport(self.name)
+        if not self._check_class(saved, options, report):
+            return RestorePlan({}, nothing, report)
         component = saved.component
         value, keys = outline(component.tree, component.tensors, place=self.name)
         check = getattr(self.live, "check_state_dict", None)
@@ -51,7 +64,7 @@ class StatefulAdapter:
             check(value)
         places = Places(self.name, component.tensors, options.map_location)
         places.allocate_all(keys)
-        restored = [str(key) for key in value] if isinstance(value, dict) else [self.name]
+        report.restored += [str(key) for key in value] if isinstance(value, dict) else [self.name]
 
         def apply() -> None:
             self._load(decode(component.tree, places.reads, place=self.name, specs=component.tensors))
@@ -59,7 +72,29 @@ class StatefulAdapter:
             if callable(leave_rng) and not options.rng:
                 leave_rng()
 
-        return RestorePlan(places.reads, apply, ComponentReport(self.name, restored))
+        return RestorePlan(places.reads, apply, report)
+
+    def _check_class(self, saved: SavedState, options: RestoreOptions, report: ComponentReport) -> bool:
+        """Whether the state is for this object. Raises :class:`IncompatibleStateError` where it is not, if strict."""
+        change = class_change(saved, self.live, options)
+        if change and self._class_decides:
+            if options.strict:
+                raise IncompatibleStateError(
+                    f"{self.name}: {refused_class(change, saved, self.live)}; or restore with strict=False, which "
+                    f"leaves {self.name!r} as it is. Nothing was changed"
+                )
+            report.changed.append(f"not restored: {change}")
+            return False
+        if change:
+            report.changed.append(change)
+        if change and options.strict:
+            warnings.warn(
+                f"component {self.name!r}: {change}, whose load_state_dict takes over that state. If that is not "
+                f"meant, restore the other components alone (components=[...]), or register the class that was saved",
+                CheckpointerWarning,
+                stacklevel=2,
+            )
+        return True
 
     def _load(self, state: Any) -> None:
         try:
@@ -71,3 +106,7 @@ class StatefulAdapter:
             raise IncompatibleStateError(
                 f"{self.name}: {kind}.load_state_dict refused the saved state: {error!r}"
             ) from error
+
+
+def nothing() -> None:
+    """Applies a plan that restores nothing."""
