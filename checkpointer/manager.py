@@ -45,7 +45,7 @@ from checkpointer.restoring import RNG, Restorer
 from checkpointer.retention import BestRule, RetentionPlan, rank
 from checkpointer.saving import PendingSave, Saver, finished
 from checkpointer.snapshot import Snapshot
-from checkpointer.state import Adapter, Captured, RngState, adapter_for, modules_of, optimizers_of
+from checkpointer.state import Adapter, Captured, RngState, Unregistered, adapter_for, modules_of, optimizers_of
 from checkpointer.storage import open_storage
 from checkpointer.verification import VerifyReport
 from checkpointer.watching import watch
@@ -107,6 +107,7 @@ class CheckpointManager:
         adapters: dict[str, Adapter] = {name: adapter_for(name, part, modules) for name, part in components.items()}
         adapters[RNG] = RngState()
         self._adapters = adapters
+        self._unregistered = Unregistered(components)
         self._read_only = read_only
         write = self._config.write
         storage = open_storage(root, storage_options, durable=write.durable, threads=write.threads)
@@ -458,7 +459,9 @@ class CheckpointManager:
         def capture() -> dict[str, Captured]:
             # The coordinator's files alone are saved: those of other hosts need not be there.
             extras.append(check_extras(metrics, tags, files if self._job.ranks.rank == 0 else None))
-            return {name: adapter.capture() for name, adapter in self._adapters.items()}
+            captured = {name: adapter.capture() for name, adapter in self._adapters.items()}
+            self._unregistered.warn(captured)
+            return captured
 
         with collector_paused():
             share = self._job.cooperation.share(step, capture)

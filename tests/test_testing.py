@@ -21,6 +21,7 @@ from checkpointer.testing import assert_resume_exact
 from checkpointer.testing.resume import compare_runs
 from checkpointer.testing.runs import Lab, Part, Record, do
 from tests import processes
+from tests.state.test_unregistered import Sam
 
 STEPS, CUT = 6, 2
 Made = tuple[dict[str, Any], Any]
@@ -193,6 +194,26 @@ def scheduler_not_registered() -> Made:
     return components, step
 
 
+def optimizer_inside_forgotten() -> Made:
+    """Its moments are in no state_dict; everything else is."""
+    model, _, _, data = parts()
+    optimizer = Sam(model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9)
+    return {"model": model, "optimizer": optimizer, "data": data}, lambda _: learn(model, optimizer, data.next())
+
+
+def temperature_forgotten() -> Made:
+    model, optimizer, _, data = parts()
+    log_alpha = torch.zeros((), requires_grad=True)
+    tuning = torch.optim.Adam([log_alpha], lr=0.1)
+
+    def step(number: int) -> float:
+        log_alpha.grad = log_alpha.detach() - 1
+        tuning.step()
+        return learn(model, optimizer, data.next(), factor=log_alpha.exp().item())
+
+    return {"model": model, "optimizer": optimizer, "tuning": tuning, "data": data}, step
+
+
 class Restless(nn.Module):
     """Calls its dropouts in an order that depends on a count which is nobody's state."""
 
@@ -300,7 +321,21 @@ def test_a_run_that_resumes_exactly_shows_no_difference(make_run, cuts, tmp_path
         (not_seeded, ["not deterministic", "seed every generator", "'rng'", "python"]),
         (scheduler_not_registered, ["step 3", "'optimizer'", "lr", "unregistered state", "'scheduler'", "StepLR"]),
         (dropouts_in_another_order, ["step 3", "the loss", "another order", "'model.one'"]),
+        (
+            optimizer_inside_forgotten,
+            [
+                "step 3",
+                "'model'",
+                "unregistered state",
+                "'optimizer.base_optimizer' (SGD, first state.",
+                "momentum_buf",
+            ],
+        ),
+        (temperature_forgotten, ["step 3", "unregistered state", "'log_alpha' (Tensor)"]),
     ],
+)
+@pytest.mark.filterwarnings(
+    "ignore:component 'optimizer' holds another", "ignore:optimizer 'tuning' trains 1 parameter"
 )
 def test_a_defect_is_found_by_name_with_its_cause(make_run, expected, tmp_path):
     problem = compare_runs(SameProcess(make_run, tmp_path, STEPS, (CUT,)))

@@ -9,6 +9,7 @@ from checkpointer.state.plan import Adapter, Captured, ComponentReport, RestoreO
 from checkpointer.state.registry import register_codec
 from checkpointer.state.rng import RngState
 from checkpointer.state.stateful import Stateful
+from checkpointer.state.unregistered import Unregistered, inner_optimizers
 from checkpointer.state.whole import WholeModel, WholeModelLoader
 
 __all__ = [
@@ -22,9 +23,11 @@ __all__ = [
     "RngState",
     "SavedState",
     "Stateful",
+    "Unregistered",
     "WholeModel",
     "WholeModelLoader",
     "adapter_for",
+    "inner_optimizers",
     "modules_of",
     "optimizers_of",
     "register_codec",

@@ -35,7 +35,7 @@ def plain_attributes(names: Names, state: Iterable[object]) -> Iterator[str]:
     what ``get_extra_state()`` answers for, results that carry a ``grad_fn``, and what torch's own hooks compute before
     each forward pass (weight norm, pruning).
     """
-    registered = _registered_memory(names) | {_memory(value) for value in state if isinstance(value, torch.Tensor)}
+    registered = _registered_memory(names) | {memory_of(value) for value in state if isinstance(value, torch.Tensor)}
     for path, module in names.modules:
         if wrapped_attribute(module) is not None or _has_extra_state(module):
             continue
@@ -44,7 +44,7 @@ def plain_attributes(names: Names, state: Iterable[object]) -> Iterator[str]:
             if name in _OWN or name in computed:
                 continue
             for suffix, tensor in _tensors_in(value):
-                if tensor.grad_fn is None and _memory(tensor) not in registered:
+                if tensor.grad_fn is None and memory_of(tensor) not in registered:
                     yield _join(path, name) + suffix
 
 
@@ -94,11 +94,11 @@ def _registered_memory(names: Names) -> set[int]:
     found: set[int] = set()
     for _, module in names.modules:
         tables = (module._parameters.values(), module._buffers.values())  # noqa: SLF001
-        found.update(_memory(tensor) for table in tables for tensor in table if tensor is not None)
+        found.update(memory_of(tensor) for table in tables for tensor in table if tensor is not None)
     return found
 
 
-def _memory(tensor: torch.Tensor) -> int:
+def memory_of(tensor: torch.Tensor) -> int:
     """Equal for tensors in one storage; the tensor's own identity where it has no storage (sparse)."""
     try:
         return int(tensor.untyped_storage()._cdata)  # noqa: SLF001

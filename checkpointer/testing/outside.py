@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from checkpointer.errors import CheckpointerError
-from checkpointer.state import adapter_for
+from checkpointer.state import adapter_for, inner_optimizers
 from checkpointer.testing.describing import PLAIN, describe, values
 
 MAX_DEPTH = 5
@@ -36,6 +36,8 @@ class Outside:
         """Holds what was seen, so that no id is given twice."""
         for name, part in components.items():
             self._attributes_beside_state(name, part)
+            for path, inner in inner_optimizers(part):
+                self._visit(f"{name}.{path}", inner, 0, "")
 
     def look(self, step: Any) -> None:
         """Follow a function, a bound method or a callable object."""

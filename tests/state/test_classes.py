@@ -171,6 +171,9 @@ class Shown(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Any) -> None:
         self.inside.load_state_dict(state_dict)
 
+    def step(self, closure: Any = None) -> None:
+        self.inside.step(closure)
+
 
 @pytest.mark.parametrize("wrap", [(Shown, lambda it: it), (lambda it: it, Shown), (Shown, lambda it: Shown(Shown(it)))])
 def test_wrappers_that_show_another_optimizer_have_its_class(wrap):
