@@ -56,8 +56,8 @@ def test_changed_settings_are_named_by_their_path(tmp_path):
     two = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
     save_pair(
         tmp_path,
-        {"optimizer": one, "progress": {"a": 1, "kind": {"x": 1}, "same": [1, 2]}},
-        {"optimizer": two, "progress": {"b": (1,), "kind": {"x": True}, "same": [1, 2]}},
+        {"model": model, "optimizer": one, "progress": {"a": 1, "kind": {"x": 1}, "same": [1, 2]}},
+        {"model": model, "optimizer": two, "progress": {"b": (1,), "kind": {"x": True}, "same": [1, 2]}},
     )
 
     found = {change.path: (change.before, change.after) for change in compare(tmp_path, 1, 2).settings}

@@ -119,7 +119,8 @@ def missing_settings(saved: list[dict[str, Any]], optimizer: torch.optim.Optimiz
     """
     groups = [{**group, "params": []} for group in saved]
     stand_in: Any = object.__new__(type(optimizer))
-    stand_in.__setstate__({"defaults": dict(optimizer.defaults), "state": {}, "param_groups": groups})
+    own = {"_patch_step_function": lambda: None}  # which would put hooks back into the class, here in a mere look
+    stand_in.__setstate__({"defaults": dict(optimizer.defaults), "state": {}, "param_groups": groups, **own})
     return [
         f"group {number} was saved without {', '.join(map(repr, lacking))}: was it another class of optimizer?"
         for number, group in enumerate(groups)

@@ -259,6 +259,15 @@ def test_keys_that_schedulers_and_users_add_to_groups_do_not_matter():
     assert target[1].param_groups[0]["mine"] == 3
 
 
+def test_looking_at_a_checkpoint_does_not_change_the_class():
+    unhooked = own("Moments", Moments, step=Moments.step)
+    source, target = trained(Moments), trained(unhooked, seed=1)
+    unhooked.step = unhooked.step.__wrapped__
+    before = unhooked.step
+    resume(source, target)
+    assert unhooked.step is before
+
+
 def test_state_with_other_keys_of_a_class_of_the_same_name_is_refused():
     source, target = trained(Moments), trained(own("Moments", Moments, slot="exp_avg"), seed=1, lr=0.5)
     before = {slot: value.clone() for slot, value in target[1].state[next(target[0].parameters())].items()}
