@@ -29,7 +29,8 @@ the function that trains one step and returns the loss. After it, a resumed proc
 
 Three things are compared, after each step: the loss; every tensor and every number of every component; and every
 module, tensor, optimizer, scheduler or generator that the step can reach (through closures, attributes, and the globals
-that it names) and that is *not* a component, such as a forgotten average of the weights.
+that it names) and that is *not* a component, such as a forgotten average of the weights, or an optimizer inside an
+optimizer.
 
 ``Fault`` and ``faulty`` let the storage below a manager fail: see :class:`Fault`.
 """
