@@ -53,7 +53,8 @@ def is_scheduler(live: object) -> bool:
 def class_change(saved: SavedState, live: object, options: RestoreOptions) -> str:
     """``"saved by AdamW, live is SGD"`` where the classes differ; empty where not, or where it is not known.
 
-    ``rename={"OldName": "NewName"}`` makes one name of two.
+    ``rename={"OldName": "NewName"}`` makes one name of two, where the live class is not torch's: those never got new
+    names.
 
     Raises:
         CorruptCheckpointError: what the checkpoint has there is no name.
@@ -62,14 +63,23 @@ def class_change(saved: SavedState, live: object, options: RestoreOptions) -> st
     if before is not None and type(before) is not str:
         raise CorruptCheckpointError(f"{saved.name}: the class of this component is not well formed")
     now = class_name(live)
-    renamed = options.rename.get(before) if before is not None and isinstance(options.rename, Mapping) else None
+    rename = options.rename if isinstance(options.rename, Mapping) and not is_of_torch(live) else {}
+    renamed = None if before is None else rename.get(before)
     return "" if before is None or now in (before, renamed) else f"saved by {before}, live is {now}"
 
 
 def refused_class(change: str, saved: SavedState, live: object) -> str:
     """What to do about another class, after ``change``."""
     before, now = saved.component.meta[CLASS], class_name(live)
-    return f"{change}: register the class that was saved, or, if it only got a new name, rename={{{before!r}: {now!r}}}"
+    new_name = (
+        "" if is_of_torch(live) else f", or, if it only got a new name, restore with rename={{{before!r}: {now!r}}}"
+    )
+    return f"{change}: register the class that was saved{new_name}"
+
+
+def is_of_torch(live: object) -> bool:
+    """Whether its class is torch's own, or that of what it shows is."""
+    return type(unwrapped(live)).__module__.partition(".")[0] == "torch"
 
 
 def _shown_by(live: object) -> Any:

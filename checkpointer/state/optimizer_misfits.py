@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from checkpointer.state.classes import unwrapped
+from checkpointer.state.classes import is_of_torch, unwrapped
 from checkpointer.state.decoding import Leaf
 
 DEFAULTS = "defaults"
@@ -49,11 +49,6 @@ def settings_of(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
     """The hyper-parameters that the class sets in every group, by name; a few third-party classes say none."""
     found = getattr(unwrapped(optimizer), "defaults", None)
     return found if isinstance(found, Mapping) else {}
-
-
-def is_of_torch(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its class is torch's own, which goes on to read what its earlier and later versions have written."""
-    return type(unwrapped(optimizer)).__module__.startswith("torch.optim.")
 
 
 def slot_misfit(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, saved: Collection[Any]) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError, IncompatibleStateError
 from checkpointer.index import TensorSpec
-from checkpointer.state.classes import CLASS, class_change, class_name, refused_class
+from checkpointer.state.classes import CLASS, class_change, class_name, is_of_torch, refused_class
 from checkpointer.state.containers import merge, place_leaves
 from checkpointer.state.decoding import Leaf, decode, outline
 from checkpointer.state.module_match import refusal
@@ -16,7 +16,6 @@ from checkpointer.state.optimizer_match import Matched, SavedParameter, match_pa
 from checkpointer.state.optimizer_misfits import (
     DEFAULTS,
     foreign_settings,
-    is_of_torch,
     missing_settings,
     slot_misfit,
     slots_agree,
@@ -73,7 +72,10 @@ class OptimizerRestore:
         self.foreign = bool(change)
         if change:
             advice = refused_class(change, saved, live) if CLASS in self.component.meta else change
-            match.problems.insert(0, f"{advice}; strict=False keeps the live hyper-parameters, and state of other form")
+            kept = (
+                f"strict=False keeps the live hyper-parameters, and takes only state of {class_name(live)}'s own form"
+            )
+            match.problems.insert(0, f"{advice}; {kept}")
             match.groups.clear()
             self.report.changed.append(f"hyper-parameters not restored: {change}")
         elif self.direct:

@@ -143,6 +143,24 @@ def test_a_class_with_a_new_name_is_refused_until_rename_says_so(fresh):
     assert report.changed == []
 
 
+def test_a_class_of_torch_is_no_new_name_of_another():
+    source, target = trained(torch.optim.AdamW), trained(torch.optim.SGD, seed=1)
+    with pytest.raises(IncompatibleStateError) as caught:
+        resume(source, target, rename={"AdamW": "SGD"})
+    assert "saved by AdamW, live is SGD: register the class that was saved; strict=False" in str(caught.value)
+    stairs, cosine = schedulers.StepLR(sgd(), 2), schedulers.CosineAnnealingLR(sgd(), 7)
+    with pytest.raises(IncompatibleStateError, match="saved by StepLR, live is CosineAnnealingLR"):
+        carry(stairs, cosine, rename={"StepLR": "CosineAnnealingLR"})
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_new_name_does_not_make_other_settings_fit(fresh):
+    source = trained(torch.optim.AdamW)
+    target = trained(own("Better", Moments), seed=1, steps=0 if fresh else 1, rho=0.5)
+    with pytest.raises(IncompatibleStateError, match="group 0 was saved without 'rho'"):
+        resume(source, target, rename={"AdamW": "Better"})
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_of_a_class_nobody_knows_state_is_restored_where_live_state_has_its_form(fresh):
     source = trained(Moments)
