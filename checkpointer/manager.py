@@ -45,7 +45,8 @@ from checkpointer.restoring import RNG, Restorer
 from checkpointer.retention import BestRule, RetentionPlan, rank
 from checkpointer.saving import PendingSave, Saver, finished
 from checkpointer.snapshot import Snapshot
-from checkpointer.state import Adapter, Captured, RngState, adapter_for, modules_of, optimizers_of
+from checkpointer.state import Adapter, Captured, RngState, adapter_for, capture_all, modules_of, optimizers_of
+from checkpointer.state.modes import outside_inference_mode
 from checkpointer.storage import open_storage
 from checkpointer.verification import VerifyReport
 from checkpointer.watching import watch
@@ -457,9 +458,9 @@ class CheckpointManager:
         def capture() -> dict[str, Captured]:
             # The coordinator's files alone are saved: those of other hosts need not be there.
             extras.append(check_extras(metrics, tags, files if self._job.ranks.rank == 0 else None))
-            return {name: adapter.capture() for name, adapter in self._adapters.items()}
+            return capture_all(self._adapters)
 
-        with collector_paused():
+        with collector_paused(), outside_inference_mode():
             share = self._job.cooperation.share(step, capture)
             try:
                 staged = self._saver.stage(share, mode)

@@ -10,6 +10,7 @@ from checkpointer.errors import CheckpointerError, CorruptCheckpointError, Incom
 from checkpointer.index import TensorSpec
 from checkpointer.state.containers import merge, place_leaves
 from checkpointer.state.decoding import Leaf, decode, outline
+from checkpointer.state.modes import writing_to
 from checkpointer.state.module_match import refusal
 from checkpointer.state.optimizer_match import Matched, SavedParameter, match_parameters, saved_parameters
 from checkpointer.state.places import Places
@@ -47,7 +48,7 @@ class OptimizerRestore:
         self.value = _check_form(name, outlined)
         self.saved = saved_parameters(name, self.value["param_groups"], self.component.meta)
         self.match: Matched = match_parameters(name, self.saved, live, names, options=options, report=self.report)
-        self.places = Places(name, self.component.tensors)
+        self.places = Places(name, self.component.tensors, stepped=True)
         self.direct = loads_plainly(live)
         self.casts: dict[str, torch.dtype] = {}
 
@@ -283,5 +284,6 @@ def _refill(group: dict[str, Any], before: dict[str, torch.Tensor]) -> None:
         if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
             continue
         if value is not tensor:
-            tensor.copy_(value)
+            with writing_to(tensor):
+                tensor.copy_(value)
             group[key] = tensor
