@@ -208,7 +208,24 @@ def _holding_of(captured: Mapping[str, Captured]) -> Holding:
         }
         for name, part in captured.items()
     }
-    return Holding(components, {name: part.kind for name, part in captured.items()})
+    parameters = {name: found for name, part in captured.items() if (found := _parameters_of(part))}
+    return Holding(components, {name: part.kind for name, part in captured.items()}, parameters)
+
+
+def _parameters_of(part: Captured) -> list[str]:
+    """What the parameters of an optimizer are called, group by group, and their shapes."""
+    names, shapes = part.meta.get("params"), part.meta.get("shapes")
+    if part.kind != "optimizer" or not isinstance(names, list) or not isinstance(shapes, list):
+        return []
+    found: list[str] = []
+    for group, (of_group, their_shapes) in enumerate(zip(names, shapes, strict=True)):
+        assert isinstance(of_group, list)
+        assert isinstance(their_shapes, list)
+        found += [
+            f"{name or 'unnamed'} {shape}, parameter {number} of group {group}"
+            for number, (name, shape) in enumerate(zip(of_group, their_shapes, strict=True))
+        ]
+    return found
 
 
 def _held(name: str, tensor: torch.Tensor, *, spread: bool, frozen: bool) -> Held:
@@ -220,7 +237,7 @@ def _held(name: str, tensor: torch.Tensor, *, spread: bool, frozen: bool) -> Hel
     except UnsupportedStateError as error:
         raise UnsupportedStateError(f"{name}: {error}") from error
     spec = TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape), device=str(tensor.device))
-    return Held(spec, None if found is None else Box(*found), spread=True, frozen=frozen)
+    return Held(spec, None if found is None else Box(*found), spread=True, frozen=frozen, sharded=True)
 
 
 def _digest(part: Captured, held: Mapping[str, Held]) -> str:

@@ -15,10 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from checkpointer import CheckpointManager
+from checkpointer import CheckpointManager, dcp
 from checkpointer.repository import Repository
 from checkpointer.storage import LocalStorage, open_storage
 from tests.ranks import Outcome, launch, run
@@ -398,3 +399,111 @@ def test_training_talks_on_its_groups_while_a_save_is_written_and_no_group_is_ma
         assert sums == {2.0}
         assert count <= 2  # the default one, and the mesh's
     assert steps(tmp_path) == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------- ranks that hold different things
+
+
+class Stage(nn.Module):
+    """Layers of a pipeline, called as the whole model calls them."""
+
+    def __init__(self, first: int, count: int, width: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(number): nn.Linear(width, 3) for number in range(first, first + count)})
+
+
+def stepped(model: nn.Module, parameters: Any = None) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(parameters or model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def stages(rank: int) -> dict[str, Any]:
+    model = Stage(2 * rank, 2)
+    return {"model": model, "optimizer": stepped(model)}
+
+
+def shapes(rank: int) -> dict[str, Any]:
+    return {"model": Stage(0, 1, width=3 + rank)}
+
+
+def dtypes(rank: int) -> dict[str, Any]:
+    return {"model": Stage(0, 1).to(torch.float64 if rank else torch.float32)}
+
+
+def divided_optimizer(rank: int) -> dict[str, Any]:
+    """As ZeRO divides it by hand: the same number of parameters of the same shapes, and not the same ones."""
+    model = Stage(0, 2)
+    return {"model": model, "optimizer": stepped(model, list(model.layers[str(rank)].parameters()))}
+
+
+def other_groups(rank: int) -> dict[str, Any]:
+    model = Stage(0, 1)
+    weight, bias = model.layers["0"].parameters()
+    return {"model": model, "optimizer": stepped(model, [weight, bias] if rank else [bias, weight])}
+
+
+def one_has_stepped(rank: int) -> dict[str, Any]:
+    model = Stage(0, 1)
+    return {"model": model, "optimizer": torch.optim.AdamW(model.parameters()) if rank else stepped(model)}
+
+
+def kinds(rank: int) -> dict[str, Any]:
+    return {"part": {"x": 1} if rank else nn.Linear(1, 1)}
+
+
+UNLIKE = {
+    stages: "component 'model' is not the same on all ranks (rank 0 alone: 'layers.0.weight', 'layers.0.bias', "
+    "'layers.1.weight', 'layers.1.bias'; rank 1 alone: 'layers.2.weight'",
+    shapes: "model.layers.0.weight is float32 [3, 3] on rank 0 and float32 [3, 4] on rank 1",
+    dtypes: "model.layers.0.weight is float32 [3, 3] on rank 0 and float64 [3, 3] on rank 1",
+    divided_optimizer: "rank 1 alone: 'model.layers.1.weight [3, 3], parameter 0 of group 0'",
+    other_groups: "rank 0 alone: 'model.layers.0.bias [3], parameter 0 of group 0'",
+    one_has_stepped: "component 'optimizer' is not the same on all ranks (rank 0 alone: 'state.0.step'",
+    kinds: "component 'part' is not the same on all ranks: a module on rank 0, a container on rank 1",
+}
+
+
+def unlike(root: str) -> list[Any]:
+    """Each case in a run root of its own; then what all ranks hold alike, in the same manager."""
+    told = []
+    for case in UNLIKE:
+        place = f"{root}/{case.__name__}"
+        with CheckpointManager(place, config=SHORT, **case(dist.get_rank())) as mgr:
+            told.append([caught(lambda mgr=mgr: mgr.save(1)) for _ in range(2)] + [mgr.checkpoints()])
+    return told
+
+
+def test_ranks_that_hold_different_modules_or_optimizers_are_refused_in_the_first_save(tmp_path):
+    for of_rank in run(2, unlike, str(tmp_path)):
+        for (first, again, committed), expected in zip(of_rank, UNLIKE.values(), strict=True):
+            assert first.startswith("UnsupportedStateError")
+            assert expected in first
+            assert again == first
+            assert committed == []
+
+
+def stages_with_dcp(root: str) -> list[bool]:
+    """What the error advises."""
+    same = []
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    parts = stages(rank)
+    model, optim = get_state_dict(parts["model"], parts["optimizer"])
+    dcp.save({"model": model, "optim": optim}, f"{root}/checkpoint-1")
+    torch.manual_seed(10 + rank)
+    again = stages(rank)
+    model, optim = get_state_dict(again["model"], again["optimizer"])
+    dcp.load({"model": model, "optim": optim}, f"{root}/checkpoint-1")
+    set_state_dict(again["model"], again["optimizer"], model_state_dict=model, optim_state_dict=optim)
+    for old, new in zip(parts["model"].parameters(), again["model"].parameters(), strict=True):
+        same.append(torch.equal(old, new))
+        saved, found = parts["optimizer"].state[old], again["optimizer"].state[new]
+        same += [torch.equal(saved[slot], found[slot]) for slot in saved]
+    return same
+
+
+def test_what_the_refusal_of_pipeline_stages_advises_brings_each_stage_back(tmp_path):
+    assert run(2, stages_with_dcp, str(tmp_path)) == [[True] * 16] * 2

@@ -39,7 +39,7 @@ def test_what_the_call_raises_itself_comes_through(answer, kind):
 def test_an_answer_that_comes_at_the_last_moment_counts(answer, monkeypatch):
     """Between the end of the time and the look whether the call has returned."""
 
-    class Late(concurrent.futures.Future):
+    class Late(concurrent.futures.Future[bool]):
         def result(self, timeout=None):
             if timeout is None:
                 return super().result()
