@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from checkpointer import CheckpointManager, dcp
+from checkpointer.distributed import absence
 from checkpointer.repository import Repository
 from checkpointer.storage import LocalStorage, open_storage
 from tests.ranks import Outcome, launch, run
@@ -507,3 +510,110 @@ def stages_with_dcp(root: str) -> list[bool]:
 
 def test_what_the_refusal_of_pipeline_stages_advises_brings_each_stage_back(tmp_path):
     assert run(2, stages_with_dcp, str(tmp_path)) == [[True] * 16] * 2
+
+
+# ---------------------------------------------------------------------------------- ranks that do not make the call
+
+
+class Lines(logging.Handler):
+    """Keeps what is logged, and marks that something was."""
+
+    def __init__(self, mark: Path) -> None:
+        super().__init__(logging.WARNING)
+        self.mark = mark
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+        self.mark.touch()
+
+
+def late_call(root: str, late: int) -> list[str]:
+    """Rank ``late`` makes each call once another has said that it waits for it."""
+    absence.FIRST_REMINDER = 0.1
+    rank, said = dist.get_rank(), []
+    mgr = CheckpointManager(f"{root}/run", model=nn.Linear(2, 2))
+    for step in (1, 2):
+        lines = Lines(Path(root, f"said-{step}"))
+        logging.getLogger("checkpointer").addHandler(lines)
+        while rank == late and not lines.mark.exists():
+            time.sleep(0.01)
+        mgr.save(step)
+        mgr.wait()
+        logging.getLogger("checkpointer").removeHandler(lines)
+        said += lines.said[:1]
+    mgr.close()
+    return said
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_the_log_says_which_ranks_have_not_called_save_while_the_others_wait(tmp_path, late):
+    """At the first save, where the ranks find each other, and at a later one, where they know their hosts."""
+    first, second = run(2, late_call, str(tmp_path), late)[1 - late]
+    waiter = 1 - late
+    assert f"rank {waiter} has waited" in first
+    assert f"for rank {late} of 2" in first
+    assert "the save of step 2" in second
+    assert f"for rank {late} of 2 (on {socket.gethostname()}), which has not come to this call" in second
+    assert "Every rank has to call save" in second
+    assert steps(tmp_path / "run") == [1, 2]
+
+
+def test_reminders_come_after_a_minute_and_then_less_and_less_often(monkeypatch, caplog):
+    clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(absence, "time", clock)
+    waiting = absence.Absence("the save of step 5", 0, 4, 1800, training=True)
+    minutes = []
+    for minute in range(60):
+        clock.now = 1000.0 + 60 * minute
+        with caplog.at_level(logging.WARNING, "checkpointer"):
+            waiting.remind([1, 3], {1: "a", 3: "b"})
+        minutes += [minute] * len(caplog.records)
+        caplog.clear()
+    assert minutes == [1, 3, 9, 27]
+
+
+def test_who_only_waits_for_slow_writers_is_not_told_to_call_save(caplog):
+    writing = absence.Absence("the save of step 5", 0, 4, 1800, training=False)
+    with caplog.at_level(logging.INFO, "checkpointer"):
+        writing._next = 0
+        writing.remind([1, 3], {1: "a", 3: "b"})
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "for rank 1, 3 of 4 (on a, b) to write its part" in record.getMessage()
+
+
+def one_component_more(root: str) -> tuple[str, str, float]:
+    """Rank 1 registers one component more, and so makes another manager."""
+    rank = dist.get_rank()
+    mgr = CheckpointManager(root, model=nn.Linear(2, 2), **({"more": {"x": 1}} if rank == 1 else {}))
+    began = time.monotonic()
+    return caught(lambda: mgr.save(1)), caught(lambda: mgr.save(1)), time.monotonic() - began
+
+
+def another_manager_first(root: str) -> tuple[str, str, float]:
+    """Rank 1 has two managers of the same components, and uses the second one alone."""
+    managers = [CheckpointManager(root, config={"require_resume": False}, model=nn.Linear(2, 2)) for _ in range(2)]
+    began = time.monotonic()
+    if dist.get_rank() == 1:
+        assert managers[0]._job.ranks.size == 3
+    mgr = managers[dist.get_rank() == 1]
+    return caught(lambda: mgr.save(1)), caught(lambda: mgr.save(1)), time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    "work, expected",
+    [
+        (one_component_more, "register the same components, in the same order, on every rank"),
+        (another_manager_first, "make the same managers, and call them, in the same order on every rank"),
+    ],
+)
+def test_ranks_that_wait_for_different_managers_are_told_so_at_once(tmp_path, work, expected):
+    """They never meet: without more, each waits for the others for half an hour."""
+    for first, again, seconds in run(3, work, str(tmp_path), timeout=60):
+        assert first.startswith("ConfigError")
+        assert expected in first
+        assert "rank 1" in first
+        assert again.startswith("ConfigError")
+        assert seconds < 30
+    assert steps(tmp_path) == []
