@@ -25,7 +25,7 @@ class Purpose(NamedTuple):
 
     components: str
     """Names, one behind the other."""
-    count: int
+    number: int
     """Of this process's managers of these components."""
 
 
@@ -95,8 +95,8 @@ class Board:
                 f"{_names(mine)}: register the same components, in the same order, on every rank"
             )
         return (
-            f"rank {rank} uses manager number {other.count} of the components {_names(mine)}, and rank {self._rank} "
-            f"number {mine.count}: make the same managers, and call them, in the same order on every rank"
+            f"rank {rank} uses manager number {other.number} of the components {_names(mine)}, and rank {self._rank} "
+            f"number {mine.number}: make the same managers, and call them, in the same order on every rank"
         )
 
 

@@ -488,6 +488,26 @@ def test_ranks_that_hold_different_modules_or_optimizers_are_refused_in_the_firs
             assert committed == []
 
 
+def same_keys(root: str, alike: bool) -> list[str]:
+    """Blocks of a pipeline that each rank numbers from 0: the same keys and shapes, and other values."""
+    torch.manual_seed(0 if alike else dist.get_rank())
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with CheckpointManager(root, model=model, optimizer=stepped(model)) as mgr:
+            for step in (1, 2):
+                mgr.save(step)
+    return [str(warning.message) for warning in said]
+
+
+def test_ranks_that_hold_other_values_under_the_same_keys_are_warned_of_once(tmp_path):
+    first, second = run(2, same_keys, str(tmp_path / "unlike"), False)
+    assert len(first) == 1
+    assert "2 of 16 parameters and moments are not equal on ranks 0 and 1, for example 'model.0.weight'" in first[0]
+    assert second == []
+    assert run(2, same_keys, str(tmp_path / "alike"), True) == [[], []]
+
+
 def stages_with_dcp(root: str) -> list[bool]:
     """What the error advises."""
     same = []
@@ -560,7 +580,8 @@ def test_the_log_says_which_ranks_have_not_called_save_while_the_others_wait(tmp
 
 
 def test_reminders_come_after_a_minute_and_then_less_and_less_often(monkeypatch, caplog):
-    clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now)
+    clock = SimpleNamespace(now=1000.0)
+    clock.monotonic = lambda: clock.now
     monkeypatch.setattr(absence, "time", clock)
     waiting = absence.Absence("the save of step 5", 0, 4, 1800, training=True)
     minutes = []
