@@ -32,7 +32,7 @@ from checkpointer.errors import CheckpointNotFoundError, ConfigError
 from checkpointer.index import Chunk, Index, TensorSpec
 from checkpointer.reading import CheckpointReader, ChunkRead
 from checkpointer.state.decoding import decode, outline
-from checkpointer.state.modes import outside_inference_mode, refuse_to_restore, writing_to
+from checkpointer.state.modes import outside_inference_mode, refuse_to_restore, wait_for_devices, writing_to
 from checkpointer.state.tensors import DTYPES, empty_for
 from checkpointer.storage import open_storage
 from checkpointer.targets import TensorTarget
@@ -237,7 +237,11 @@ class _Load:
         """Tensors that were read in the saved dtype, and where they go."""
 
     def run(self, *, verify: bool) -> None:
-        Reads.split(read for item in self._tensors for read in self._reads(item)).carry_out(self._reader, verify=verify)
+        reads = Reads.split(read for item in self._tensors for read in self._reads(item))
+        targets = [target for _, target in self._filled]
+        wait_for_devices(targets)  # the threads that read give their copies to other streams than the caller's
+        reads.carry_out(self._reader, verify=verify)
+        wait_for_devices(targets)
         for target, value in self._bounced:
             with writing_to(target):
                 target.copy_(value)

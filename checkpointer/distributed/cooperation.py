@@ -286,9 +286,9 @@ def _warn_of_unequal(samples: Mapping[int, Mapping[str, str]]) -> None:
         if unequal:
             warnings.warn(
                 f"{len(unequal)} of {len(found)} parameters and moments are not equal on ranks {first} and {rank}, for "
-                f"example {unequal[0]!r}: a manager takes them for equal, as DistributedDataParallel keeps them, and writes "
-                "those of either rank. Stages of a pipeline, or replicas that train apart, save with checkpointer.dcp, "
-                "under keys that differ over the ranks",
+                f"example {unequal[0]!r}: a manager takes them for equal, as DistributedDataParallel keeps them, and "
+                "writes those of either rank. Stages of a pipeline, or replicas that train apart, save with "
+                "checkpointer.dcp, under keys that differ over the ranks",
                 CheckpointerWarning,
                 stacklevel=2,
             )
