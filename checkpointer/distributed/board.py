@@ -15,7 +15,6 @@ from checkpointer.errors import ConfigError
 LOOKS = 3
 """In a row that have to find the same: what a rank has said may be about to change."""
 
-
 MOST = 16
 """Ranks that are looked at: to find one is enough."""
 

@@ -46,7 +46,6 @@ class Missing(Protocol):
         """Say that they are waited for, where that is due. ``hosts``: where they run, as far as that is known."""
 
 
-
 class Session:
     """One life of a job."""
 
