@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from checkpointer.version import __version__
 
 if TYPE_CHECKING:
-    from checkpointer import data, dcp, errors, retention, testing
+    from checkpointer import data, dcp, errors, migration, retention, testing
     from checkpointer.config import Config
     from checkpointer.info import CheckpointInfo
     from checkpointer.manager import CheckpointManager
@@ -33,7 +33,7 @@ _HOMES = {
     "load_whole_model": "checkpointer.whole_model",
     "register_codec": "checkpointer.state",
 }
-_MODULES = ("data", "dcp", "errors", "retention", "testing")
+_MODULES = ("data", "dcp", "errors", "migration", "retention", "testing")
 
 
 def __getattr__(name: str) -> object:
@@ -66,6 +66,7 @@ __all__ = [
     "dcp",
     "errors",
     "load_whole_model",
+    "migration",
     "register_codec",
     "retention",
     "testing",

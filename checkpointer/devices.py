@@ -66,7 +66,7 @@ def bounce_buffer(device: torch.device) -> torch.Tensor:
     pinned = device.type == "cuda"
     found: torch.Tensor | None = getattr(_bounces, "pinned" if pinned else "plain", None)
     if found is None:
-        found = torch.empty(BOUNCE_SIZE, dtype=torch.uint8, pin_memory=pinned)
+        found = torch.empty(BOUNCE_SIZE, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         setattr(_bounces, "pinned" if pinned else "plain", found)
     return found
 

@@ -45,7 +45,17 @@ from checkpointer.restoring import RNG, Restorer
 from checkpointer.retention import BestRule, RetentionPlan, rank
 from checkpointer.saving import PendingSave, Saver, finished
 from checkpointer.snapshot import Snapshot
-from checkpointer.state import Adapter, Captured, RngState, Unregistered, adapter_for, modules_of, optimizers_of
+from checkpointer.state import (
+    Adapter,
+    Captured,
+    RngState,
+    Unregistered,
+    adapter_for,
+    capture_all,
+    modules_of,
+    optimizers_of,
+)
+from checkpointer.state.modes import outside_inference_mode
 from checkpointer.storage import open_storage
 from checkpointer.verification import VerifyReport
 from checkpointer.watching import watch
@@ -459,11 +469,11 @@ class CheckpointManager:
         def capture() -> dict[str, Captured]:
             # The coordinator's files alone are saved: those of other hosts need not be there.
             extras.append(check_extras(metrics, tags, files if self._job.ranks.rank == 0 else None))
-            captured = {name: adapter.capture() for name, adapter in self._adapters.items()}
+            captured = capture_all(self._adapters)
             self._unregistered.warn(captured)
             return captured
 
-        with collector_paused():
+        with collector_paused(), outside_inference_mode():
             share = self._job.cooperation.share(step, capture)
             try:
                 staged = self._saver.stage(share, mode)

@@ -6,6 +6,7 @@ Pure: bytes in, :class:`Manifest` out, and back. Reading trusts nothing (see FOR
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -17,6 +18,12 @@ from checkpointer.info import CheckpointInfo
 
 FORMAT = "checkpointer"
 VERSION = 1
+
+_TIME = re.compile(
+    r"(?P<time>[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})(?P<fraction>\.[0-9]{1,9})?"
+    r"(?P<zone>Z|[+-][0-9]{2}:[0-9]{2})"
+)
+"""What ``created`` may be; every Python that runs this reads the same of it."""
 
 _SPECIAL_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -191,10 +198,12 @@ def _from_json(raw: Mapping[str, object]) -> Manifest:
 
 
 def _parse_time(text: str) -> datetime:
-    created = datetime.fromisoformat(text)
-    if created.tzinfo is None:
-        raise CorruptCheckpointError(f"created {text!r} has no time zone")
-    return created.astimezone(timezone.utc)
+    found = _TIME.fullmatch(text)
+    if found is None:
+        raise CorruptCheckpointError(f"created {text!r} is not a date and a time with an offset")
+    fraction = (found["fraction"] or ".0")[:7].ljust(7, "0")  # before 3.11, Python knows neither "Z" nor two digits
+    zone = "+00:00" if found["zone"] == "Z" else found["zone"]
+    return datetime.fromisoformat(f"{found['time']}{fraction}{zone}").astimezone(timezone.utc)
 
 
 def _parse_files(raw: Mapping[str, object], shared: Mapping[str, object]) -> dict[str, FileRecord]:

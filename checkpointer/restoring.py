@@ -28,6 +28,8 @@ from checkpointer.repository import Listing, Repository
 from checkpointer.restored import Restored, RestoreReport, RestoreRequest, Skipped
 from checkpointer.sharing import Source
 from checkpointer.state import Adapter, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.modes import outside_inference_mode, refuse_to_restore, wait_for_devices
+from checkpointer.state.sharded import local_part
 
 RNG = "rng"
 MAX_RELISTS = 10
@@ -131,7 +133,7 @@ class Restorer:
         """
         self.source = None
         try:
-            with collector_paused(), ExitStack() as stack:
+            with collector_paused(), outside_inference_mode(), ExitStack() as stack:
                 prepared = self._prepared(info, request, stack)
                 report, verified = self._restore(prepared, request)
                 reader = prepared.reader
@@ -187,6 +189,7 @@ class Restorer:
         found: list[_Prepared] = []
 
         def prepare() -> Json:
+            refuse_to_restore(info.path)
             who = Reader(self._ranks.rank, self._ranks.size)
             reader = stack.enter_context(self._repository.open(info, who))
             found.append(self._prepare_all(reader, request))
@@ -218,7 +221,10 @@ class Restorer:
 
         def read() -> Json:
             verify = request.verify != "off"
+            targets = [local_part(tensor) for plan in plans.values() for tensor in plan.reads.values()]
+            wait_for_devices(targets)  # the threads that read give their copies to other streams than the caller's
             prepared.reads.carry_out(reader, verify=verify)
+            wait_for_devices(targets)
             if verify and prepared.shared_check:
                 reader.check_chunks(_share_of_checks(reader, plans, self._ranks))
             return None

@@ -21,6 +21,7 @@ from checkpointer.manifest import FileRecord
 from checkpointer.memory import Part, Ring, cache_aligned, page_aligned, part_of_memory, view_of
 from checkpointer.sharing import Source as EarlierCheckpoint
 from checkpointer.sharing import candidate
+from checkpointer.state.modes import wait_for_streams
 from checkpointer.state.plan import Captured
 from checkpointer.state.tensors import host_bytes, spec_of
 from checkpointer.tensorfile import ComponentTensors, TensorFile, plan_files
@@ -130,6 +131,7 @@ class Stager:
     def live(self, captured: Mapping[str, Captured], shareable: Shareable = NOTHING) -> Staged:
         """Refer to live memory: for a writer that finishes before the state may change."""
         shared = self._shared(captured, shareable)
+        wait_for_streams(tensor for part in captured.values() for tensor in part.tensors.values())
         if _on_gpu(captured) and not self._ring_pinned:
             self._ring_pinned = pin(self._ring.region)
         sources = [shared.get(file.path) or LiveTensors(_tensors(file, captured), self._ring) for file in self._files]
@@ -298,6 +300,7 @@ def _part_of_view(block: memoryview) -> Part:
 
 def hash_tensors(tensors: Sequence[torch.Tensor]) -> list[str]:
     """The xxh3-128 of the row-major bytes of each tensor."""
+    wait_for_streams(tensors)
     if sum(tensor.nbytes for tensor in tensors) < WORTH_THREADS:
         return [_hash(tensor) for tensor in tensors]
     with Pool(copy_threads(), thread_name_prefix="checkpointer-hash") as pool:

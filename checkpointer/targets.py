@@ -10,6 +10,7 @@ from checkpointer.arena import is_flat
 from checkpointer.devices import BOUNCE_SIZE, bounce_buffer
 from checkpointer.index import Chunk
 from checkpointer.memory import view_of
+from checkpointer.state.modes import writing_to
 from checkpointer.state.tensors import host_bytes, raw
 
 
@@ -32,7 +33,7 @@ class TensorTarget:
         for part in _parts(raw(self._box)):
             buffer = bounce_buffer(part.device)[: part.nbytes]
             yield host_bytes(buffer)
-            with torch.no_grad():
+            with writing_to(part):
                 part.copy_(buffer.view(part.dtype).view(part.shape))
 
 

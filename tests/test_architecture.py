@@ -313,6 +313,58 @@ def test_the_readme_needs_no_private_module():
         assert not first or first[0] in checkpointer.__all__, dotted
 
 
+MENTION = re.compile(r"(?<![\w/.-])checkpointer\.([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
+
+
+def _texts() -> Iterator[str]:
+    """What users read: the documents, the configurations, and the messages and docstrings of the package."""
+    for path in [REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("configs/*")]:
+        yield path.read_text("utf-8")
+    for name in module_names():
+        for node in ast.walk(ast.parse(_path(name).read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def _mentions() -> set[str]:
+    """Dotted names that users are told, as ``checkpointer.data.ResumableLoader``; those of private modules apart."""
+    found = {match for text in _texts() for match in MENTION.findall(text)}
+    modules = set(module_names())
+    private = {name for name in modules if "." not in name and name not in checkpointer.__all__} | {"program"}
+    told = found - (modules - set(checkpointer.__all__))
+    return {dotted for dotted in told if dotted.partition(".")[0] not in private}
+
+
+def test_every_name_that_users_are_told_is_reached_after_importing_the_package():
+    """In a process of its own: here, other tests have imported the modules."""
+    mentioned = _mentions()
+    assert {"migration.import_checkpoint", "register_codec", "data.ResumableLoader", "dcp"} <= mentioned
+    program = (
+        "import functools, checkpointer\n"
+        f"for dotted in {sorted(mentioned)!r}:\n"
+        "    try: functools.reduce(getattr, dotted.split('.'), checkpointer)\n"
+        "    except AttributeError: print(dotted)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout == ""
+
+
+def test_type_checkers_see_every_name_that_is_imported_late():
+    tree = ast.parse(_path("").read_text("utf-8"))
+    nodes = (node for block in _typing_blocks(tree) for node in block.body)
+    told = {dotted.rpartition(".")[2] for node in nodes for dotted in _imported(node)}
+    assert told == set(checkpointer.__all__) - {"__version__"}
+    assert dir(checkpointer) == sorted(checkpointer.__all__)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_catches_the_builtin_timeout_error_of_a_future(name):
+    """Before Python 3.11, futures (and asyncio) raise another ``TimeoutError`` than the builtin one."""
+    tree = ast.parse(_path(name).read_text("utf-8"))
+    caught = [node.type for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.type]
+    assert not [node.lineno for node in caught if "TimeoutError" in ast.unparse(node).replace("FutureTimeoutError", "")]
+
+
 def test_public_modules_are_modules():
     for name in checkpointer.__all__:
         if name.islower() and name.isidentifier() and _path(name).is_file():

@@ -289,6 +289,29 @@ def test_saves_take_no_memory_of_the_gpu(tmp_path, mode):
         assert torch.cuda.max_memory_allocated() - before < 16 * MIB
 
 
+def test_what_a_stream_of_the_callers_was_given_comes_before_a_save_and_before_a_restore(tmp_path, busy, mode):
+    """The threads that read and write have another current stream, which does not wait for it."""
+    run = Run()
+    run.step()
+    del run.scaler  # its state_dict() waits for the GPU
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()), manager(tmp_path, mode, run) as mgr:
+        busy()
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.add_(1)
+        handle = mgr.save(1)
+        assert handle is not None
+        handle.result()
+        expected = copy.deepcopy(run.model.state_dict())
+        busy()
+        with torch.no_grad():
+            for parameter in run.model.parameters():
+                parameter.add_(1)
+        mgr.restore(1)
+        assert_identical(run.model.state_dict(), expected)
+
+
 def test_capturable_optimizers_are_copied_when_save_is_called(tmp_path):
     run = Run()
     run.optimizer = torch.optim.AdamW(run.model.parameters(), capturable=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime, timezone
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpointer import strictjson
+from checkpointer.errors import CorruptCheckpointError
 from checkpointer.manifest import FileRecord, Manifest, parse_manifest
 
 A, B = "a" * 32, "b" * 32
@@ -55,3 +57,22 @@ def test_a_file_that_is_shared_lies_on_the_copy_of_the_checkpoint_that_wrote_it(
 
 def test_what_the_server_copied_takes_room_of_its_own():
     assert replace(SHARED, data=B).copies == {f"{B}/index.json": 5, f"{B}/model.safetensors": 100}
+
+
+def created_as(text):
+    fields = {**fields_of(PLAIN), "created": text}
+    del fields["checksum"]
+    return strictjson.seal(fields)
+
+
+@pytest.mark.parametrize("written", ["03:05.500000+00:00", "03:05.5Z", "03:05.500000000Z", "03:05.50+00:00"])
+def test_the_time_of_a_checkpoint_is_read_alike_on_every_python(written):
+    """Before 3.11, ``fromisoformat`` knows neither ``Z`` nor any number of digits but three and six."""
+    found = parse_manifest(created_as(f"2026-01-02T04:{written}"), "manifest")
+    assert found.created == datetime(2026, 1, 2, 4, 3, 5, 500000, tzinfo=timezone.utc)
+
+
+@pytest.mark.parametrize("written", ["2026-01-02T04:03:05", "20260102T040305Z", "2026-W01-5T04:03:05Z", "now"])
+def test_a_time_in_another_form_is_damage_on_every_python(written):
+    with pytest.raises(CorruptCheckpointError, match="is not a date and a time with an offset"):
+        parse_manifest(created_as(written), "manifest")

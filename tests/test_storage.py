@@ -295,6 +295,8 @@ def test_an_unexpected_failure_of_the_client_is_an_os_error(s3_server):
     storage = open_storage("s3://nowhere/run", options)
     with pytest.raises(OSError):
         storage.put("file", b"1")
+    for found in storage.read_many(["one", "two"], LIMIT):
+        assert isinstance(found, OSError)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from checkpointer.state.modes import outside_inference_mode
+
 T = TypeVar("T")
 
 
@@ -32,7 +34,9 @@ class SeededDataset(Dataset[T]):
         """``seed``: any integer; another one gives other random numbers."""
         self._dataset = dataset
         self._seed = operator.index(seed)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+        with outside_inference_mode():
+            epoch = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._epoch = epoch.share_memory_()  # persistent workers see it change
 
     def __getitem__(self, index: Any) -> T:
         with _seeded_generators(self._seed, int(self._epoch), index):

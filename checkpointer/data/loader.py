@@ -27,6 +27,7 @@ from checkpointer.data.elsewhere import carried_over
 from checkpointer.data.replay import Indices, Replay
 from checkpointer.data.sources import Sources
 from checkpointer.errors import CheckpointerWarning, IncompatibleStateError, UnsupportedStateError
+from checkpointer.state.modes import outside_inference_mode
 
 T = TypeVar("T")
 
@@ -78,7 +79,8 @@ class ResumableLoader(Generic[T]):
         self._sources = Sources(loader)
         self._indices = Indices(loader.sampler if loader.batch_sampler is None else loader.batch_sampler, self._sources)
         self._seeded = seeded_datasets(loader.dataset)
-        self._dataset_epoch = torch.zeros((), dtype=torch.int64)
+        with outside_inference_mode():
+            self._dataset_epoch = torch.zeros((), dtype=torch.int64, device="cpu")
         if self._seeded:
             self._dataset_epoch.share_memory_()  # persistent workers see it change
         self._current: weakref.ref[_EpochIterator[T]] | None = None

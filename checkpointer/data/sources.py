@@ -15,6 +15,7 @@ from checkpointer.index import Component
 from checkpointer.state import Adapter, RestoreOptions, RestorePlan, RngState, SavedState
 from checkpointer.state.codec import encode
 from checkpointer.state.decoding import decode
+from checkpointer.state.modes import outside_inference_mode
 from checkpointer.state.rng import GENERATORS, GeneratorAdapter, generator_state
 from checkpointer.state.tensors import spec_of
 
@@ -40,6 +41,10 @@ class Sources:
 
     def snapshot(self) -> dict[str, Any]:
         """All states, copied."""
+        with outside_inference_mode():  # it is kept for later
+            return self._snapshot()
+
+    def _snapshot(self) -> dict[str, Any]:
         rng = RngState().capture()
         return {
             "rng": decode(rng.tree, rng.tensors),
@@ -122,9 +127,10 @@ def _reachable(root: Any, links: tuple[str, ...]) -> dict[str, Any]:
 def _plan(adapter: Adapter, value: Any) -> RestorePlan:
     """The checked and filled plan that sets what ``adapter`` stands for to ``value``."""
     name = NAME
-    tree, tensors = encode(value, name)
-    component = Component(adapter.kind, tree, {key: spec_of(tensor) for key, tensor in tensors.items()})
-    plan = adapter.prepare(SavedState(name, component), RestoreOptions())
-    for key, target in plan.reads.items():
-        target.copy_(tensors[key])
+    with outside_inference_mode():
+        tree, tensors = encode(value, name)
+        component = Component(adapter.kind, tree, {key: spec_of(tensor) for key, tensor in tensors.items()})
+        plan = adapter.prepare(SavedState(name, component), RestoreOptions())
+        for key, target in plan.reads.items():
+            target.copy_(tensors[key])
     return plan

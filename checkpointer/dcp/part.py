@@ -19,6 +19,7 @@ from checkpointer.distributed.shardfile import Piece, shards_of, write_pieces
 from checkpointer.errors import UnsupportedStateError
 from checkpointer.index import Chunk, Component, Index, Json, TensorSpec
 from checkpointer.state.codec import Encoder
+from checkpointer.state.modes import wait_for_streams
 from checkpointer.state.tensors import STORABLE, dtype_name
 from checkpointer.tensorfile import Naming
 
@@ -64,6 +65,7 @@ class RankPart:
                 trees[number] = Stored(node, {piece.key: piece.spec for piece in found})
                 inner += found
         pieces = [self._piece(item) for item in self._items if is_chunk(item)]
+        wait_for_streams(piece.tensor for piece in (*pieces, *inner))
         tensors_written = write_pieces(self._attempt, MODEL, self._naming, pieces)
         inner_written = write_pieces(self._attempt, OBJECTS, replace(self._naming, cut=True), inner)
         chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {}

@@ -32,6 +32,7 @@ from checkpointer.errors import CheckpointNotFoundError, ConfigError
 from checkpointer.index import Chunk, Index, TensorSpec
 from checkpointer.reading import CheckpointReader, ChunkRead
 from checkpointer.state.decoding import decode, outline
+from checkpointer.state.modes import outside_inference_mode, refuse_to_restore, wait_for_devices, writing_to
 from checkpointer.state.tensors import DTYPES, empty_for
 from checkpointer.storage import open_storage
 from checkpointer.targets import TensorTarget
@@ -148,7 +149,9 @@ class SafetensorsReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read this rank's items into the planner's tensors. DCP calls this."""
         opened = self._opened()
-        _Load(opened, plan.items, planner).run(verify=self._verify)
+        refuse_to_restore(str(self.checkpoint_id))
+        with outside_inference_mode():
+            _Load(opened, plan.items, planner).run(verify=self._verify)
         checks = plan.storage_data
         if self._verify and isinstance(checks, _Checks):
             opened.reader.check_chunks((name, opened.chunks(name)[number]) for name, number in checks.chunks)
@@ -234,9 +237,13 @@ class _Load:
         """Tensors that were read in the saved dtype, and where they go."""
 
     def run(self, *, verify: bool) -> None:
-        Reads.split(read for item in self._tensors for read in self._reads(item)).carry_out(self._reader, verify=verify)
-        with torch.no_grad():
-            for target, value in self._bounced:
+        reads = Reads.split(read for item in self._tensors for read in self._reads(item))
+        targets = [target for _, target in self._filled]
+        wait_for_devices(targets)  # the threads that read give their copies to other streams than the caller's
+        reads.carry_out(self._reader, verify=verify)
+        wait_for_devices(targets)
+        for target, value in self._bounced:
+            with writing_to(target):
                 target.copy_(value)
         for item, tensor in self._filled:
             self._planner.commit_tensor(item, tensor)

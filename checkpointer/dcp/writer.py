@@ -25,6 +25,7 @@ from checkpointer.environment import environment
 from checkpointer.errors import ConfigError, SaveError
 from checkpointer.manifest import Manifest
 from checkpointer.repository import Repository
+from checkpointer.state.modes import refuse_to_save
 from checkpointer.storage import open_storage
 
 
@@ -120,6 +121,7 @@ class SafetensorsWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items, durably. DCP calls this."""
+        refuse_to_save()
         part, repository = plan.storage_data, self._session.repository
         assert isinstance(part, Part)
         assert repository is not None

@@ -14,6 +14,7 @@ import torch
 
 from checkpointer.index import Chunk
 from checkpointer.reading import ChunkRead
+from checkpointer.state.modes import writing_to
 from checkpointer.state.tensors import contiguous_strides, host_bytes, raw
 from checkpointer.targets import TensorTarget
 
@@ -142,7 +143,7 @@ class _SparseTarget:
         return None
 
     def blocks(self) -> Iterator[memoryview]:
-        buffer = torch.empty(self._span, dtype=self._target.dtype)
+        buffer = torch.empty(self._span, dtype=self._target.dtype, device="cpu")
         yield host_bytes(buffer)
-        with torch.no_grad():
+        with writing_to(self._target):
             self._target.copy_(buffer.as_strided(self._target.shape, self._strides))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,7 +22,7 @@ from checkpointer.distributed.division import (
     holding_to_json,
 )
 from checkpointer.distributed.ranks import Meeting, Ranks
-from checkpointer.errors import SaveError, UnsupportedStateError
+from checkpointer.errors import CheckpointerWarning, SaveError, UnsupportedStateError
 from checkpointer.index import Component, Json, TensorSpec
 from checkpointer.staging import hash_tensors
 from checkpointer.state.plan import Captured
@@ -31,6 +32,12 @@ from checkpointer.tensorfile import Naming
 
 OWN = "own/"
 """How a rank calls, to itself, what it has of a component otherwise than the coordinator."""
+
+SAMPLE = 32
+"""Elements of a tensor that are compared over the ranks."""
+
+SAMPLE_DIGITS = 8
+"""Of their hash: a chance in four billion to miss a tensor that differs."""
 
 _DEVICES = "devices"
 """A member of an optimizer's meta: it names this rank's own device, which says nothing about the state."""
@@ -65,6 +72,8 @@ class _Offer:
     """Of what a component holds beside the tensors that are shared out."""
     holding: Holding | None
     """``None``: as at the last save."""
+    samples: Mapping[str, str] = field(default_factory=dict)
+    """With a holding: a hash of some elements of each plain tensor that should be equal on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +89,18 @@ class _Answer:
 class _OfferForm:
     def pack(self, value: _Offer) -> Json:
         holding = None if value.holding is None else holding_to_json(value.holding)
-        return {"step": value.step, "names": list(value.names), "digests": dict(value.digests), "holding": holding}
+        return {
+            "step": value.step,
+            "names": list(value.names),
+            "digests": dict(value.digests),
+            "holding": holding,
+            "samples": dict(value.samples),
+        }
 
     def unpack(self, raw: Json) -> _Offer:
         part = strictjson.mapping(raw, "offer")
         holding = None if part["holding"] is None else holding_from_json(part["holding"])
-        return _Offer(part["step"], tuple(part["names"]), part["digests"], holding)
+        return _Offer(part["step"], tuple(part["names"]), part["digests"], holding, part["samples"])
 
 
 class _AnswerForm:
@@ -126,7 +141,9 @@ class Cooperation:
             captured.update(capture())
             holding = _holding_of(captured)
             digests = {name: _digest(part, holding.components[name]) for name, part in captured.items()}
-            return _Offer(step, tuple(captured), digests, None if holding == self._holding else holding)
+            if holding == self._holding:
+                return _Offer(step, tuple(captured), digests, None)
+            return _Offer(step, tuple(captured), digests, holding, _samples(captured, holding))
 
         meeting = Meeting(f"the save of step {step}", _OfferForm(), _AnswerForm())
         answer = self._ranks.meet(meeting, offer, self._answer)
@@ -149,6 +166,7 @@ class Cooperation:
         self._holdings = [offer.holding or last for offer, last in zip(offers, known, strict=True)]
         if changed:
             self._division = divide(self._holdings)
+            _warn_of_unequal({rank: offer.samples for rank, offer in enumerate(offers) if offer.holding is not None})
         own = [[name for name in first.names if offer.digests[name] != first.digests[name]] for offer in offers]
         return _Answer(self._division if changed else None, own)
 
@@ -208,7 +226,24 @@ def _holding_of(captured: Mapping[str, Captured]) -> Holding:
         }
         for name, part in captured.items()
     }
-    return Holding(components, {name: part.kind for name, part in captured.items()})
+    parameters = {name: found for name, part in captured.items() if (found := _parameters_of(part))}
+    return Holding(components, {name: part.kind for name, part in captured.items()}, parameters)
+
+
+def _parameters_of(part: Captured) -> list[str]:
+    """What the parameters of an optimizer are called, group by group, and their shapes."""
+    names, shapes = part.meta.get("params"), part.meta.get("shapes")
+    if part.kind != "optimizer" or not isinstance(names, list) or not isinstance(shapes, list):
+        return []
+    found: list[str] = []
+    for group, (of_group, their_shapes) in enumerate(zip(names, shapes, strict=True)):
+        assert isinstance(of_group, list)
+        assert isinstance(their_shapes, list)
+        found += [
+            f"{name or 'unnamed'} {shape}, parameter {number} of group {group}"
+            for number, (name, shape) in enumerate(zip(of_group, their_shapes, strict=True))
+        ]
+    return found
 
 
 def _held(name: str, tensor: torch.Tensor, *, spread: bool, frozen: bool) -> Held:
@@ -220,7 +255,44 @@ def _held(name: str, tensor: torch.Tensor, *, spread: bool, frozen: bool) -> Hel
     except UnsupportedStateError as error:
         raise UnsupportedStateError(f"{name}: {error}") from error
     spec = TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape), device=str(tensor.device))
-    return Held(spec, None if found is None else Box(*found), spread=True, frozen=frozen)
+    return Held(spec, None if found is None else Box(*found), spread=True, frozen=frozen, sharded=True)
+
+
+def _samples(captured: Mapping[str, Captured], holding: Holding) -> dict[str, str]:
+    """A hash of some elements of each plain parameter and moment."""
+    keys = [
+        (name, key)
+        for name, tensors in holding.components.items()
+        for key, held in tensors.items()
+        if held.spread and not held.sharded
+    ]
+    hashes = hash_tensors([_some_of(captured[name].tensors[key]) for name, key in keys])
+    return {f"{name}.{key}": found[:SAMPLE_DIGITS] for (name, key), found in zip(keys, hashes, strict=True)}
+
+
+def _some_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The first elements of the row in the middle."""
+    row = tensor
+    while row.ndim > 1 and row.numel():
+        row = row[len(row) // 2]
+    return row[:SAMPLE] if row.ndim else row
+
+
+def _warn_of_unequal(samples: Mapping[int, Mapping[str, str]]) -> None:
+    """On the coordinator: ranks may hold the same keys, and not the same tensors."""
+    first, known = next(iter(samples.items()))
+    for rank, found in samples.items():
+        unequal = [key for key, sample in found.items() if known.get(key, sample) != sample]
+        if unequal:
+            warnings.warn(
+                f"{len(unequal)} of {len(found)} parameters and moments are not equal on ranks {first} and {rank}, for "
+                f"example {unequal[0]!r}: a manager takes them for equal, as DistributedDataParallel keeps them, and "
+                "writes those of either rank. Stages of a pipeline, or replicas that train apart, save with "
+                "checkpointer.dcp, under keys that differ over the ranks",
+                CheckpointerWarning,
+                stacklevel=2,
+            )
+            return
 
 
 def _digest(part: Captured, held: Mapping[str, Held]) -> str:

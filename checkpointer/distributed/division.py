@@ -24,6 +24,8 @@ class Held(NamedTuple):
     """Whether equal boxes of different ranks hold equal values, so that any of them may write. Else the lowest does:
     buffers, for one, are those of rank 0 after each forward pass of DistributedDataParallel."""
     frozen: bool = False
+    sharded: bool = False
+    """Whether it is a DTensor."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Holding:
 
     components: Mapping[str, Mapping[str, Held]]
     kinds: Mapping[str, str]
+    parameters: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Of each optimizer: what its parameters are called, in order, and their shapes. Its state has numbers alone."""
 
 
 class Numbers(NamedTuple):
@@ -68,8 +72,9 @@ def divide(holdings: Sequence[Holding]) -> Division:
     What is frozen is divided by itself: most saves share it with an earlier checkpoint, and write the rest alone.
 
     Raises:
-        UnsupportedStateError: a tensor is not the same on all ranks.
+        UnsupportedStateError: a component, or a tensor, is not the same on all ranks.
     """
+    check_alike(holdings)
     writes: list[dict[str, list[str]]] = [{} for _ in holdings]
     load = {frozen: [0] * len(holdings) for frozen in (False, True)}
     claims = sorted(_claims(holdings), key=lambda claim: (-claim.size, claim.component, claim.key, claim.box))
@@ -82,6 +87,66 @@ def divide(holdings: Sequence[Holding]) -> Division:
     specs = _specs(holdings)
     cut = frozenset(claim.component for claim in claims if claim.box.lengths != specs[claim.component][claim.key].shape)
     return Division(ordered, cut, _numbered(holdings, ordered, cut), specs)
+
+
+def check_alike(holdings: Sequence[Holding]) -> None:
+    """Refuse ranks that hold different modules or optimizers. What each rank has of its own may differ.
+
+    Raises:
+        UnsupportedStateError: a component has parameters, or state of an optimizer, that not all ranks have.
+    """
+    for name, kind in holdings[0].kinds.items():
+        others = {rank: holding.kinds[name] for rank, holding in enumerate(holdings) if holding.kinds[name] != kind}
+        if others:
+            rank, other = next(iter(others.items()))
+            raise UnsupportedStateError(
+                f"component {name!r} is not the same on all ranks: a {kind} on rank 0, a {other} on rank {rank}. "
+                "Register the same components on every rank"
+            )
+        for keys_of in (_parameters_of, _keys_that_all_hold):
+            found = [keys_of(holding, name) for holding in holdings]
+            if any(keys != found[0] for keys in found):
+                raise UnsupportedStateError(_unlike(name, found))
+
+
+def _parameters_of(holding: Holding, name: str) -> dict[str, None]:
+    return dict.fromkeys(holding.parameters.get(name, ()))
+
+
+def _keys_that_all_hold(holding: Holding, name: str) -> dict[str, None]:
+    """Those of parameters and moments; a rank outside the mesh of a DTensor has no moments of it."""
+    moments = holding.kinds[name] == "optimizer"
+    tensors = holding.components[name].items()
+    return dict.fromkeys(key for key, held in tensors if held.spread and not (moments and held.sharded))
+
+
+def _unlike(name: str, found: Sequence[Mapping[str, None]]) -> str:
+    """What to say of ranks that hold the keys in ``found``."""
+    groups: dict[frozenset[str], list[int]] = {}
+    for rank, keys in enumerate(found):
+        groups.setdefault(frozenset(keys), []).append(rank)
+    common = frozenset.intersection(*groups)
+    told = [
+        f"{_ranks(ranks)} alone: {_some([key for key in found[ranks[0]] if key not in common])}"
+        for keys, ranks in list(groups.items())[:4]
+        if keys - common
+    ]
+    return (
+        f"component {name!r} is not the same on all ranks ({'; '.join(told)}). A manager saves modules and optimizers "
+        "that every rank holds: replicated, or as DTensors. Ranks that hold different ones, as stages of a pipeline, "
+        "save them with checkpointer.dcp.save, which joins the keys of all ranks "
+        "(torch.distributed.checkpoint.state_dict.get_state_dict names them). Nothing was written"
+    )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}{more}"
+
+
+def _some(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+    return ", ".join(map(repr, keys[:4])) + more
 
 
 def _by_load(alike: Sequence[int], others: Sequence[int]) -> Callable[[int], tuple[int, int, int]]:
@@ -122,9 +187,10 @@ def _specs(holdings: Sequence[Holding]) -> dict[str, dict[str, TensorSpec]]:
             for key, held in tensors.items():
                 spec = known.setdefault(key, held.spec)
                 if (spec.dtype, spec.shape) != (held.spec.dtype, held.spec.shape):
+                    first = next(rank for rank, other in enumerate(holdings) if key in other.components[name])
                     raise UnsupportedStateError(
-                        f"{name}.{key} is {spec.dtype} {list(spec.shape)} on one rank and {held.spec.dtype} "
-                        f"{list(held.spec.shape)} on rank {rank}: only a DTensor may be in parts"
+                        f"{name}.{key} is {spec.dtype} {list(spec.shape)} on rank {first} and {held.spec.dtype} "
+                        f"{list(held.spec.shape)} on rank {rank}: only a DTensor may be in parts. Nothing was written"
                     )
     return found
 
@@ -162,7 +228,11 @@ def _numbered(
 def holding_to_json(holding: Holding) -> Json:
     """For the coordinator."""
     return {
-        name: {"kind": holding.kinds[name], "tensors": {key: _held_to_json(held) for key, held in tensors.items()}}
+        name: {
+            "kind": holding.kinds[name],
+            "tensors": {key: _held_to_json(held) for key, held in tensors.items()},
+            "parameters": list(holding.parameters.get(name, ())),
+        }
         for name, tensors in holding.components.items()
     }
 
@@ -173,25 +243,28 @@ def _held_to_json(held: Held) -> Json:
     box: Json = None if held.box is None else [list(held.box.offsets), list(held.box.lengths)]
     if held.box == whole(spec.shape):
         box = True
-    return [spec.dtype, list(spec.shape), strides, spec.device, box, held.spread, held.frozen]
+    return [spec.dtype, list(spec.shape), strides, spec.device, box, held.spread, held.frozen, held.sharded]
 
 
 def holding_from_json(raw: Json) -> Holding:
     """The inverse of :func:`holding_to_json`."""
     found: dict[str, dict[str, Held]] = {}
     kinds: dict[str, str] = {}
+    parameters: dict[str, list[str]] = {}
     for name, part in strictjson.mapping(raw, "holding").items():
         kinds[name] = part["kind"]
+        if part["parameters"]:
+            parameters[name] = part["parameters"]
         found[name] = {key: _held_from_json(value) for key, value in part["tensors"].items()}
-    return Holding(found, kinds)
+    return Holding(found, kinds, parameters)
 
 
 def _held_from_json(raw: Any) -> Held:
-    dtype, shape, strides, device, box, spread, frozen = raw
+    dtype, shape, strides, device, box, *flags = raw
     spec = TensorSpec(dtype, tuple(shape), None if strides is None else tuple(strides), device)
     if box is True:
-        return Held(spec, whole(spec.shape), spread, frozen)
-    return Held(spec, None if box is None else Box(tuple(box[0]), tuple(box[1])), spread, frozen)
+        return Held(spec, whole(spec.shape), *flags)
+    return Held(spec, None if box is None else Box(tuple(box[0]), tuple(box[1])), *flags)
 
 
 def division_to_json(division: Division) -> Json:

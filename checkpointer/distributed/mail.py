@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -108,9 +109,9 @@ def in_time(limit: float, function: Callable[P, R], *arguments: P.args, **option
     threading.Thread(target=work, name="checkpointer-store", daemon=True).start()
     try:
         return future.result(max(limit - time.monotonic(), 0.0) + GRACE)
-    except TimeoutError:
-        if future.done():
-            raise
+    except FutureTimeoutError:  # before Python 3.11 not the builtin one
+        if future.done():  # what the call itself has raised, or it has returned just now
+            return future.result()
         raise SaveError(
             "the store of this job does not answer: this host is cut off from the one where it is, or that is gone. "
             "What was committed before is whole; restore_latest finds the newest"

@@ -18,10 +18,12 @@ from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
+from checkpointer.distributed.absence import Absence
+from checkpointer.distributed.board import Board, Purpose
 from checkpointer.distributed.failures import failure, joined, opened
 from checkpointer.distributed.mail import Mail, in_time
 from checkpointer.distributed.session import Session
-from checkpointer.errors import CheckpointerError, SaveError
+from checkpointer.errors import CheckpointerError, ConfigError, SaveError
 from checkpointer.index import Json
 
 logger = logging.getLogger("checkpointer")
@@ -194,6 +196,8 @@ class StoreRanks:
 
         try:
             self._in_time(max(exchange.limit, time.monotonic() + LAST_WORDS), say)
+        except ConfigError:  # the others wait for another manager, and find that out by themselves
+            return
         except SaveError as error:
             logger.warning("%s: the other ranks could not be told the outcome: %s", exchange.what, error)
 
@@ -243,23 +247,8 @@ class StoreRanks:
     def _mail(self, exchange: _Exchange) -> Mail:
         return self._session.mail(self.channel, exchange.limit, self._missing(exchange))
 
-    def _missing(self, exchange: _Exchange) -> Callable[[list[int], dict[int, int]], SaveError]:
-        """The error for those that have said nothing."""
-
-        def error(silent: list[int], dead: dict[int, int]) -> SaveError:
-            if dead:
-                told = ", ".join(
-                    f"rank {rank} of {self.size} is dead: its process {dead[rank]} has ended" for rank in dead
-                )
-            else:
-                told = (
-                    f"rank {', '.join(map(str, silent[:8]))} of {self.size} said nothing for {self._timeout:g} s "
-                    "(write: {rank_timeout}): it is dead or stuck"
-                )
-            outcome = "Nothing was committed" if self.rank == 0 else "If rank 0 has committed, restore_latest will tell"
-            return SaveError(f"{exchange.what}: {told}. {outcome}")
-
-        return error
+    def _missing(self, exchange: _Exchange) -> Absence:
+        return Absence(exchange.what, self.rank, self.size, self._timeout, training=self.channel == TRAINING)
 
 
 class _Exchange(NamedTuple):
@@ -294,8 +283,9 @@ def ranks_of_job(purpose: str, timeout: timedelta) -> Ranks:
     store = dist.distributed_c10d._get_default_store()  # noqa: SLF001
     key = hashlib.sha256(purpose.encode()).hexdigest()[:16]
     count = _made[key] = _made.get(key, 0) + 1
-    keys = PrefixStore(f"checkpointer/{key}/{count}", store)
-    return StoreRanks(Session(keys, dist.get_rank(), dist.get_world_size()), timeout=timeout.total_seconds())
+    keys, rank = PrefixStore(f"checkpointer/{key}/{count}", store), dist.get_rank()
+    board = Board(store, rank, Purpose(purpose, count))
+    return StoreRanks(Session(keys, rank, dist.get_world_size(), board), timeout=timeout.total_seconds())
 
 
 _made: dict[str, int] = {}

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import atexit
 import secrets
+import socket
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from torch.distributed.distributed_c10d import Store
 
+from checkpointer.distributed.board import Board
 from checkpointer.distributed.mail import Mail
 from checkpointer.distributed.neighbours import Neighbours, this_process
+from checkpointer.errors import CheckpointerError, ConfigError
 from checkpointer.threads import room_for_a_thread
 
 SHORTEST_NAP, LONGEST_NAP = 0.0002, 0.05
@@ -32,19 +35,30 @@ LAST_MOMENTS = 2.0
 MOST_HEARD = 1000
 """Keys of messages that the training thread leaves to be removed by others."""
 
-Missing = Callable[[list[int], dict[int, int]], Exception]
-"""The error for ranks that have said nothing, and for those of them that run no more: their processes."""
+
+class Missing(Protocol):
+    """What to make of ranks that have not come to an exchange."""
+
+    def error(self, silent: list[int], dead: dict[int, int]) -> Exception:
+        """For ranks that have said nothing, and for those of them that run no more: their processes."""
+
+    def remind(self, silent: list[int], hosts: Mapping[int, str]) -> None:
+        """Say that they are waited for, where that is due. ``hosts``: where they run, as far as that is known."""
 
 
 class Session:
     """One life of a job."""
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int, board: Board | None = None) -> None:
+        """``board``: where ranks see, before they have found each other, that they wait for different managers."""
         self.rank, self.size = rank, size
         self._store = store
+        self._board = board
+        self._refused: CheckpointerError | None = None
         self._guard = threading.Lock()
         self._id = ""
         self._neighbours = Neighbours({})
+        self._hosts: dict[int, str] = {}
         self._heard: list[tuple[Mail, list[str]]] = []
         """Messages that can be removed."""
 
@@ -52,8 +66,24 @@ class Session:
         """What the ranks of this session say on a channel; at the first call, they find each other."""
         with self._guard:
             if not self._id:
-                self._id = self._lead(limit, missing) if self.rank == 0 else self._follow(limit, missing)
+                self._id = self._found(limit, missing)
         return Mail(self._store, f"{self._id}/{channel}")
+
+    def _found(self, limit: float, missing: Missing) -> str:
+        """The session, once the ranks have found each other."""
+        if self._refused is not None:
+            raise self._refused
+        find = self._lead if self.rank == 0 else self._follow
+        if self._board is None:
+            return find(limit, missing)
+        self._board.begin()
+        try:
+            return find(limit, missing)
+        except ConfigError as error:
+            self._refused = error
+            raise
+        finally:
+            self._board.end()
 
     @property
     def on_one_host(self) -> bool:
@@ -64,7 +94,7 @@ class Session:
         """Sleep until each rank has said its key.
 
         Raises:
-            Exception: whatever ``missing`` makes of those that have not.
+            Exception: the error that ``missing`` makes of those that have not.
         """
         nap, look = SHORTEST_NAP, time.monotonic() + BETWEEN_LOOKS
         while not mail.there(*keys.values()):
@@ -97,7 +127,14 @@ class Session:
         silent = [rank for rank, key in keys.items() if not mail.there(key)]  # last words may have come just now
         dead = {rank: pid for rank, pid in dead.items() if rank in silent}
         if dead or (late and silent):
-            raise missing(silent, dead)
+            raise missing.error(silent, dead)
+        if silent:
+            self._wait_on(silent, missing)
+
+    def _wait_on(self, silent: list[int], missing: Missing) -> None:
+        if self._board is not None and not self._id:
+            self._board.look(silent)
+        missing.remind(silent, self._hosts)
 
     def _lead(self, limit: float, missing: Missing) -> str:
         """On the coordinator: begin a session."""
@@ -114,6 +151,7 @@ class Session:
     def _follow(self, limit: float, missing: Missing) -> str:
         """On any other rank: answer to each session that is called the newest, until one knows this answer."""
         mail, words, nap, id = Mail(self._store, "sessions"), _words(), SHORTEST_NAP, ""
+        look = time.monotonic() + BETWEEN_LOOKS
         while True:
             if mail.there("newest") and (newest := str(mail.hear("newest")["id"])) != id:
                 id = newest
@@ -123,13 +161,18 @@ class Session:
                 if told.get(str(self.rank)) == words:
                     self._meet_neighbours(told)
                     return id
-            if time.monotonic() > limit:
-                raise missing([0], {})
+            now = time.monotonic()
+            if now > limit:
+                raise missing.error([0], {})
+            if now > look:
+                look = now + BETWEEN_LOOKS
+                self._wait_on([0], missing)
             time.sleep(nap)
             nap = min(nap * 1.5, LONGEST_NAP)
 
     def _meet_neighbours(self, told: dict[str, Any]) -> None:
         self._neighbours = Neighbours({int(rank): words["process"] for rank, words in told.items()})
+        self._hosts = {int(rank): str(words["host"]) for rank, words in told.items()}
 
 
 def _forget(heard: list[tuple[Mail, list[str]]]) -> None:
@@ -139,4 +182,4 @@ def _forget(heard: list[tuple[Mail, list[str]]]) -> None:
 
 def _words() -> dict[str, Any]:
     """What a rank says of itself; never the same twice."""
-    return {"word": secrets.token_hex(8), "process": this_process()}
+    return {"word": secrets.token_hex(8), "process": this_process(), "host": socket.gethostname()}

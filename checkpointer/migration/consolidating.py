@@ -173,7 +173,7 @@ class _Consolidation:
 
     def _piece(self, key: str, spec: TensorSpec, box: Box, chunks: tuple[Chunk, ...]) -> memoryview:
         """The row-major bytes of a box, gathered from all chunks that hold some of it. They have been checked."""
-        target = torch.empty(box.lengths, dtype=DTYPES[spec.dtype])
+        target = torch.empty(box.lengths, dtype=DTYPES[spec.dtype], device="cpu")
         for chunk in chunks:
             common = overlap(Box(chunk.offsets, chunk.lengths), box)
             if common is not None:

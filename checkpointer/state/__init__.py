@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from checkpointer.state.adapters import adapter_for, modules_of, optimizers_of
+from checkpointer.state.adapters import adapter_for, capture_all, modules_of, optimizers_of
 from checkpointer.state.gradients import Gradients
 from checkpointer.state.module import ModuleComponent
 from checkpointer.state.plan import Adapter, Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
@@ -27,6 +27,7 @@ __all__ = [
     "WholeModel",
     "WholeModelLoader",
     "adapter_for",
+    "capture_all",
     "inner_optimizers",
     "modules_of",
     "optimizers_of",

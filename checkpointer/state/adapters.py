@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 from checkpointer.errors import UnsupportedStateError
 from checkpointer.state.containers import COMPONENT_TYPES, ContainerAdapter
 from checkpointer.state.gradients import Gradients, GradientsAdapter
+from checkpointer.state.modes import refuse_to_save
 from checkpointer.state.module import ModuleAdapter, ModuleComponent
 from checkpointer.state.optimizer import OptimizerAdapter
-from checkpointer.state.plan import Adapter
+from checkpointer.state.plan import Adapter, Captured
 from checkpointer.state.rng import GENERATORS, GeneratorAdapter, RngState
 from checkpointer.state.stateful import Stateful, StatefulAdapter
 from checkpointer.state.whole import WholeModel, WholeModelAdapter
@@ -47,6 +48,15 @@ def adapter_for(name: str, obj: object, modules: Mapping[str, nn.Module]) -> Ada
     if type(obj) in COMPONENT_TYPES:
         return ContainerAdapter(name, obj)
     raise UnsupportedStateError(f"component {name!r}: {_hint(obj)}")
+
+
+def capture_all(adapters: Mapping[str, Adapter]) -> dict[str, Captured]:
+    """The state of all components as it is now.
+
+    Raises :class:`UnsupportedStateError`, also inside modes of torch in which tensors have no memory.
+    """
+    refuse_to_save()
+    return {name: adapter.capture() for name, adapter in adapters.items()}
 
 
 def modules_of(components: Mapping[str, object]) -> dict[str, nn.Module]:

@@ -16,6 +16,7 @@ from torch import nn
 from checkpointer.errors import IncompatibleStateError
 from checkpointer.state.codec import encode
 from checkpointer.state.decoding import Leaf, decode, outline
+from checkpointer.state.modes import writing_to
 from checkpointer.state.places import Places, check_kind
 from checkpointer.state.plan import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.tensors import is_ordinary, is_plain, memory_key
@@ -107,10 +108,11 @@ def _array_mismatch(leaf: Leaf, live: Any) -> str:
 
 
 def _fill_tensor(live: torch.Tensor, value: torch.Tensor) -> None:
-    if live.layout is not torch.strided:  # detached, it would be given indices and values of its own
-        live.copy_(value.detach())
-    elif memory_key(live.detach()) != memory_key(value.detach()):
-        live.detach().copy_(value.detach())
+    with writing_to(live):
+        if live.layout is not torch.strided:  # detached, it would be given indices and values of its own
+            live.copy_(value.detach())
+        elif memory_key(live.detach()) != memory_key(value.detach()):
+            live.detach().copy_(value.detach())
 
 
 def _restore_flag(name: str, live: torch.Tensor, value: torch.Tensor, options: RestoreOptions, report: Any) -> None:
@@ -118,7 +120,8 @@ def _restore_flag(name: str, live: torch.Tensor, value: torch.Tensor, options: R
         return
     change = f"requires_grad of {name}: {live.requires_grad} here, {value.requires_grad} when saved"
     if options.restores_flags:
-        live.requires_grad_(value.requires_grad)
+        with writing_to(live):
+            live.requires_grad_(value.requires_grad)
         report.changed.append(f"{change}: restored")
     else:
         report.changed.append(f"{change}: left as it is")
@@ -214,7 +217,8 @@ def _merge_tensor(value: torch.Tensor, live: Any) -> Any:
         same = value.numel() == 0 and (live.shape, live.dtype) == (value.shape, value.dtype)
         return live if same else value
     if live.is_leaf and live.requires_grad != value.requires_grad:
-        live.requires_grad_(value.requires_grad)
+        with writing_to(live):
+            live.requires_grad_(value.requires_grad)
     return live
 
 

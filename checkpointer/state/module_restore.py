@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from checkpointer.errors import CheckpointerError, IncompatibleStateError
 from checkpointer.state.decoding import Decoder, outline
+from checkpointer.state.modes import writing_to
 from checkpointer.state.module_match import match
 from checkpointer.state.names import Names, assign, loads_plainly, module_versions, wrapped_attribute
 from checkpointer.state.places import Places
@@ -172,7 +173,8 @@ class ModuleRestore:
         """Restore ``requires_grad`` and training flags, or (``apply`` False) report what will change."""
         for name, parameter, saved in self._grad_differences():
             if apply:
-                parameter.requires_grad_(saved)
+                with writing_to(parameter):
+                    parameter.requires_grad_(saved)
             else:
                 self.report.changed.append(f"requires_grad of {name!r}: {not saved} -> {saved}")
         for path, module, saved in self._mode_differences():
@@ -227,7 +229,8 @@ def _copy_inside(live: torch.Tensor, value: torch.Tensor) -> bool:
     elif type(live) is nn.Parameter:
         value = nn.Parameter(value, requires_grad=False)
     if is_sharded(live) and is_sharded(value):
-        local_part(live).copy_(local_part(value))
+        with writing_to(local_part(live)):
+            local_part(live).copy_(local_part(value))
         return True
     if type(live) is not type(value) or live.layout != value.layout:
         return False
@@ -236,7 +239,8 @@ def _copy_inside(live: torch.Tensor, value: torch.Tensor) -> bool:
     if live.is_quantized or value.is_quantized:
         return False
     try:
-        live.copy_(value)
+        with writing_to(live):
+            live.copy_(value)
     except RuntimeError:
         return False
     return True

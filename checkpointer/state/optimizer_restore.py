@@ -11,6 +11,7 @@ from checkpointer.index import TensorSpec
 from checkpointer.state.classes import CLASS, class_change, class_name, is_of_torch, refused_class
 from checkpointer.state.containers import merge, place_leaves
 from checkpointer.state.decoding import Leaf, decode, outline
+from checkpointer.state.modes import writing_to
 from checkpointer.state.module_match import refusal
 from checkpointer.state.optimizer_match import Matched, SavedParameter, match_parameters, saved_parameters
 from checkpointer.state.optimizer_misfits import (
@@ -55,7 +56,7 @@ class OptimizerRestore:
         self.value = _check_form(name, outlined)
         self.saved = saved_parameters(name, self.value["param_groups"], self.component.meta)
         self.match: Matched = match_parameters(name, self.saved, live, names, options=options, report=self.report)
-        self.places = Places(name, self.component.tensors)
+        self.places = Places(name, self.component.tensors, stepped=True)
         self.direct = loads_plainly(live)
         self.casts: dict[str, torch.dtype] = {}
         self.foreign = False
@@ -334,5 +335,6 @@ def _refill(group: dict[str, Any], before: dict[str, torch.Tensor]) -> None:
         if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
             continue
         if value is not tensor:
-            tensor.copy_(value)
+            with writing_to(tensor):
+                tensor.copy_(value)
             group[key] = tensor

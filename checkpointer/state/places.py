@@ -23,11 +23,20 @@ from checkpointer.state.sharded import like
 class Places:
     """The destination of every stored key of one component. No byte of live memory is used for two keys."""
 
-    def __init__(self, name: str, specs: Mapping[str, TensorSpec], map_location: MapLocation = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        specs: Mapping[str, TensorSpec],
+        map_location: MapLocation = None,
+        *,
+        stepped: bool = False,
+    ) -> None:
+        """``stepped``: an optimizer changes what is read, so that it cannot stay in inference tensors."""
         self.reads: dict[str, torch.Tensor] = {}
         self._name = name
         self._specs = specs
         self._map_location = map_location
+        self._stepped = stepped
         self._taken: dict[torch.device, list[tuple[int, int]]] = {}
         self._owners: dict[str, torch.Tensor] = {}
         self._fresh: list[torch.Tensor] = []
@@ -35,6 +44,8 @@ class Places:
     def offer(self, key: str, live: object) -> bool:
         """Read ``key`` into the live tensor if dtype, shape and memory allow; whether it will be."""
         if not isinstance(live, torch.Tensor) or key in self.reads or not tensors.fillable(live, self._specs[key]):
+            return False
+        if self._stepped and live.is_inference():
             return False
         taken = self._take(key, live.detach())
         if taken and not isinstance(live, torch.nn.Parameter) and not live.requires_grad:

@@ -160,7 +160,6 @@ def fillable(live: torch.Tensor, spec: TensorSpec) -> bool:
         and not live.is_conj()
         and not live.is_neg()
         and not overlaps(local_part(live))
-        and not live.is_inference()
     )
 
 
@@ -194,7 +193,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     if not plain.is_contiguous():
         plain = _contiguous(plain)
     if plain.numel() == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     return plain.cpu().as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 
@@ -250,7 +249,7 @@ def build_sparse(layout: str, parts: Mapping[str, torch.Tensor], shape: list[int
                 return _build_coo(parts["indices"], parts["values"], shape, coalesced=coalesced)
             outer, inner, values = (parts[name] for name in names)
             return torch.sparse_compressed_tensor(
-                outer, inner, values, size=shape, layout=LAYOUTS[layout], check_invariants=True
+                outer, inner, values, size=shape, layout=LAYOUTS[layout], device=values.device, check_invariants=True
             )
     except (RuntimeError, TypeError, IndexError, OverflowError) as error:
         raise ValueError(f"not a valid sparse {layout} tensor: {_first_line(error)}") from error
@@ -261,7 +260,9 @@ def _build_coo(indices: torch.Tensor, values: torch.Tensor, shape: list[int], *,
         raise ValueError("indices of a sparse coo tensor must be a matrix of int64")
     if coalesced and not _strictly_increasing(indices):
         raise ValueError("indices of a coalesced tensor must be sorted and unique")
-    return torch.sparse_coo_tensor(indices, values, shape, check_invariants=True, is_coalesced=coalesced)
+    return torch.sparse_coo_tensor(
+        indices, values, shape, device=values.device, check_invariants=True, is_coalesced=coalesced
+    )
 
 
 def _strictly_increasing(indices: torch.Tensor) -> bool:

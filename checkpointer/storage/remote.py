@@ -45,9 +45,14 @@ def _as_os_errors(function: Callable[P, R]) -> Callable[P, R]:
             raise
         except Exception as error:
             storage: Any = args[0]
-            raise OSError(storage.redact(f"{type(error).__name__} from {storage.url}: {error}")) from error
+            raise _as_os_error(storage, error) from error
 
     return wrapped
+
+
+def _as_os_error(storage: FsspecStorage, error: Exception) -> OSError:
+    """A library's own exception; before Python 3.11 a time-out is one, too."""
+    return OSError(storage.redact(f"{type(error).__name__} from {storage.url}: {error}"))
 
 
 class FsspecStorage:
@@ -111,8 +116,10 @@ class FsspecStorage:
             try:
                 whole = self._empty(path, data) if isinstance(data, Exception) else data
                 results.append(self._within(path, whole, limit))
-            except Exception as error:  # noqa: BLE001 - it takes the place of the result
+            except (OSError, CheckpointerError) as error:
                 results.append(error)
+            except Exception as error:  # noqa: BLE001 - it takes the place of the result
+                results.append(_as_os_error(self, error))
         return results
 
     @_as_os_errors

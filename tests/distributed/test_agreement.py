@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -9,16 +10,19 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from checkpointer import CheckpointManager
+from checkpointer import CheckpointManager, dcp
+from checkpointer.distributed import absence
 from checkpointer.repository import Repository
 from checkpointer.storage import LocalStorage, open_storage
 from tests.ranks import Outcome, launch, run
@@ -398,3 +402,239 @@ def test_training_talks_on_its_groups_while_a_save_is_written_and_no_group_is_ma
         assert sums == {2.0}
         assert count <= 2  # the default one, and the mesh's
     assert steps(tmp_path) == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------- ranks that hold different things
+
+
+class Stage(nn.Module):
+    """Layers of a pipeline, called as the whole model calls them."""
+
+    def __init__(self, first: int, count: int, width: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(number): nn.Linear(width, 3) for number in range(first, first + count)})
+
+
+def stepped(model: nn.Module, parameters: Any = None) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(parameters or model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def stages(rank: int) -> dict[str, Any]:
+    model = Stage(2 * rank, 2)
+    return {"model": model, "optimizer": stepped(model)}
+
+
+def shapes(rank: int) -> dict[str, Any]:
+    return {"model": Stage(0, 1, width=3 + rank)}
+
+
+def dtypes(rank: int) -> dict[str, Any]:
+    return {"model": Stage(0, 1).to(torch.float64 if rank else torch.float32)}
+
+
+def divided_optimizer(rank: int) -> dict[str, Any]:
+    """As ZeRO divides it by hand: the same number of parameters of the same shapes, and not the same ones."""
+    model = Stage(0, 2)
+    return {"model": model, "optimizer": stepped(model, list(model.layers[str(rank)].parameters()))}
+
+
+def other_groups(rank: int) -> dict[str, Any]:
+    model = Stage(0, 1)
+    weight, bias = model.layers["0"].parameters()
+    return {"model": model, "optimizer": stepped(model, [weight, bias] if rank else [bias, weight])}
+
+
+def one_has_stepped(rank: int) -> dict[str, Any]:
+    model = Stage(0, 1)
+    return {"model": model, "optimizer": torch.optim.AdamW(model.parameters()) if rank else stepped(model)}
+
+
+def kinds(rank: int) -> dict[str, Any]:
+    return {"part": {"x": 1} if rank else nn.Linear(1, 1)}
+
+
+UNLIKE = {
+    stages: "component 'model' is not the same on all ranks (rank 0 alone: 'layers.0.weight', 'layers.0.bias', "
+    "'layers.1.weight', 'layers.1.bias'; rank 1 alone: 'layers.2.weight'",
+    shapes: "model.layers.0.weight is float32 [3, 3] on rank 0 and float32 [3, 4] on rank 1",
+    dtypes: "model.layers.0.weight is float32 [3, 3] on rank 0 and float64 [3, 3] on rank 1",
+    divided_optimizer: "rank 1 alone: 'model.layers.1.weight [3, 3], parameter 0 of group 0'",
+    other_groups: "rank 0 alone: 'model.layers.0.bias [3], parameter 0 of group 0'",
+    one_has_stepped: "component 'optimizer' is not the same on all ranks (rank 0 alone: 'state.0.step'",
+    kinds: "component 'part' is not the same on all ranks: a module on rank 0, a container on rank 1",
+}
+
+
+def unlike(root: str) -> list[Any]:
+    """Each case in a run root of its own; then what all ranks hold alike, in the same manager."""
+    told = []
+    for case in UNLIKE:
+        place = f"{root}/{case.__name__}"
+        with CheckpointManager(place, config=SHORT, **case(dist.get_rank())) as mgr:
+            told.append([caught(lambda mgr=mgr: mgr.save(1)) for _ in range(2)] + [mgr.checkpoints()])
+    return told
+
+
+def test_ranks_that_hold_different_modules_or_optimizers_are_refused_in_the_first_save(tmp_path):
+    for of_rank in run(2, unlike, str(tmp_path)):
+        for (first, again, committed), expected in zip(of_rank, UNLIKE.values(), strict=True):
+            assert first.startswith("UnsupportedStateError")
+            assert expected in first
+            assert again == first
+            assert committed == []
+
+
+def same_keys(root: str, alike: bool) -> list[str]:
+    """Blocks of a pipeline that each rank numbers from 0: the same keys and shapes, and other values."""
+    torch.manual_seed(0 if alike else dist.get_rank())
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with CheckpointManager(root, model=model, optimizer=stepped(model)) as mgr:
+            for step in (1, 2):
+                mgr.save(step)
+    return [str(warning.message) for warning in said]
+
+
+def test_ranks_that_hold_other_values_under_the_same_keys_are_warned_of_once(tmp_path):
+    first, second = run(2, same_keys, str(tmp_path / "unlike"), False)
+    assert len(first) == 1
+    assert "2 of 16 parameters and moments are not equal on ranks 0 and 1, for example 'model.0.weight'" in first[0]
+    assert second == []
+    assert run(2, same_keys, str(tmp_path / "alike"), True) == [[], []]
+
+
+def stages_with_dcp(root: str) -> list[bool]:
+    """What the error advises."""
+    same = []
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    parts = stages(rank)
+    model, optim = get_state_dict(parts["model"], parts["optimizer"])
+    dcp.save({"model": model, "optim": optim}, f"{root}/checkpoint-1")
+    torch.manual_seed(10 + rank)
+    again = stages(rank)
+    model, optim = get_state_dict(again["model"], again["optimizer"])
+    dcp.load({"model": model, "optim": optim}, f"{root}/checkpoint-1")
+    set_state_dict(again["model"], again["optimizer"], model_state_dict=model, optim_state_dict=optim)
+    for old, new in zip(parts["model"].parameters(), again["model"].parameters(), strict=True):
+        same.append(torch.equal(old, new))
+        saved, found = parts["optimizer"].state[old], again["optimizer"].state[new]
+        same += [torch.equal(saved[slot], found[slot]) for slot in saved]
+    return same
+
+
+def test_what_the_refusal_of_pipeline_stages_advises_brings_each_stage_back(tmp_path):
+    assert run(2, stages_with_dcp, str(tmp_path)) == [[True] * 16] * 2
+
+
+# ---------------------------------------------------------------------------------- ranks that do not make the call
+
+
+class Lines(logging.Handler):
+    """Keeps what is logged, and marks that something was."""
+
+    def __init__(self, mark: Path) -> None:
+        super().__init__(logging.WARNING)
+        self.mark = mark
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+        self.mark.touch()
+
+
+def late_call(root: str, late: int) -> list[str]:
+    """Rank ``late`` makes each call once another has said that it waits for it."""
+    absence.FIRST_REMINDER = 0.1
+    rank, said = dist.get_rank(), []
+    mgr = CheckpointManager(f"{root}/run", model=nn.Linear(2, 2))
+    for step in (1, 2):
+        lines = Lines(Path(root, f"said-{step}"))
+        logging.getLogger("checkpointer").addHandler(lines)
+        while rank == late and not lines.mark.exists():
+            time.sleep(0.01)
+        mgr.save(step)
+        mgr.wait()
+        logging.getLogger("checkpointer").removeHandler(lines)
+        said += lines.said[:1]
+    mgr.close()
+    return said
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_the_log_says_which_ranks_have_not_called_save_while_the_others_wait(tmp_path, late):
+    """At the first save, where the ranks find each other, and at a later one, where they know their hosts."""
+    first, second = run(2, late_call, str(tmp_path), late)[1 - late]
+    waiter = 1 - late
+    assert f"rank {waiter} has waited" in first
+    assert f"for rank {late} of 2" in first
+    assert "the save of step 2" in second
+    assert f"for rank {late} of 2 (on {socket.gethostname()}), which has not come to this call" in second
+    assert "Every rank has to call save" in second
+    assert steps(tmp_path / "run") == [1, 2]
+
+
+def test_reminders_come_after_a_minute_and_then_less_and_less_often(monkeypatch, caplog):
+    clock = SimpleNamespace(now=1000.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(absence, "time", clock)
+    waiting = absence.Absence("the save of step 5", 0, 4, 1800, training=True)
+    minutes = []
+    for minute in range(60):
+        clock.now = 1000.0 + 60 * minute
+        with caplog.at_level(logging.WARNING, "checkpointer"):
+            waiting.remind([1, 3], {1: "a", 3: "b"})
+        minutes += [minute] * len(caplog.records)
+        caplog.clear()
+    assert minutes == [1, 3, 9, 27]
+
+
+def test_who_only_waits_for_slow_writers_is_not_told_to_call_save(caplog):
+    writing = absence.Absence("the save of step 5", 0, 4, 1800, training=False)
+    with caplog.at_level(logging.INFO, "checkpointer"):
+        writing._next = 0
+        writing.remind([1, 3], {1: "a", 3: "b"})
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "for rank 1, 3 of 4 (on a, b) to write its part" in record.getMessage()
+
+
+def one_component_more(root: str) -> tuple[str, str, float]:
+    """Rank 1 registers one component more, and so makes another manager."""
+    rank = dist.get_rank()
+    mgr = CheckpointManager(root, model=nn.Linear(2, 2), **({"more": {"x": 1}} if rank == 1 else {}))
+    began = time.monotonic()
+    return caught(lambda: mgr.save(1)), caught(lambda: mgr.save(1)), time.monotonic() - began
+
+
+def another_manager_first(root: str) -> tuple[str, str, float]:
+    """Rank 1 has two managers of the same components, and uses the second one alone."""
+    managers = [CheckpointManager(root, config={"require_resume": False}, model=nn.Linear(2, 2)) for _ in range(2)]
+    began = time.monotonic()
+    if dist.get_rank() == 1:
+        assert managers[0]._job.ranks.size == 3
+    mgr = managers[dist.get_rank() == 1]
+    return caught(lambda: mgr.save(1)), caught(lambda: mgr.save(1)), time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    "work, expected",
+    [
+        (one_component_more, "register the same components, in the same order, on every rank"),
+        (another_manager_first, "make the same managers, and call them, in the same order on every rank"),
+    ],
+)
+def test_ranks_that_wait_for_different_managers_are_told_so_at_once(tmp_path, work, expected):
+    """They never meet: without more, each waits for the others for half an hour."""
+    for first, again, seconds in run(3, work, str(tmp_path), timeout=60):
+        assert first.startswith("ConfigError")
+        assert expected in first
+        assert "rank 1" in first
+        assert again.startswith("ConfigError")
+        assert seconds < 30
+    assert steps(tmp_path) == []
