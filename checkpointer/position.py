@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import datetime
 
-from checkpointer.errors import RunNotEmptyError, StepOrderError
+from checkpointer import layout
+from checkpointer.errors import CheckpointerWarning, RunNotEmptyError, StepOrderError, UnreadableCheckpointError
 from checkpointer.info import CheckpointInfo
-from checkpointer.repository import Repository
+from checkpointer.repository import Listing, Repository
 from checkpointer.schedule import RECENT
+from checkpointer.storage import is_refusal
+from checkpointer.strangers import warning_of
 
 
 class Position:
@@ -19,6 +23,7 @@ class Position:
         self._seen: int | None = None
         """Newest sequence when this manager last looked; ``None`` before its first restore or save."""
         self._checked = False
+        self._opened = False
         self.tip: CheckpointInfo | None = None
         self.restored_from: CheckpointInfo | None = None
         """Protected from retention until the first own commit."""
@@ -90,7 +95,33 @@ class Position:
     def _look(self) -> tuple[CheckpointInfo | None, bool]:
         """The newest checkpoint, and whether the run is empty; remembers its sequence."""
         listing = self._repository.list_checkpoints()
+        if not self._opened:
+            self._opened = True
+            self._warn_of_strangers(listing)
         self._recent = listing.checkpoints[-RECENT:]
         newest = self._recent[-1] if self._recent else None
         self._seen = newest.sequence if newest else 0
         return newest, listing.empty
+
+    def _warn_of_strangers(self, listing: Listing) -> None:
+        """Say, once, what has the name of a checkpoint and cannot be restored: a save may fail for it, hours later."""
+        storage = self._repository.storage
+        try:
+            told = [warning_of(storage, listing.strangers, listing.others)]
+        except OSError as error:
+            if not is_refusal(error):
+                raise
+            told = [f"what has the name of a checkpoint cannot be looked into: {storage.redact(str(error))}"]
+        told += [
+            f"{item.error}. Lists leave it out, and retention neither counts on it nor removes it"
+            for item in listing.unreadable
+            if isinstance(item.error, UnreadableCheckpointError)
+        ]
+        if not listing.notes_known:
+            place = storage.place(layout.NOTES)
+            told.append(
+                f"{place} cannot be listed, so every checkpoint counts as pinned, and retention removes none: give this "
+                "user read access to it"
+            )
+        for text in filter(None, told):
+            warnings.warn(text, CheckpointerWarning, stacklevel=4)

@@ -19,12 +19,13 @@ from checkpointer.errors import (
     CorruptCheckpointError,
     FormatVersionError,
     IncompatibleStateError,
+    UnreadableCheckpointError,
 )
 from checkpointer.index import Chunk, Component, Json, collector_paused
 from checkpointer.info import CheckpointInfo
 from checkpointer.notes import Note
 from checkpointer.reading import CheckpointReader, Reader
-from checkpointer.repository import Listing, Repository
+from checkpointer.repository import Listing, Repository, Unreadable
 from checkpointer.restored import Restored, RestoreReport, RestoreRequest, Skipped
 from checkpointer.sharing import Source
 from checkpointer.state import Adapter, RestoreOptions, RestorePlan, SavedState
@@ -72,6 +73,7 @@ class Restorer:
             CheckpointNotFoundError: ``finite``, and all that are whole hold some.
             CorruptCheckpointError: there are some, and all are damaged.
             FormatVersionError: one was written by a newer library, so what is newest cannot be known.
+            UnreadableCheckpointError: the system does not let one be read, with the same effect.
         """
         skipped: dict[str, Skipped] = {}
         for _ in range(MAX_RELISTS):
@@ -113,6 +115,8 @@ class Restorer:
         for item in listing.unreadable:
             if isinstance(item.error, FormatVersionError):
                 raise item.error
+            if isinstance(item.error, UnreadableCheckpointError):
+                raise self._newest_unknown(item, listing)
             self._skip(skipped, item.path, item.step, str(item.error))
         candidates = [info for info in reversed(listing.checkpoints) if info.path not in skipped]
         if finite:
@@ -163,6 +167,20 @@ class Restorer:
         if path not in skipped:
             skipped[path] = Skipped(step, path, reason)
             warnings.warn(f"skipping a damaged checkpoint: {reason}", CheckpointerWarning, stacklevel=2)
+
+    def _newest_unknown(self, item: Unreadable, listing: Listing) -> UnreadableCheckpointError:
+        steps = ", ".join(str(info.step) for info in listing.checkpoints[-10:])
+        error = UnreadableCheckpointError(
+            f"which checkpoint of {self._repository.url} is the newest cannot be known: {item.error}. "
+            + (
+                f"Or choose one that can be read with mgr.restore(step): {steps} (the last one is the newest of these); "
+                "saves go on from there"
+                if steps
+                else "No other can be read either"
+            )
+        )
+        error.errno = item.error.errno if isinstance(item.error, OSError) else None
+        return error
 
     def _none_valid(self, skipped: Mapping[str, Skipped]) -> CorruptCheckpointError:
         steps = ", ".join(str(item.step) for item in skipped.values())

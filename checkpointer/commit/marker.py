@@ -26,7 +26,7 @@ from checkpointer.commit.base import (
     remove_empty_directories,
     walk,
 )
-from checkpointer.errors import CheckpointerError, CheckpointerWarning, CorruptCheckpointError, RunLockedError
+from checkpointer.errors import CheckpointerWarning, CorruptCheckpointError, FormatVersionError, RunLockedError
 from checkpointer.lock import WriterLock
 from checkpointer.manifest import FileRecord, Manifest, parse_manifest
 from checkpointer.notes import remove_notes
@@ -206,7 +206,7 @@ class MarkerCommit:
     def _delete_attempt(self, id: str, step: int) -> None:
         """Delete an attempt's files wherever they are not those of a committed checkpoint, then its record."""
         for name in (layout.checkpoint_name(step), layout.checkpoint_name(step, id)):
-            with contextlib.suppress(CheckpointerError):  # a damaged manifest may be the one that lists them
+            with contextlib.suppress(CorruptCheckpointError, FormatVersionError):  # such a manifest may list them
                 manifest = read_manifest(self._storage, name)
                 if manifest is None or manifest.data != id:
                     self._delete_data(name, id)

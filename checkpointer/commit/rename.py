@@ -21,7 +21,7 @@ from checkpointer.commit.base import (
     remove_empty_directories,
     walk,
 )
-from checkpointer.errors import CheckpointerWarning, SaveError
+from checkpointer.errors import CheckpointerWarning, SaveError, UnreadableCheckpointError
 from checkpointer.lock import WriterLock
 from checkpointer.manifest import Manifest
 from checkpointer.notes import remove_notes
@@ -198,7 +198,10 @@ class RenameCommit:
 
     def _take_free_name(self, second: str) -> None:
         """Give a checkpoint with a second name the plain one if it is free; else both stay, for retention to judge."""
-        manifest = own_manifest(self._storage, second)
+        try:
+            manifest = own_manifest(self._storage, second)
+        except UnreadableCheckpointError:
+            return  # it can be restored under this name, once it can be read
         if manifest is not None and not self._storage.exists(layout.checkpoint_name(manifest.step)):
             self._move(second, layout.checkpoint_name(manifest.step))
 

@@ -169,7 +169,7 @@ class SafetensorsWriter(StorageWriter):
         return Manifest(
             id=attempt.id,
             parent=parent,
-            sequence=listing.next_sequence,
+            sequence=repository.next_sequence(),
             step=attempt.step,
             epoch=self._epoch,
             created=datetime.now(timezone.utc),
