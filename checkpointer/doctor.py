@@ -289,7 +289,7 @@ class Doctor:
             for id in sorted(noted_ids(self._storage)):
                 for path in damaged_notes(self._storage, id):
                     meaning = "a note that cannot be read: it counts as a pin, and keeps its checkpoint for ever"
-                    advice = "make it readable, or remove it; then pin or annotate the checkpoint again, if it should be"
+                    advice = "make it readable, or remove it and pin or annotate the checkpoint again, if it should be"
                     yield Finding("damaged-note", self._storage.place(path), meaning, advice)
                 if not (id in known or id in self._chart.unfinished or listing.unreadable or self._chart.busy):
                     place = self._storage.place(f"{layout.NOTES}/{id}")
@@ -399,7 +399,7 @@ class Doctor:
                 yield Finding("link", item.path, f"{item.error}; restores pass over it", advice)
             elif isinstance(item.error, UnreadableCheckpointError):
                 meaning = f"{item.error}. What is newest cannot be known, so restore_latest stops here"
-                advice = f"make {item.path}/{layout.MANIFEST} readable for those who train; until then mgr.restore(step)"
+                advice = "make it readable for those who train; until then mgr.restore(step) takes another one"
                 yield Finding("unreadable", item.path, meaning, advice)
             elif isinstance(item.error, FormatVersionError):
                 advice = "update this library: until then restore_latest stops here"

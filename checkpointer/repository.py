@@ -183,7 +183,7 @@ class Repository:
             if item.step == step:
                 raise item.error
         stranger = next((item for item in listing.strangers if item.step == step), None)
-        about = "" if stranger is None else f". {stranger.path} has no {layout.MANIFEST}: 'checkpointer doctor' says more"
+        about = f". {stranger.path} is none: 'checkpointer doctor {self.url}' says what it is" if stranger else ""
         raise CheckpointNotFoundError(
             f"no checkpoint of step {step} in {self.url}; there are "
             f"{_some([info.step for info in listing.checkpoints]) or 'none at all'}{about}"

@@ -117,7 +117,8 @@ class Restorer:
                 raise item.error
             if isinstance(item.error, UnreadableCheckpointError):
                 raise self._newest_unknown(item, listing)
-            self._skip(skipped, item.path, item.step, str(item.error))
+            kind = "damaged checkpoint" if item.link is None else "link in the place of a checkpoint"
+            self._skip(skipped, item.path, item.step, str(item.error), kind)
         candidates = [info for info in reversed(listing.checkpoints) if info.path not in skipped]
         if finite:
             candidates = [info for info in candidates if info.finite is not False]
@@ -163,21 +164,19 @@ class Restorer:
                 return replace(restored, skipped=tuple(skipped.values()))
         return None
 
-    def _skip(self, skipped: dict[str, Skipped], path: str, step: int, reason: str) -> None:
+    def _skip(
+        self, skipped: dict[str, Skipped], path: str, step: int, reason: str, kind: str = "damaged checkpoint"
+    ) -> None:
         if path not in skipped:
             skipped[path] = Skipped(step, path, reason)
-            warnings.warn(f"skipping a damaged checkpoint: {reason}", CheckpointerWarning, stacklevel=2)
+            warnings.warn(f"skipping a {kind}: {reason}", CheckpointerWarning, stacklevel=2)
 
     def _newest_unknown(self, item: Unreadable, listing: Listing) -> UnreadableCheckpointError:
         steps = ", ".join(str(info.step) for info in listing.checkpoints[-10:])
+        others = f"Or go on from one that can be read, with mgr.restore(step): there are {steps}, in commit order"
         error = UnreadableCheckpointError(
             f"which checkpoint of {self._repository.url} is the newest cannot be known: {item.error}. "
-            + (
-                f"Or choose one that can be read with mgr.restore(step): {steps} (the last one is the newest of these); "
-                "saves go on from there"
-                if steps
-                else "No other can be read either"
-            )
+            + (others if steps else "There is no other for mgr.restore(step) either")
         )
         error.errno = item.error.errno if isinstance(item.error, OSError) else None
         return error

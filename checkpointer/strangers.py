@@ -11,7 +11,9 @@ from checkpointer import layout
 from checkpointer.commit import walk
 from checkpointer.storage import Storage
 
-Kind: TypeAlias = Literal["ours", "hugging-face", "accelerate", "lightning", "deepspeed", "dcp", "torch", "empty", "other"]
+Kind: TypeAlias = Literal[
+    "ours", "hugging-face", "accelerate", "lightning", "deepspeed", "dcp", "torch", "empty", "other"
+]
 
 EXAMINED = 5
 """Strange names that are looked into when a run is opened, the highest steps first: each costs a listing."""
@@ -142,17 +144,19 @@ def _is_ours(path: str) -> bool:
 def warning_of(storage: Storage, strangers: Sequence[Stranger], others: Sequence[str]) -> str | None:
     """What to say of them when a run is opened; ``None``: nothing. ``others``: of a root without checkpoints."""
     newest = sorted(strangers, key=lambda item: item.step, reverse=True)
-    found = [found for found in (examine(storage, item) for item in newest[:EXAMINED]) if found is not None]
+    looks = [examine(storage, item) for item in newest[:EXAMINED]]
+    # Where a commit is a put, what others have left under a name is in nobody's way.
+    found = [look for look in looks if look is not None and (storage.can_rename or look.kind != "other")]
     said = [f"{item.stranger.path} {item.what}; {item.cure}" for item in found]
     if found and storage.can_rename:
         steps = ", ".join(map(str, sorted({item.stranger.step for item in found})))
-        said.append(f"until then saving step {steps} fails")
+        said.append(f"Until then saving step {steps} fails")
     if len(newest) > EXAMINED and found:
         said.append(f"and {len(newest) - EXAMINED} more such names ('checkpointer doctor {storage.url}' has them all)")
     said += [f"{storage.place(name)} {what}" for name, what in _foreign_names(others)]
     if not said:
         return None
-    return f"not everything in {storage.url} that looks like a checkpoint is one that can be restored: {'. '.join(said)}"
+    return f"not all that looks like a checkpoint in {storage.url} can be restored: {'. '.join(said)}"
 
 
 def _foreign_names(names: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -160,11 +164,8 @@ def _foreign_names(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     for test, whose in ((_ACCELERATE_NAME.fullmatch, "Accelerate"), (lambda name: name.endswith(".ckpt"), "Lightning")):
         first = next((name for name in sorted(names) if test(name)), None)
         if first is not None:
-            yield (
-                first,
-                f"looks like a checkpoint of {whose}, which this library does not read in place: 'checkpointer import' "
-                "makes one of a file that torch.save wrote",
-            )
+            what = f"looks like a checkpoint of {whose}, which this library does not read in place"
+            yield first, f"{what}: 'checkpointer import' makes one of a file that torch.save wrote"
 
 
 __all__ = ["EXAMINED", "Examined", "Kind", "Stranger", "examine", "on_record", "warning_of"]

@@ -56,7 +56,9 @@ LAYERS = {
     "blocks": layer("direct memory threads", "errors blocks"),
     "storage": layer("storage lock notes commit", "errors pure blocks storage", TORCH),
     "repository": layer(
-        "doctor reading verification repository pruning watching", "errors pure blocks storage repository", TORCH
+        "doctor reading strangers verification repository pruning watching",
+        "errors pure blocks storage repository",
+        TORCH,
     ),
     "arguments": layer("arguments", "errors pure", TORCH | STORAGE),
     "comparison": layer("comparison", "errors pure storage repository"),

@@ -292,7 +292,8 @@ def _listed(repository: Repository) -> Listing:
         strange = [item.name for item in found.strangers]
         about = f"; {', '.join(strange[:3])} cannot be restored: 'checkpointer doctor' says more" if strange else ""
         raise CheckpointNotFoundError(
-            f"no checkpoints in {repository.url}; the run root is the directory that holds 'checkpoint-<step>' ones{about}"
+            f"no checkpoints in {repository.url}; the run root is the directory that holds 'checkpoint-<step>' ones"
+            + about
         )
     return found
 

@@ -63,13 +63,19 @@ class RenameCommit:
             self.quarantine(name)
             self._move(attempt.directory, name)
         elif there.manifest is None:
-            raise SaveError(
-                f"{self._storage.place(name)} exists but is not a checkpoint (it has no {layout.MANIFEST}); "
-                "nothing in it was touched: move it away, then save again"
-            )
+            raise self._in_the_way(name)
         else:
             name = self._replace(attempt, name)
         return name
+
+    def _in_the_way(self, name: str) -> SaveError:
+        """What to say of a name that is taken by something that is no checkpoint, and that is nobody's to move."""
+        link = next((entry.link for entry in self._storage.list_directory(ROOT) if entry.name == name), None)
+        why = f"it has no {layout.MANIFEST}" if link is None else f"it is a link to {link}, and links are not followed"
+        return SaveError(
+            f"{self._storage.place(name)} exists but is not a checkpoint ({why}); "
+            "nothing in it was touched: move it away, then save again"
+        )
 
     def abandon(self, attempt: Attempt) -> None:
         there = own_manifest(self._storage, attempt.directory)

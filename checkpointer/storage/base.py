@@ -14,10 +14,10 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 _REFUSALS = frozenset(
     getattr(errno, name)
     for name in (
-        "EACCES", "EPERM", "EIO", "ESTALE", "ELOOP", "EISDIR", "ENOTDIR", "ENXIO", "ENODEV", "EREMOTEIO", "ENODATA",
-        "ENOKEY", "EKEYEXPIRED", "EKEYREVOKED", "EUCLEAN", "EBADMSG", "ESHUTDOWN",
-    )  # fmt: skip
-    if hasattr(errno, name)
+        *("EACCES", "EPERM", "EIO", "ESTALE", "ELOOP", "EISDIR", "ENOTDIR", "ENXIO", "ENODEV", "EREMOTEIO", "ENODATA"),
+        *("ENOKEY", "EKEYEXPIRED", "EKEYREVOKED", "EUCLEAN", "EBADMSG", "ESHUTDOWN"),
+    )
+    if hasattr(errno, name)  # not every system has each
 )
 
 

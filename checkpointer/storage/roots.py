@@ -67,8 +67,8 @@ def check_spelling(text: str, given: object) -> None:
 def _refuse_blanks(text: str) -> None:
     if text != text.strip() or _CONTROL.search(text):
         raise ConfigError(
-            f"the run root {text!r} begins or ends with blanks, or holds a line break: that comes from a shell, or from "
-            f"a file that was read as it is. {' '.join(text.split())!r} was meant?"
+            f"the run root {text!r} begins or ends with blanks, or holds a line break: that comes from a shell, or "
+            f"from a file that was read as it is. {text.strip()!r} was meant?"
         )
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         raise ConfigError(f"the run root {text} has quotes that belong to a shell: pass it without them")
