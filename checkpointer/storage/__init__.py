@@ -91,9 +91,16 @@ def _open_remote(url: str, options: dict[str, object]) -> Storage:
             storage.url,
             path,
             read=lambda folder: at(folder).read(layout.MANIFEST, layout.MANIFEST_LIMIT),
-            is_run=lambda folder: any(entry.name == layout.PRIVATE for entry in at(folder).list_directory("")),
+            is_run=lambda folder: _holds_a_run(at(folder)),
         )
     return storage
+
+
+def _holds_a_run(storage: Storage) -> bool:
+    """Whether checkpoints lie here. In a bucket a run has a private directory only while there is something in it."""
+    names = [entry.name for entry in storage.list_directory("") if entry.is_dir]
+    checkpoints = [name for name in names if layout.parse_checkpoint_name(name) is not None]
+    return layout.PRIVATE in names or any(storage.exists(f"{name}/{layout.MANIFEST}") for name in checkpoints[:3])
 
 
 __all__ = [
