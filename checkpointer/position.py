@@ -115,7 +115,8 @@ class Position:
         try:
             told = [warning_of(storage, listing.strangers, listing.others)]
         except OSError as error:  # looking closer is a courtesy: the run goes on without it
-            told = [f"{storage.url} holds names of checkpoints that cannot be looked into: {storage.redact(str(error))}"]
+            reason = storage.redact(str(error))
+            told = [f"{storage.url} holds names of checkpoints that cannot be looked into: {reason}"]
         told += [
             f"{item.error}. Lists leave it out, and retention neither counts on it nor removes it"
             for item in listing.unreadable

@@ -77,7 +77,6 @@ class Listing:
         return not self.checkpoints and not self.unreadable
 
 
-
 SEQUENCE_LEAP = 1_000_000
 """How far a commit leaps ahead of a checkpoint whose sequence is not known; no run has so many commits."""
 

@@ -72,9 +72,7 @@ LAYERS = {
         "errors pure settings blocks storage repository arguments state manager distributed",
     ),
     "distributed": layer("distributed", "errors pure blocks storage repository state distributed"),
-    "adapters": layer(
-        "adapters data dcp testing", "errors pure storage repository state manager distributed adapters"
-    ),
+    "adapters": layer("adapters data dcp testing", "errors pure storage repository state manager distributed adapters"),
 }
 """From the bottom up. Modules of a layer may import each other only where the layer names itself."""
 

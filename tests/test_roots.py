@@ -33,7 +33,7 @@ def refused(root: Any, match: str, *, read_only: bool = False) -> None:
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_the_directory_of_one_checkpoint_is_no_run_root(tmp_path: Path, read_only: bool) -> None:  # noqa: FBT001
+def test_the_directory_of_one_checkpoint_is_no_run_root(tmp_path: Path, read_only: bool) -> None:
     make(tmp_path / "run")
     before = sorted(os.listdir(tmp_path / "run" / "checkpoint-2"))
     refused(tmp_path / "run" / "checkpoint-2", rf"one checkpoint.*{tmp_path}/run, .*restore\(2\)", read_only=read_only)
@@ -52,9 +52,10 @@ def test_nothing_inside_a_run_that_retention_would_take_with_a_checkpoint_is_a_r
 @pytest.mark.parametrize("inner", ["", "tmp", "tmp/mine", "quarantine/checkpoint-5-abcdef01"])
 def test_the_private_directory_of_a_run_is_no_run_root(tmp_path: Path, inner: str) -> None:
     make(tmp_path / "run")
-    before = sorted(os.walk(tmp_path / "run"))
-    refused(tmp_path / "run" / ".checkpointer" / inner, f"inside .checkpointer, which belongs to the run in {tmp_path}/run")
-    assert sorted(os.walk(tmp_path / "run")) == before
+    run = tmp_path / "run"
+    before = sorted(os.walk(run))
+    refused(run / ".checkpointer" / inner, f"inside .checkpointer, which belongs to the run in {run}")
+    assert sorted(os.walk(run)) == before
 
 
 def test_a_link_to_a_checkpoint_and_the_working_directory_are_looked_through(
@@ -171,7 +172,10 @@ def test_dot_slash_means_just_this_name(here: Path, name: str) -> None:
     assert (here / name / "checkpoint-1").exists()
 
 
-@pytest.mark.parametrize("name", ["C:/run", "run:1", "minio:/x", "cost$5", "a b", ".", "x/../y", "~", "~/runs", "run%20"])
+ORDINARY = ["C:/run", "run:1", "minio:/x", "cost$5", "a b", ".", "x/../y", "~", "~/runs", "run%20"]
+
+
+@pytest.mark.parametrize("name", ORDINARY)
 def test_an_unusual_path_is_still_a_path(here: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("HOME", str(here))
     storage = open_storage(name)
@@ -187,7 +191,7 @@ def test_an_unusual_path_is_still_a_path(here: Path, monkeypatch: pytest.MonkeyP
 def test_a_root_that_cannot_be_a_directory_is_refused(
     tmp_path: Path,
     kind: str,
-    read_only: bool,  # noqa: FBT001
+    read_only: bool,
 ) -> None:
     place = tmp_path / "run"
     if kind.endswith("file"):
@@ -200,7 +204,7 @@ def test_a_root_that_cannot_be_a_directory_is_refused(
 
 
 def test_every_call_of_a_reader_says_that_its_run_root_is_not_there(root: Root) -> None:
-    reader, state = manager(root.url, read_only=True, options=root.options)
+    reader, _ = manager(root.url, read_only=True, options=root.options)
     calls = [
         reader.restore_latest,
         lambda: reader.restore(1),

@@ -86,7 +86,7 @@ def test_a_half_copied_checkpoint_is_named_though_an_older_one_is_restored(local
         assert restored.step == 2
         assert "checkpoint-3 holds files of a checkpoint (index.json) without manifest.json" in text
         assert "copy it again as a whole, manifest.json last" in text
-        with pytest.raises(SaveError, match="it has no manifest.json"):
+        with pytest.raises(SaveError, match=r"it has no manifest\.json"):
             mgr.save(3)
 
 
@@ -204,7 +204,7 @@ def test_a_newest_checkpoint_that_was_linked_back_is_skipped_by_name_and_not_in_
 def test_a_run_that_holds_nothing_but_links_to_its_checkpoints_is_not_begun_anew(
     local: Root,
     tmp_path: Path,
-    dangling: bool,  # noqa: FBT001
+    dangling: bool,
 ) -> None:
     make(local.url, (1,))
     moved_and_linked(local.url, 1, tmp_path / "archive")

@@ -45,10 +45,15 @@ class MarkerCommit:
         self._storage = storage
         self._lock = lock
         self._warned = False
+        self._untidied: list[Callable[[], object]] = []
+        """What could not be cleared away after a commit."""
         self._unanswered: set[str] = set()
         """Attempts whose manifest may or may not have been written: the store has not said."""
 
     def begin(self, step: int) -> Attempt:
+        untidied, self._untidied = self._untidied, []
+        for work in untidied:
+            self._tidy(work)
         id = new_id()
         record = {"step": step, "host": socket.gethostname(), "pid": os.getpid()}
         self._storage.put(f"{layout.TMP}/{id}.json", strictjson.seal(record))
@@ -136,10 +141,11 @@ class MarkerCommit:
         self._tidy(lambda: self._finish_removal(name, old))
 
     def _tidy(self, work: Callable[[], object]) -> None:
-        """What follows the commit point cannot fail the save any more: the next writer will do it."""
+        """What follows the commit point cannot fail the save any more: the next attempt, or writer, does it."""
         try:
             work()
         except OSError as error:
+            self._untidied.append(work)
             reason = self._storage.redact(str(error))
             logger.warning("could not clear away leftovers in %s; the next writer will: %s", self._storage.url, reason)
 
