@@ -245,8 +245,23 @@ class Repository:
         return VerifyReport(tuple(reports))
 
     def note(self, info: CheckpointInfo, note: Note) -> None:
-        """Append a note; no lock is needed."""
-        add_note(self.storage, info.id, note)
+        """Append a note; no lock is needed.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
+        try:
+            add_note(self.storage, info.id, note)
+        except CheckpointerError:
+            raise
+        except OSError as error:
+            reason = self.storage.redact(error.strerror or str(error))
+            place = self.storage.place(f"{layout.NOTES}/{info.id}")
+            failed = SaveError(
+                f"nothing could be noted of {info.path}: {reason} ({place}). Make it writable for this user"
+            )
+            failed.errno = error.errno
+            raise failed from error
 
     def begin(self, step: int, size: int) -> Attempt:
         """Start writing a checkpoint of about ``size`` bytes.

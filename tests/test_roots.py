@@ -155,6 +155,16 @@ def test_what_looks_like_a_typing_error_is_refused_with_what_was_meant(here: Pat
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "root", ["s3:/key:SECRET@bucket/run", "s3://key:SECRET@bucket/run?token=SECRET ", "s3:/b?t=SECRET"]
+)
+def test_no_refusal_repeats_a_secret(here: Path, root: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        CheckpointManager(root, state={})
+    assert "SECRET" not in str(caught.value)
+    assert "s3:/" in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["s3:/bucket/run", "$SCRATCH/run", "${SCRATCH}", "a::b", "run ", "'run'"])
 def test_a_directory_of_such_a_name_that_exists_is_what_was_meant(here: Path, name: str) -> None:
     (here / name).mkdir(parents=True)

@@ -190,6 +190,9 @@ def test_a_note_that_may_not_be_read_counts_as_a_pin(denied: Path, what: str) ->
     (of_one,) = notes.iterdir()
     {"note": max(of_one.iterdir()), "notes of one": of_one, "all notes": notes}[what].chmod(0)
     every = what == "all notes"
+    if what == "notes of one":
+        with pytest.raises(SaveError, match=r"nothing could be noted of .*checkpoint-1: Permission denied"):
+            reader.pin(1)
     assert [info.pinned for info in reader.checkpoints()] == [True, every, every]
     writer, _ = manager(denied, keep={"last": 1})
     with writer, warnings.catch_warnings(record=True) as caught:

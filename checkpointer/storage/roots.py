@@ -67,8 +67,8 @@ def check_spelling(text: str, given: object) -> None:
 def _refuse_blanks(text: str) -> None:
     if text != text.strip() or _CONTROL.search(text):
         raise ConfigError(
-            f"the run root {text!r} begins or ends with blanks, or holds a line break: that comes from a shell, or "
-            f"from a file that was read as it is. {text.strip()!r} was meant?"
+            f"the run root {_shown(text)!r} begins or ends with blanks, or holds a line break: that comes from a "
+            f"shell, or from a file that was read as it is. {_shown(text.strip())!r} was meant?"
         )
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         raise ConfigError(f"the run root {text} has quotes that belong to a shell: pass it without them")
@@ -81,7 +81,7 @@ def _refuse_one_slash(part: str, text: str, given: object) -> None:
     rest = found[2].lstrip("/")
     meant = text.replace(part, f"{found[1]}:///{rest}" if found[1] in ("file", "local") else f"{found[1]}://{rest}")
     why = "pathlib makes one slash of two: pass a URL as a string, " if isinstance(given, PurePath) else ""
-    raise _refused(text, f"it looks like a URL with a slash missing: {why}{meant!r}")
+    raise _refused(text, f"it looks like a URL with a slash missing: {why}{_shown(meant)!r}")
 
 
 def _refuse_what_a_shell_expands(text: str) -> None:
@@ -98,9 +98,15 @@ def _refuse_what_a_shell_expands(text: str) -> None:
 
 def _refused(text: str, reason: str) -> ConfigError:
     return ConfigError(
-        f"the run root {text!r} would become a local directory of this name, and {reason}. "
-        f"If such a directory is meant, write './{text}', or make it first"
+        f"the run root {_shown(text)!r} would become a local directory of this name, and {reason}. "
+        f"If such a directory is meant, write './{_shown(text)}', or make it first"
     )
+
+
+def _shown(text: str) -> str:
+    """``text`` for a message: what may be a URL loses what may be a secret in it."""
+    found = re.match(r"([A-Za-z][\w+.:-]*:/{0,2})(?:[^/@]*@)?([^?]*)", text, re.DOTALL)
+    return found[1] + found[2] if found and len(found[1]) > 2 else text
 
 
 def _is_protocol(name: str) -> bool:
@@ -176,12 +182,13 @@ def _refuse_checkpoint(root: str, folder: str, outer: str, data: bytes | None, *
     if step is None:
         shown = "<step>" if written is None else str(written)
         raise ConfigError(
-            f"{root} is one checkpoint (of step {shown}), not a run root: move it to checkpoint-{shown} in a directory "
-            f"of its own, pass that directory, and mgr.restore({shown})"
+            f"{root} is one checkpoint (of step {shown}), not a run root: move it to checkpoint-{shown} in a "
+            f"directory of its own, pass that directory, and mgr.restore({shown})"
         )
     raise ConfigError(
         f"{root} is one checkpoint, not a run root: pass the directory that holds it, {outer}, and restore this one "
-        f"with mgr.restore({step}); restore_latest() takes the newest"
+        f"with mgr.restore({step}); restore_latest() takes the newest. (If a run was saved inside it all the same, move "
+        "its directories checkpoint-* to a directory of their own)"
     )
 
 
