@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from checkpointer import layout, strictjson
-from checkpointer.commit import STALE_AFTER, owner_is_dead, walk
+from checkpointer.commit import STALE_AFTER, owner_is_dead
 from checkpointer.errors import (
     CheckpointerError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     FormatVersionError,
     RunLockedError,
+    UnreadableCheckpointError,
 )
 from checkpointer.info import CheckpointInfo
 from checkpointer.lock import described
@@ -30,7 +31,8 @@ from checkpointer.notes import damaged_notes, noted_ids
 from checkpointer.reading import CheckpointReader
 from checkpointer.repository import Listing, Repository, name_of
 from checkpointer.storage import Entry
-from checkpointer.verification import extra_files
+from checkpointer.strangers import Stranger, examine
+from checkpointer.verification import extra_files, verify_checkpoint
 
 Level: TypeAlias = Literal["problem", "note"]
 
@@ -279,11 +281,15 @@ class Doctor:
         """Notes that speak of no checkpoint, and such as nobody can read."""
         listing = self._chart.listing
         known = {info.id for info in listing.checkpoints}
+        if not listing.notes_known:
+            meaning = "nobody can tell which checkpoints are pinned: all count as pinned, and retention removes none"
+            advice = "give read access to it to those who train"
+            yield Finding("unreadable", self._storage.place(layout.NOTES), meaning, advice)
         with _forbidden_is_nothing():
             for id in sorted(noted_ids(self._storage)):
                 for path in damaged_notes(self._storage, id):
                     meaning = "a note that cannot be read: it counts as a pin, and keeps its checkpoint for ever"
-                    advice = "remove it; then pin or annotate the checkpoint again, if it should be"
+                    advice = "make it readable, or remove it and pin or annotate the checkpoint again, if it should be"
                     yield Finding("damaged-note", self._storage.place(path), meaning, advice)
                 if not (id in known or id in self._chart.unfinished or listing.unreadable or self._chart.busy):
                     place = self._storage.place(f"{layout.NOTES}/{id}")
@@ -338,7 +344,7 @@ class Doctor:
                     self._chart.sick.append(name_of(info))
                 yield info, verdict
         for item in self._chart.listing.unreadable:
-            if isinstance(item.error, CorruptCheckpointError) and not isinstance(item.error.__cause__, OSError):
+            if isinstance(item.error, CorruptCheckpointError) and not item.may_return:
                 self._chart.sick.append(item.name)
 
     def _check(self, info: CheckpointInfo) -> _Verdict:
@@ -358,7 +364,7 @@ class Doctor:
 
     def _damage(self, info: CheckpointInfo, manifest: Manifest) -> Iterator[str]:
         if self._deep:
-            yield from self._repository.verify(info).damage
+            yield from verify_checkpoint(self._storage, name_of(info), manifest, info).damage
             return
         try:
             with CheckpointReader(self._storage, name_of(info), manifest) as reader:
@@ -388,7 +394,14 @@ class Doctor:
 
     def _unreadable_manifests(self) -> Iterator[Finding]:
         for item in self._chart.listing.unreadable:
-            if isinstance(item.error, FormatVersionError):
+            if item.link is not None:
+                advice = "move the checkpoint back to this name, or pass the directory that it lies in as the run root"
+                yield Finding("link", item.path, f"{item.error}; restores pass over it", advice)
+            elif isinstance(item.error, UnreadableCheckpointError):
+                meaning = f"{item.error}. What is newest cannot be known, so restore_latest stops here"
+                advice = "make it readable for those who train; until then mgr.restore(step) takes another one"
+                yield Finding("unreadable", item.path, meaning, advice)
+            elif isinstance(item.error, FormatVersionError):
                 advice = "update this library: until then restore_latest stops here"
                 yield Finding("newer-format", item.path, str(item.error), advice)
             else:
@@ -405,12 +418,11 @@ class Doctor:
     def _name(self, entry: Entry) -> Iterator[Finding]:
         """A name of a checkpoint that holds none, or that is not the plain one."""
         place, step = self._storage.place(entry.name), layout.parse_checkpoint_name(entry.name)
-        if not entry.is_dir:
-            meaning = f"it has the name of a checkpoint, and is no directory: step {step} cannot be saved"
-            yield Finding("in-the-way", place, meaning, "move it away")
-        elif not self._storage.exists(f"{entry.name}/{layout.MANIFEST}"):
-            yield from self._without_manifest(entry.name, place, step)
-        elif layout.is_second_name(entry.name) and step is not None:
+        if step is None or any(item.name == entry.name and item.may_return for item in self._chart.listing.unreadable):
+            return  # its manifest is a finding of its own
+        if not entry.is_dir or not self._storage.exists(f"{entry.name}/{layout.MANIFEST}"):
+            yield from self._without_manifest(Stranger(entry.name, place, step, entry.is_dir, entry.link))
+        elif layout.is_second_name(entry.name):
             if self._storage.exists(layout.checkpoint_name(step)):
                 meaning = f"the second checkpoint of step {step}: another one holds the plain name, and is kept"
                 yield Finding("second-name", place, meaning, "both can be restored; retention judges them", "note")
@@ -418,29 +430,19 @@ class Doctor:
                 meaning = f"a replacement of step {step} that was interrupted: it can be restored by any reader"
                 yield Finding("second-name", place, meaning, _MEND.format("gives it the plain name"))
 
-    def _without_manifest(self, name: str, place: str, step: int | None) -> Iterator[Finding]:
+    def _without_manifest(self, stranger: Stranger) -> Iterator[Finding]:
+        """What has the name of a checkpoint and no manifest; the work of a writer that has not ended is none."""
         with _forbidden_is_nothing():
-            files = [path for path in walk(self._storage, name) if not self._on_record(path.partition("/")[0])]
-            if self._storage.exists(f"{name}/{layout.MANIFEST}"):
-                return  # it was committed meanwhile
-            ours = [path for path in files if path.endswith((".safetensors", layout.INDEX))]
-            if ours:
-                meaning = f"holds files of a checkpoint ({ours[0]}) without {layout.MANIFEST}: no reader sees it"
-                advice = f"put {layout.MANIFEST} back from a copy; the tensors can be read without it, as safetensors"
-                yield Finding("no-manifest", place, meaning, advice)
-            elif files or self._storage.can_rename:
-                what = f"holds no checkpoint but {files[0]}" if files else "is empty"
-                meaning = f"{what}; it has the name of one, and step {step} cannot be saved"
-                yield Finding("in-the-way", place, meaning, "move it away")
+            found = examine(self._storage, stranger)
+            if found is None:
+                return
+            meaning = f"it {found.what}: no reader sees it"
+            if self._storage.can_rename:
+                meaning += f", and step {stranger.step} cannot be saved"
+            ours = found.kind == "ours" and stranger.is_dir
+            yield Finding("no-manifest" if ours else "in-the-way", stranger.path, meaning, found.cure)
 
     # ----------------------------------------------------------------------------------------------------- helpers
-
-    def _on_record(self, id: str) -> bool:
-        """Whether a directory in a checkpoint's is that of an attempt, or of a removal, that has not ended."""
-        if self._storage.can_rename or not layout.is_id(id):
-            return False
-        records = (f"{layout.TMP}/{id}.json", f"{layout.TRASH}/{id}.json")
-        return id in self._chart.unfinished or any(map(self._storage.exists, records))
 
     @property
     def _in_memory(self) -> bool:

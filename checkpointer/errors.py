@@ -8,6 +8,7 @@ CheckpointerError
 ├── ConfigError (ValueError)                 the configuration or an argument makes no sense
 ├── CheckpointNotFoundError (FileNotFoundError)   no such checkpoint
 ├── CorruptCheckpointError (OSError)         bytes on disk are not the bytes that were written
+├── UnreadableCheckpointError (OSError)      the system does not let it be read; nothing says that it is damaged
 ├── FormatVersionError (OSError)             written by a newer version of the format
 ├── IncompatibleStateError (ValueError)      the checkpoint does not fit the live objects
 ├── UnsupportedStateError (TypeError)        a value that cannot be stored without pickle
@@ -35,6 +36,13 @@ class CheckpointNotFoundError(CheckpointerError, FileNotFoundError):
 
 class CorruptCheckpointError(CheckpointerError, OSError):
     """The bytes on disk are not the bytes that were written, or were never a valid checkpoint."""
+
+
+class UnreadableCheckpointError(CheckpointerError, OSError):
+    """The system does not let a checkpoint, or the run root, be read; nothing says that it is damaged.
+
+    Permissions, a stale handle, a disk that is not mounted: it may be readable again once the cause is gone.
+    """
 
 
 class FormatVersionError(CheckpointerError, OSError):
@@ -81,5 +89,6 @@ __all__ = [
     "RunNotEmptyError",
     "SaveError",
     "StepOrderError",
+    "UnreadableCheckpointError",
     "UnsupportedStateError",
 ]

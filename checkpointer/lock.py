@@ -76,7 +76,7 @@ class WriterLock:
         except ImportError:
             return None
         try:
-            fd = os.open(self._path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            fd = os.open(self._path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))  # a pipe
         except FileNotFoundError:
             return False
         except OSError:

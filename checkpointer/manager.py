@@ -101,14 +101,16 @@ class CheckpointManager:
             root: directory or fsspec URL (``s3://bucket/run``) that holds this run's checkpoints.
             config: path of a YAML file, a mapping, a :class:`Config`, or ``None`` for the defaults.
             storage_options: handed to fsspec; their secrets never reach a manifest, a log line or an error message.
-            read_only: for evaluators and notebooks: never locks, never writes checkpoints.
+            read_only: for evaluators and notebooks: never locks, never writes checkpoints. A root that is not there is
+                an error of every call but ``watch``, which waits for it.
             on_commit: called with the :class:`CheckpointInfo` after a commit is durable (in the background thread
                 unless the mode is ``sync``); its errors are raised by the next ``save``, ``wait`` or ``close``.
             **components: what to save, by name: modules, optimizers, schedulers, any :class:`Stateful`, dicts, lists,
                 sets, arrays, generators. The global random generators are added as ``rng``.
 
         Raises:
-            ConfigError: the configuration, the root or a component's name makes no sense.
+            ConfigError: the configuration, the root or a component's name makes no sense; the root is a file, one
+                checkpoint, a mistyped URL, or a variable that no shell has replaced.
             UnsupportedStateError: a component whose state cannot be captured or restored in place.
         """
         self._config = load_config(config)
@@ -121,7 +123,7 @@ class CheckpointManager:
         self._read_only = read_only
         write = self._config.write
         storage = open_storage(root, storage_options, durable=write.durable, threads=write.threads)
-        self._repository = Repository(storage)
+        self._repository = Repository(storage, must_exist=read_only)
         changes = partial(stepped, optimizers_of(components), list(modules.values()))
         self._saver = Saver(self._repository, self._config, on_commit, changes)
         self._job = Job(storage, self._config.write.wait, ",".join(adapters))
@@ -230,7 +232,7 @@ class CheckpointManager:
     # ---------------------------------------------------------------------------------------------- restoring
 
     def restore_latest(self, *, finite: bool = False, **options: Unpack[RestoreKeywords]) -> Restored | None:
-        """Restore the newest checkpoint that is whole; ``None`` if the run has none.
+        """Restore the newest checkpoint that is whole; ``None`` if the run has none (``read_only``: but is there).
 
         Damaged ones are skipped with a warning and listed in ``Restored.skipped``.
 
@@ -242,6 +244,7 @@ class CheckpointManager:
         Raises:
             CheckpointNotFoundError: ``finite``, and every checkpoint holds some.
             CorruptCheckpointError: there are checkpoints, and all are damaged.
+            UnreadableCheckpointError: the system does not let one be read, so what is newest cannot be known.
             IncompatibleStateError: the newest does not fit the live objects, which stay as they are.
             RunLockedError: another job writes to this run.
         """

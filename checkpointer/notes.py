@@ -15,7 +15,7 @@ from checkpointer import layout, strictjson
 from checkpointer.errors import ConfigError, CorruptCheckpointError
 from checkpointer.info import CheckpointInfo
 from checkpointer.manifest import metric_from_json, metric_to_json
-from checkpointer.storage import Storage
+from checkpointer.storage import Entry, Storage, is_refusal
 
 NOTE_LIMIT = 64 * 1024
 """Bytes."""
@@ -60,13 +60,22 @@ def add_note(storage: Storage, checkpoint_id: str, note: Note) -> None:
 def read_notes(storage: Storage, checkpoint_id: str) -> list[Note]:
     """All notes on a checkpoint, oldest first. One that cannot be read counts as a pin: that loses nothing."""
     directory = f"{layout.NOTES}/{checkpoint_id}"
-    paths = [f"{directory}/{match[0]}" for match in sorted(_names(storage, directory), key=lambda match: match[0])]
+    listed = _listed(storage, directory)
+    if listed is None:
+        return [Note(pinned=True)]
+    paths = [f"{directory}/{match[0]}" for match in sorted(_matches(listed), key=lambda match: match[0])]
     return [_parse(data, path) for path, data in zip(paths, storage.read_many(paths, NOTE_LIMIT), strict=True)]
 
 
 def noted_ids(storage: Storage) -> set[str]:
     """Ids of the checkpoints that have notes."""
     return {entry.name for entry in storage.list_directory(layout.NOTES) if layout.is_id(entry.name)}
+
+
+def noted_as_far_as_known(storage: Storage) -> set[str] | None:
+    """As ``noted_ids``; ``None`` where the notes cannot be listed, so that each checkpoint may have some."""
+    found = _listed(storage, layout.NOTES)
+    return None if found is None else {entry.name for entry in found if layout.is_id(entry.name)}
 
 
 def remove_notes(storage: Storage, checkpoint_id: str) -> None:
@@ -79,9 +88,12 @@ def remove_notes(storage: Storage, checkpoint_id: str) -> None:
 
 
 def damaged_notes(storage: Storage, checkpoint_id: str) -> list[str]:
-    """The notes on a checkpoint that cannot be read, and so count as a pin."""
+    """The notes on a checkpoint that cannot be read, and so count as a pin; their directory, if it is that."""
     directory = f"{layout.NOTES}/{checkpoint_id}"
-    paths = [f"{directory}/{match[0]}" for match in _names(storage, directory)]
+    listed = _listed(storage, directory)
+    if listed is None:
+        return [directory]
+    paths = [f"{directory}/{match[0]}" for match in _matches(listed)]
     found = zip(paths, storage.read_many(paths, NOTE_LIMIT), strict=True)
     return sorted(path for path, data in found if not _whole(data, path))
 
@@ -101,13 +113,27 @@ def annotated(info: CheckpointInfo, notes: Iterable[Note]) -> CheckpointInfo:
 
 
 def _names(storage: Storage, directory: str) -> list[re.Match[str]]:
-    matches = (_NAME.fullmatch(entry.name) for entry in storage.list_directory(directory))
+    return _matches(storage.list_directory(directory))
+
+
+def _matches(entries: Iterable[Entry]) -> list[re.Match[str]]:
+    matches = (_NAME.fullmatch(entry.name) for entry in entries)
     return [match for match in matches if match]
+
+
+def _listed(storage: Storage, directory: str) -> list[Entry] | None:
+    """What a directory of notes holds; ``None`` where the system refuses to say."""
+    try:
+        return storage.list_directory(directory)
+    except OSError as error:
+        if not is_refusal(error):
+            raise
+        return None
 
 
 def _whole(data: bytes | Exception, path: str) -> bool:
     if isinstance(data, Exception):
-        return not isinstance(data, CorruptCheckpointError)
+        return not (isinstance(data, CorruptCheckpointError) or is_refusal(data))
     try:
         strictjson.unseal(data, path)
     except CorruptCheckpointError:
@@ -118,7 +144,7 @@ def _whole(data: bytes | Exception, path: str) -> bool:
 def _parse(data: bytes | Exception, path: str) -> Note:
     if isinstance(data, FileNotFoundError):
         return Note()  # its checkpoint was pruned meanwhile
-    if isinstance(data, CorruptCheckpointError):
+    if isinstance(data, CorruptCheckpointError) or (isinstance(data, Exception) and is_refusal(data)):
         return Note(pinned=True)
     if isinstance(data, Exception):
         raise data

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import datetime
 
-from checkpointer.errors import RunNotEmptyError, StepOrderError
+from checkpointer import layout
+from checkpointer.errors import (
+    CheckpointerWarning,
+    RunNotEmptyError,
+    StepOrderError,
+    UnreadableCheckpointError,
+)
 from checkpointer.info import CheckpointInfo
-from checkpointer.repository import Repository
+from checkpointer.repository import Listing, Repository
 from checkpointer.schedule import RECENT
+from checkpointer.strangers import warning_of
 
 
 class Position:
@@ -19,6 +27,7 @@ class Position:
         self._seen: int | None = None
         """Newest sequence when this manager last looked; ``None`` before its first restore or save."""
         self._checked = False
+        self._said = False
         self.tip: CheckpointInfo | None = None
         self.restored_from: CheckpointInfo | None = None
         """Protected from retention until the first own commit."""
@@ -39,10 +48,11 @@ class Position:
 
     def restored(self, info: CheckpointInfo | None) -> None:
         """A restore has ended; ``None``: the run was empty."""
-        self._look()
+        listing = self._look()
         self._checked = False
         if info is not None:
             self.tip = self.restored_from = info
+        self._say_what_is_strange(listing)
 
     def committed(self, info: CheckpointInfo) -> None:
         """A save of this manager is durable."""
@@ -59,7 +69,8 @@ class Position:
         if self._checked:
             return
         seen, resumed = self._seen, self._seen is not None
-        newest, empty = self._look()
+        listing = self._look()
+        newest, empty = next(reversed(listing.checkpoints), None), listing.empty
         url = self._repository.url
         if not resumed and not empty and self._require_resume:
             raise RunNotEmptyError(
@@ -73,6 +84,7 @@ class Position:
                 "Another job has saved to this run; stop it, then restore again"
             )
         self._checked = True
+        self._say_what_is_strange(listing)
 
     def check_order(self, step: int, last: int | None) -> None:
         """Refuse a step below ``last``, the step saved or restored last: such a counter would stop saving in silence.
@@ -87,10 +99,33 @@ class Position:
                 "To go back on purpose, restore the earlier step first"
             )
 
-    def _look(self) -> tuple[CheckpointInfo | None, bool]:
-        """The newest checkpoint, and whether the run is empty; remembers its sequence."""
+    def _look(self) -> Listing:
+        """What the run holds; remembers the sequence of the newest."""
         listing = self._repository.list_checkpoints()
         self._recent = listing.checkpoints[-RECENT:]
-        newest = self._recent[-1] if self._recent else None
-        self._seen = newest.sequence if newest else 0
-        return newest, listing.empty
+        self._seen = self._recent[-1].sequence if self._recent else 0
+        return listing
+
+    def _say_what_is_strange(self, listing: Listing) -> None:
+        """Warn, once, of what cannot be restored or counted on: a save may fail for it, hours later."""
+        if self._said:
+            return
+        self._said = True
+        storage = self._repository.storage
+        try:
+            told = [warning_of(storage, listing.strangers, listing.others)]
+        except OSError as error:  # looking closer is a courtesy: the run goes on without it
+            reason = storage.redact(str(error))
+            told = [f"{storage.url} holds names of checkpoints that cannot be looked into: {reason}"]
+        told += [
+            f"{item.error}. Lists leave it out, and retention neither counts on it nor removes it"
+            for item in listing.unreadable
+            if isinstance(item.error, UnreadableCheckpointError)
+        ]
+        if not listing.notes_known:
+            told.append(
+                f"{storage.place(layout.NOTES)} cannot be listed, so every checkpoint counts as pinned, and retention "
+                "removes none: give this user read access to it"
+            )
+        for text in filter(None, told):
+            warnings.warn(text, CheckpointerWarning, stacklevel=5)

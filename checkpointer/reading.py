@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import xxhash
 
 from checkpointer import layout
-from checkpointer.errors import CorruptCheckpointError
+from checkpointer.errors import CorruptCheckpointError, UnreadableCheckpointError
 from checkpointer.index import Chunk, Index, parse_index
 from checkpointer.manifest import Manifest
-from checkpointer.storage import ReadFile, Storage
+from checkpointer.storage import ReadFile, Storage, refusals_typed
 from checkpointer.threads import Pool
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class CheckpointReader:
 
     Raises:
         CorruptCheckpointError: a file is missing, has another size, or fails its check.
+        UnreadableCheckpointError: the system does not let a file be read.
         FileNotFoundError: the whole checkpoint has vanished (a writer pruned it).
     """
 
@@ -146,7 +147,8 @@ class CheckpointReader:
         record = self.manifest.files[path]
         place = f"{self._directory}/{self.manifest.place(path)}"
         try:
-            file = self._storage.open(place)
+            with refusals_typed(self._storage, place):
+                file = self._storage.open(place)
         except FileNotFoundError as error:
             if not self._storage.exists(f"{self._directory}/{layout.MANIFEST}"):
                 raise  # the whole checkpoint is gone, not one file of it
@@ -295,11 +297,12 @@ class CheckpointReader:
     def _disk_errors(self, path: str) -> Iterator[None]:
         """A bad sector is damage of the checkpoint; other failures are not."""
         try:
-            yield
-        except OSError as error:
+            with refusals_typed(self._storage, f"{self._directory}/{self.manifest.place(path)}"):
+                yield
+        except UnreadableCheckpointError as error:
             if error.errno != errno.EIO:
                 raise
-            raise CorruptCheckpointError(f"{self._place(path)} cannot be read: {error}") from error
+            raise CorruptCheckpointError(f"{self._place(path)} cannot be read: {error.__cause__}") from error.__cause__
 
     def _place(self, path: str) -> str:
         return self._storage.place(f"{self._directory}/{self.manifest.place(path)}")

@@ -12,17 +12,29 @@ from checkpointer.commit import Attempt, protocol_for, read_manifest
 from checkpointer.errors import (
     CheckpointerError,
     CheckpointNotFoundError,
+    ConfigError,
     CorruptCheckpointError,
     FormatVersionError,
     SaveError,
+    UnreadableCheckpointError,
 )
 from checkpointer.info import CheckpointInfo
 from checkpointer.lock import WriterLock
 from checkpointer.manifest import FileRecord, Manifest, parse_manifest
-from checkpointer.notes import Note, add_note, annotated, noted_ids, read_notes, remove_notes
+from checkpointer.notes import (
+    Note,
+    add_note,
+    annotated,
+    noted_as_far_as_known,
+    noted_ids,
+    read_notes,
+    remove_notes,
+)
 from checkpointer.reading import ONE_PROCESS, CheckpointReader, Reader
 from checkpointer.sharing import Source
-from checkpointer.storage import Storage
+from checkpointer.storage import Entry, Storage, is_refusal, refusals_typed, unreadable
+from checkpointer.storage.roots import check_content
+from checkpointer.strangers import Stranger
 from checkpointer.verification import CheckpointReport, VerifyReport, verify_checkpoint
 
 
@@ -34,7 +46,16 @@ class Unreadable:
     path: str
     step: int
     error: CheckpointerError
-    """CorruptCheckpointError, or FormatVersionError for one that a newer library wrote."""
+    """CorruptCheckpointError; FormatVersionError for one that a newer library wrote; UnreadableCheckpointError where
+    only the system does not let it be read."""
+    link: str | None = None
+    """Where it leads, if it is a symbolic link in the place of a checkpoint."""
+
+    @property
+    def may_return(self) -> bool:
+        """Whether it may be readable some day as it is: then it comes back with the sequence that it has."""
+        lies_there = isinstance(self.error, UnreadableCheckpointError) or isinstance(self.error.__cause__, OSError)
+        return lies_there or self.link is not None
 
 
 @dataclass(frozen=True)
@@ -44,21 +65,34 @@ class Listing:
     checkpoints: tuple[CheckpointInfo, ...]
     """Committed checkpoints with a readable manifest, in commit order."""
     unreadable: tuple[Unreadable, ...]
+    strangers: tuple[Stranger, ...] = ()
+    """What has the name of a checkpoint and no manifest: no checkpoint of this library, or not yet, or no more."""
+    others: tuple[str, ...] = ()
+    """Every other name, where there is no checkpoint."""
+    notes_known: bool = True
+    """Whether the notes could be listed; if not, every checkpoint counts as pinned."""
 
     @property
     def empty(self) -> bool:
         return not self.checkpoints and not self.unreadable
 
-    @property
-    def next_sequence(self) -> int:
-        return 1 + max((info.sequence for info in self.checkpoints), default=0)
+
+SEQUENCE_LEAP = 1_000_000
+"""How far a commit leaps ahead of a checkpoint whose sequence is not known; no run has so many commits."""
+
+MAX_SEQUENCE = 2**63 - 1
 
 
 class Repository:
     """The checkpoints below one storage's root. Only ``begin`` to ``recover`` need the writer's lock."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, *, must_exist: bool = False) -> None:
+        """``must_exist``: for those who only read: a run root that is not there is an error, and not an empty run."""
         self.storage = storage
+        self._must_exist = must_exist
+        self._overtaken: set[str] = set()
+        """Names of checkpoints whose sequence is at most ``_highest``, whether they can be read now or not."""
+        self._highest = 0
         self.lock = WriterLock(storage.url, storage.lock_path, lambda: storage.make_directory(layout.PRIVATE))
         self._protocol = protocol_for(storage, self.lock)
         self._abandoned: list[Attempt] = []
@@ -72,25 +106,58 @@ class Repository:
         return self.storage.url
 
     def list_checkpoints(self) -> Listing:
-        """Everything that is committed. Reads one small file a checkpoint, and the notes."""
-        names = [
-            entry.name
-            for entry in self.storage.list_directory("")
-            if entry.is_dir and layout.parse_checkpoint_name(entry.name) is not None
-        ]
+        """Everything that is committed. Reads one small file a checkpoint, and the notes.
+
+        Raises:
+            CheckpointNotFoundError: there is no run root, and it has to be there.
+            ConfigError: the run root is itself a checkpoint, or a file.
+            UnreadableCheckpointError: the run root cannot be listed.
+        """
+        with refusals_typed(self.storage, ""):
+            entries = self.storage.list_directory("")
+        self._check_root(entries)
+        named = [entry for entry in entries if layout.parse_checkpoint_name(entry.name) is not None]
+        names = [entry.name for entry in named if entry.is_dir]
         paths = [f"{name}/{layout.MANIFEST}" for name in names]
-        noted = noted_ids(self.storage) if names else set()
+        noted = noted_as_far_as_known(self.storage) if names else set()
+        with refusals_typed(self.storage, ""):
+            manifests = self.storage.read_many(paths, layout.MANIFEST_LIMIT)
         found: list[CheckpointInfo] = []
-        unreadable: list[Unreadable] = []
-        for name, data in zip(names, self.storage.read_many(paths, layout.MANIFEST_LIMIT), strict=True):
+        unreadable = [item for entry in named if entry.link is not None and (item := self._behind(entry))]
+        strangers = [self._stranger(entry) for entry in named if not entry.is_dir]
+        for name, data in zip(names, manifests, strict=True):
             try:
                 info = self._describe(name, data, noted)
-            except (CorruptCheckpointError, FormatVersionError) as error:
+            except (CorruptCheckpointError, FormatVersionError, UnreadableCheckpointError) as error:
                 unreadable.append(Unreadable(name, self.storage.place(name), _step_of(name), error))
             else:
                 found += [info] if info else []
+                strangers += [] if info else [self._stranger(Entry(name, is_dir=True, is_file=False))]
         found.sort(key=lambda info: (info.sequence, info.created, info.id))
-        return Listing(tuple(found), tuple(sorted(unreadable, key=lambda item: item.step)))
+        known = {item.name for item in unreadable}
+        return Listing(
+            tuple(found),
+            tuple(sorted(unreadable, key=lambda item: item.step)),
+            tuple(item for item in strangers if item.name not in known),
+            () if found or unreadable else tuple(entry.name for entry in entries),
+            notes_known=noted is not None,
+        )
+
+    def next_sequence(self) -> int:
+        """The sequence of the next commit: above that of every other, also of those that cannot be read right now.
+
+        How high that is nobody knows, unless this process has read it before, or has leapt over it. If it were not
+        overtaken, it would be the newest again once it can be read, and the work since then be lost.
+        """
+        listing = self.list_checkpoints()
+        highest = max(self._highest, *(info.sequence for info in listing.checkpoints), 0)
+        unknown = {item.name for item in listing.unreadable if item.may_return} - self._overtaken
+        if unknown and highest < MAX_SEQUENCE - SEQUENCE_LEAP:
+            highest += SEQUENCE_LEAP
+        self._highest = highest
+        leapt_over = (item.name for item in listing.unreadable if item.may_return)
+        self._overtaken = {*map(name_of, listing.checkpoints), *leapt_over}
+        return highest + 1
 
     def committed_beside(self, known: Collection[str]) -> bool:
         """Whether a checkpoint has been committed under a name that is not ``known``; one listing if not."""
@@ -104,7 +171,8 @@ class Repository:
 
         Raises:
             CheckpointNotFoundError: there is none; names those that there are.
-            CorruptCheckpointError, FormatVersionError: there is one, but its manifest cannot be used.
+            CorruptCheckpointError, FormatVersionError, UnreadableCheckpointError: there is one, but its manifest cannot
+                be used.
         """
         listing = self.list_checkpoints()
         for info in reversed(listing.checkpoints):
@@ -113,9 +181,11 @@ class Repository:
         for item in listing.unreadable:
             if item.step == step:
                 raise item.error
+        stranger = next((item for item in listing.strangers if item.step == step), None)
+        about = f". {stranger.path} is none: 'checkpointer doctor {self.url}' says what it is" if stranger else ""
         raise CheckpointNotFoundError(
             f"no checkpoint of step {step} in {self.url}; there are "
-            f"{_some([info.step for info in listing.checkpoints]) or 'none at all'}"
+            f"{_some([info.step for info in listing.checkpoints]) or 'none at all'}{about}"
         )
 
     def current(self, info: CheckpointInfo) -> CheckpointInfo:
@@ -155,9 +225,9 @@ class Repository:
         """
         try:
             manifest = self.manifest(info)
-        except (CorruptCheckpointError, FormatVersionError) as error:
+            report = verify_checkpoint(self.storage, name_of(info), manifest, info)
+        except (CorruptCheckpointError, FormatVersionError, UnreadableCheckpointError) as error:
             return CheckpointReport(info.path, info.step, info, (str(error),), (), 0)
-        report = verify_checkpoint(self.storage, name_of(info), manifest, info)
         if not report.ok:
             self.manifest(info)  # it is not damaged if it has been removed, or replaced, while it was read
         return report
@@ -175,8 +245,23 @@ class Repository:
         return VerifyReport(tuple(reports))
 
     def note(self, info: CheckpointInfo, note: Note) -> None:
-        """Append a note; no lock is needed."""
-        add_note(self.storage, info.id, note)
+        """Append a note; no lock is needed.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
+        try:
+            add_note(self.storage, info.id, note)
+        except CheckpointerError:
+            raise
+        except OSError as error:
+            reason = self.storage.redact(error.strerror or str(error))
+            place = self.storage.place(f"{layout.NOTES}/{info.id}")
+            failed = SaveError(
+                f"nothing could be noted of {info.path}: {reason} ({place}). Make it writable for this user"
+            )
+            failed.errno = error.errno
+            raise failed from error
 
     def begin(self, step: int, size: int) -> Attempt:
         """Start writing a checkpoint of about ``size`` bytes.
@@ -208,7 +293,7 @@ class Repository:
         """``source`` with the notes of this moment; ``None`` if it has been removed, replaced or damaged since."""
         try:
             self.manifest(source.info)
-        except (CheckpointNotFoundError, CorruptCheckpointError, FormatVersionError):
+        except (CheckpointNotFoundError, CorruptCheckpointError, FormatVersionError, UnreadableCheckpointError):
             return None
         return replace(source, info=self.current(source.info))
 
@@ -272,20 +357,53 @@ class Repository:
             self._protocol.finish_removal(id)
             self._half_removed.remove(id)
 
-    def _describe(self, name: str, data: bytes | Exception, noted: set[str]) -> CheckpointInfo | None:
+    def _check_root(self, entries: list[Entry]) -> None:
+        """Whether this is a run root, by what it holds."""
+        if any(entry.name == layout.MANIFEST and entry.is_file for entry in entries):
+            with contextlib.suppress(OSError):
+                check_content(self.url, self.storage.read(layout.MANIFEST, layout.MANIFEST_LIMIT))
+        if entries or not self._must_exist or (self.storage.can_rename and self.storage.exists("")):
+            return
+        with contextlib.suppress(OSError):
+            self.storage.open("").close()
+            raise ConfigError(f"the run root {self.url} is a file, and must be a directory")
+        raise CheckpointNotFoundError(
+            f"there is no run root {self.url}, or nothing is in it; check the path for typing errors. If the job that "
+            "writes it has not begun yet, mgr.watch() waits for it"
+        )
+
+    def _stranger(self, entry: Entry) -> Stranger:
+        return Stranger(entry.name, self.storage.place(entry.name), _step_of(entry.name), entry.is_dir, entry.link)
+
+    def _behind(self, link: Entry) -> Unreadable | None:
+        """A link in the place of a checkpoint that leads, or may have led, to one; ``None`` if it leads to no such."""
+        leads = self.storage.exists(f"{link.name}/.")
+        if leads and not self.storage.exists(f"{link.name}/{layout.MANIFEST}"):
+            return None
+        place = self.storage.place(link.name)
+        what = "a checkpoint that was moved away and linked back" if leads else "no directory that is there"
+        error = CorruptCheckpointError(
+            f"{place} is a link to {link.link}, {what}: links in a run root are never followed. Move the directory "
+            "itself back to this name, or mount it here; a run root may be a link as a whole"
+        )
+        return Unreadable(link.name, place, _step_of(link.name), error, link.link)
+
+    def _describe(self, name: str, data: bytes | Exception, noted: set[str] | None) -> CheckpointInfo | None:
         """The checkpoint in directory ``name``; ``None`` if it has no manifest, and so is none."""
         where = self.storage.place(f"{name}/{layout.MANIFEST}")
         if isinstance(data, FileNotFoundError):
             return None
         if isinstance(data, OSError) and data.errno == errno.EIO:
             raise CorruptCheckpointError(f"{where} cannot be read: {data}") from data
+        if isinstance(data, OSError) and not isinstance(data, CheckpointerError) and is_refusal(data):
+            raise unreadable(self.storage, f"{name}/{layout.MANIFEST}", data) from data
         if isinstance(data, Exception):
             raise data
         manifest = parse_manifest(data, where)
         if manifest.step != _step_of(name):
             raise CorruptCheckpointError(f"{where} is the manifest of step {manifest.step}: files were swapped")
         info = manifest.info(self.storage.place(name))
-        return self.current(info) if manifest.id in noted else info
+        return self.current(info) if noted is None or manifest.id in noted else info
 
 
 def _step_of(name: str) -> int:

@@ -19,12 +19,13 @@ from checkpointer.errors import (
     CorruptCheckpointError,
     FormatVersionError,
     IncompatibleStateError,
+    UnreadableCheckpointError,
 )
 from checkpointer.index import Chunk, Component, Json, collector_paused
 from checkpointer.info import CheckpointInfo
 from checkpointer.notes import Note
 from checkpointer.reading import CheckpointReader, Reader
-from checkpointer.repository import Listing, Repository
+from checkpointer.repository import Listing, Repository, Unreadable
 from checkpointer.restored import Restored, RestoreReport, RestoreRequest, Skipped
 from checkpointer.sharing import Source
 from checkpointer.state import Adapter, RestoreOptions, RestorePlan, SavedState
@@ -74,6 +75,7 @@ class Restorer:
             CheckpointNotFoundError: ``finite``, and all that are whole hold some.
             CorruptCheckpointError: there are some, and all are damaged.
             FormatVersionError: one was written by a newer library, so what is newest cannot be known.
+            UnreadableCheckpointError: the system does not let one be read, with the same effect.
         """
         skipped: dict[str, Skipped] = {}
         for _ in range(MAX_RELISTS):
@@ -115,7 +117,10 @@ class Restorer:
         for item in listing.unreadable:
             if isinstance(item.error, FormatVersionError):
                 raise item.error
-            self._skip(skipped, item.path, item.step, str(item.error))
+            if isinstance(item.error, UnreadableCheckpointError):
+                raise self._newest_unknown(item, listing)
+            kind = "damaged checkpoint" if item.link is None else "link in the place of a checkpoint"
+            self._skip(skipped, item.path, item.step, str(item.error), kind)
         candidates = [info for info in reversed(listing.checkpoints) if info.path not in skipped]
         if finite:
             candidates = [info for info in candidates if info.finite is not False]
@@ -161,10 +166,22 @@ class Restorer:
                 return replace(restored, skipped=tuple(skipped.values()))
         return None
 
-    def _skip(self, skipped: dict[str, Skipped], path: str, step: int, reason: str) -> None:
+    def _skip(
+        self, skipped: dict[str, Skipped], path: str, step: int, reason: str, kind: str = "damaged checkpoint"
+    ) -> None:
         if path not in skipped:
             skipped[path] = Skipped(step, path, reason)
-            warnings.warn(f"skipping a damaged checkpoint: {reason}", CheckpointerWarning, stacklevel=2)
+            warnings.warn(f"skipping a {kind}: {reason}", CheckpointerWarning, stacklevel=2)
+
+    def _newest_unknown(self, item: Unreadable, listing: Listing) -> UnreadableCheckpointError:
+        steps = ", ".join(str(info.step) for info in listing.checkpoints[-10:])
+        others = f"Or go on from one that can be read, with mgr.restore(step): there are {steps}, in commit order"
+        error = UnreadableCheckpointError(
+            f"which checkpoint of {self._repository.url} is the newest cannot be known: {item.error}. "
+            + (others if steps else "There is no other for mgr.restore(step) either")
+        )
+        error.errno = item.error.errno if isinstance(item.error, OSError) else None
+        return error
 
     def _none_valid(self, skipped: Mapping[str, Skipped]) -> CorruptCheckpointError:
         steps = ", ".join(str(item.step) for item in skipped.values())

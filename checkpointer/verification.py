@@ -9,11 +9,11 @@ import xxhash
 
 from checkpointer import layout
 from checkpointer.commit import walk
-from checkpointer.errors import CheckpointerError, CorruptCheckpointError
+from checkpointer.errors import CheckpointerError, CorruptCheckpointError, UnreadableCheckpointError
 from checkpointer.info import CheckpointInfo
 from checkpointer.manifest import Manifest
 from checkpointer.reading import CheckpointReader
-from checkpointer.storage import Storage
+from checkpointer.storage import Storage, refusals_typed
 from checkpointer.tensorfile import check_header
 
 
@@ -60,7 +60,11 @@ class VerifyReport:
 
 
 def verify_checkpoint(storage: Storage, directory: str, manifest: Manifest, info: CheckpointInfo) -> CheckpointReport:
-    """Read and hash every byte that the manifest lists, file by file, and look for files that it does not."""
+    """Read and hash every byte that the manifest lists, file by file, and look for files that it does not.
+
+    Raises:
+        UnreadableCheckpointError: the system does not let a part of it be read, which says nothing of its bytes.
+    """
     damage: list[str] = []
     read = 0
     try:
@@ -68,9 +72,12 @@ def verify_checkpoint(storage: Storage, directory: str, manifest: Manifest, info
             for path in manifest.files:
                 damage += _check_file(reader, path)
                 read += manifest.files[path].size
+    except UnreadableCheckpointError:
+        raise
     except (CheckpointerError, FileNotFoundError) as error:
         damage.append(str(error))
-    extra = tuple(extra_files(storage, directory, manifest))
+    with refusals_typed(storage, directory):
+        extra = tuple(extra_files(storage, directory, manifest))
     return CheckpointReport(info.path, info.step, info, tuple(damage), extra, read)
 
 

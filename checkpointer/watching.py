@@ -101,7 +101,10 @@ class _News:
         if self._looks % WHOLE_LOOK_EVERY and not self._repository.committed_beside(self._names):
             self._looks += 1
             return []
-        listing = self._repository.list_checkpoints()
+        try:
+            listing = self._repository.list_checkpoints()
+        except CheckpointNotFoundError:  # the run root is not there yet; this was no look at it
+            return []
         self._looks += 1
         self._names = {*map(name_of, listing.checkpoints), *(item.name for item in listing.unreadable)}
         if self._since is not None:

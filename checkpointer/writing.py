@@ -318,7 +318,7 @@ def _manifest(
     return Manifest(
         id=attempt.id,
         parent=snapshot.parent,
-        sequence=repository.list_checkpoints().next_sequence,
+        sequence=repository.next_sequence(),
         step=snapshot.step,
         epoch=snapshot.epoch,
         created=snapshot.created,

@@ -39,7 +39,7 @@ def succeed(
             manifest,
             id=attempt.id,
             parent=info.id,
-            sequence=repository.list_checkpoints().next_sequence,
+            sequence=repository.next_sequence(),
             step=step,
             data=attempt.data,
             files=dict(attempt.files),

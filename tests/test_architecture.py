@@ -56,7 +56,9 @@ LAYERS = {
     "blocks": layer("direct memory threads", "errors blocks"),
     "storage": layer("storage lock notes commit", "errors pure blocks storage", TORCH),
     "repository": layer(
-        "doctor reading verification repository pruning watching", "errors pure blocks storage repository", TORCH
+        "doctor reading strangers verification repository pruning watching",
+        "errors pure blocks storage repository",
+        TORCH,
     ),
     "arguments": layer("arguments", "errors pure", TORCH | STORAGE),
     "comparison": layer("comparison", "errors pure storage repository"),
@@ -70,9 +72,7 @@ LAYERS = {
         "errors pure settings blocks storage repository arguments state manager distributed",
     ),
     "distributed": layer("distributed", "errors pure blocks storage repository state distributed"),
-    "adapters": layer(
-        "adapters data dcp testing", "errors pure storage repository state manager distributed adapters"
-    ),
+    "adapters": layer("adapters data dcp testing", "errors pure storage repository state manager distributed adapters"),
 }
 """From the bottom up. Modules of a layer may import each other only where the layer names itself."""
 

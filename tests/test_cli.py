@@ -665,12 +665,11 @@ def test_bad_arguments_exit_with_2(run_root, arguments):
 
 
 def test_an_error_of_the_operating_system_exits_with_1(tmp_path):
-    loop = tmp_path / "loop"
-    loop.symlink_to(loop)
+    place = tmp_path / ("x" * 300)
 
-    result = invoke("ls", loop)
+    result = invoke("ls", place)
     assert result.exit_code == 1
-    assert error_of(result).startswith(f"error: {loop}: ")
+    assert error_of(result).startswith(f"error: {place}: ")
 
 
 def test_a_run_with_damaged_checkpoints_only_is_a_problem_for_show_and_is_listed(run_root):

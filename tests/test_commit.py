@@ -98,15 +98,21 @@ def test_something_without_a_manifest_in_the_way_is_an_error_and_stays_untouched
     before = {name: data for name, data in contents(local.url).items() if name.startswith("checkpoint-")}
     live = state(7)
     with manager(local, live) as writer:
-        writer.restore_latest()
-        with pytest.raises(SaveError, match=r"checkpoint-7 exists but is not a checkpoint.*move it away"):
+        with pytest.warns(CheckpointerWarning, match="checkpoint-7"):  # when the run is opened, not hours later
+            writer.restore_latest()
+        reason = "it is a link to .*elsewhere" if "link" in kind else "it has no manifest.json"
+        with pytest.raises(SaveError, match=rf"checkpoint-7 exists but is not a checkpoint.*{reason}.*move it away"):
             writer.save(7)
         assert {name: data for name, data in contents(local.url).items() if name.startswith("checkpoint-")} == before
         assert contents(local.url)[".checkpointer/tmp"] is None
         assert not any(Path(local.url, ".checkpointer", "tmp").iterdir())
         live.update(state(8))
         writer.save(8)
-    assert restored_value(local) == 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CheckpointerWarning)  # as above
+        if "link" in kind:
+            place.unlink()  # it may have led to a checkpoint, so that nothing is whole while it is there
+        assert restored_value(local) == 8
 
 
 def test_a_damaged_checkpoint_in_the_way_is_moved_to_quarantine(local):

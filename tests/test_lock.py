@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from checkpointer import CheckpointManager
-from checkpointer.errors import CheckpointerWarning, RunLockedError, SaveError
+from checkpointer.errors import CheckpointerWarning, CheckpointNotFoundError, RunLockedError, SaveError
 from checkpointer.lock import WriterLock, read_owner
 from checkpointer.repository import Repository
 from checkpointer.storage import open_storage
@@ -409,11 +409,11 @@ def test_a_reader_writes_nothing_and_is_not_kept_out_by_a_writer(local):
         assert picture(local.url) == before
 
 
-def test_a_reader_needs_no_run_root_and_makes_none(local):
+def test_a_reader_makes_no_run_root(local):
     with manager(local, read_only=True) as reader:
-        assert reader.restore_latest() is None
-        assert reader.checkpoints() == []
-        assert reader.verify().ok
+        for call in (reader.restore_latest, reader.checkpoints, reader.verify):
+            with pytest.raises(CheckpointNotFoundError):
+                call()
     assert not Path(local.url).exists()
 
 

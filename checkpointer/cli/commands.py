@@ -43,7 +43,8 @@ def list_command(*, root: str, stats: bool, as_json: bool, storage_options: Mapp
       "created", "size", "metrics", "tags", "pinned", "finite", "note", "path",
       "status", "reason"}]}
     Times are ISO 8601 in UTC, sizes bytes, metrics numbers or "nan", "inf", "-inf".
-    "status" is "ok", "damaged", or "unsupported" for a newer format; only
+    "status" is "ok", "damaged", "unreadable" for what this user may not read, or
+    "unsupported" for a newer format; only
     "step", "path", "status" and "reason" are never null then. With --stats each
     has "statistics" too, as FORMAT.md describes them, or null.
     """
@@ -99,8 +100,8 @@ def verify_command(*, root: str, step: int | None, as_json: bool, storage_option
     \b
     --json: {"root", "ok", "checkpoints": [{"step", "path", "status", "problems",
       "extra_files", "bytes_read"}]}
-    "status" is "ok", "damaged", "unsupported", or "removed" for one that was
-    pruned meanwhile.
+    "status" is "ok", "damaged", "unreadable", "unsupported", or "removed" for one
+    that was pruned meanwhile.
     """
     from checkpointer.cli import gather, render
 

@@ -14,6 +14,7 @@ from checkpointer.errors import (
     CorruptCheckpointError,
     FormatVersionError,
     RunLockedError,
+    UnreadableCheckpointError,
 )
 from checkpointer.index import Component
 from checkpointer.info import CheckpointInfo
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from checkpointer.retention import KeepPolicy, RetentionPlan
 
 Json: TypeAlias = "dict[str, Any]"
-Status: TypeAlias = Literal["ok", "damaged", "unsupported", "removed"]
+Status: TypeAlias = Literal["ok", "damaged", "unreadable", "unsupported", "removed"]
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def details(repository: Repository, step: int | None) -> Details:
     try:
         with repository.open(info) as reader:
             return Details(_row(info), manifest, reader.index.components, shared)
-    except (CorruptCheckpointError, FormatVersionError) as error:
+    except (CorruptCheckpointError, FormatVersionError, UnreadableCheckpointError) as error:
         row = replace(_row(info), status=_status_of(error), reason=str(error))
         return Details(row, manifest, shared=shared, problem=error)
 
@@ -288,8 +289,11 @@ def _listed(repository: Repository) -> Listing:
     if found.empty:
         if not repository.storage.exists(""):
             raise CheckpointNotFoundError(f"there is no run root {repository.url}; check the path for typing errors")
+        strange = [item.name for item in found.strangers]
+        about = f"; {', '.join(strange[:3])} cannot be restored: 'checkpointer doctor' says more" if strange else ""
         raise CheckpointNotFoundError(
             f"no checkpoints in {repository.url}; the run root is the directory that holds 'checkpoint-<step>' ones"
+            + about
         )
     return found
 
@@ -308,6 +312,8 @@ def _unreadable_row(item: Unreadable) -> Row:
 
 
 def _status_of(error: CheckpointerError) -> Status:
+    if isinstance(error, UnreadableCheckpointError):
+        return "unreadable"
     return "unsupported" if isinstance(error, FormatVersionError) else "damaged"
 
 

@@ -28,6 +28,7 @@ STYLES = {
     "problem": "bold red",
     "note": "yellow",
     "damaged": "bold red",
+    "unreadable": "bold red",
     "unsupported": "yellow",
     "remove": "red",
 }

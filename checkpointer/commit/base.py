@@ -10,10 +10,15 @@ from typing import Protocol
 import xxhash
 
 from checkpointer import layout
-from checkpointer.errors import CheckpointerError, CorruptCheckpointError, FormatVersionError
+from checkpointer.errors import (
+    CheckpointerError,
+    CorruptCheckpointError,
+    FormatVersionError,
+    UnreadableCheckpointError,
+)
 from checkpointer.manifest import FileRecord, Manifest, parse_manifest
 from checkpointer.notes import annotated, read_notes
-from checkpointer.storage import Buffer, Storage
+from checkpointer.storage import Buffer, Storage, refusals_typed
 
 STALE_AFTER = 24 * 3600.0
 """Seconds without a sign of life after which another writer's attempt counts as abandoned where no lock proves it."""
@@ -110,10 +115,12 @@ def read_manifest(storage: Storage, directory: str) -> Manifest | None:
 
     Raises:
         CorruptCheckpointError, FormatVersionError: there is one, but it cannot be used.
+        UnreadableCheckpointError: the system does not let it be read.
     """
     path = f"{directory}/{layout.MANIFEST}"
     try:
-        data = storage.read(path, layout.MANIFEST_LIMIT)
+        with refusals_typed(storage, path):
+            data = storage.read(path, layout.MANIFEST_LIMIT)
     except FileNotFoundError:
         return None
     return parse_manifest(data, storage.place(path))
@@ -126,7 +133,7 @@ class Occupant:
     manifest: Manifest | None
     damaged: bool = False
     keep: bool = False
-    """Pinned, or of a newer format: it must not be replaced."""
+    """Pinned, of a newer format, or not to be read by this user: it must not be replaced."""
 
 
 def occupant(storage: Storage, name: str) -> Occupant | None:
@@ -136,7 +143,7 @@ def occupant(storage: Storage, name: str) -> Occupant | None:
     except CorruptCheckpointError:
         entries = storage.list_directory(name)  # none where the name belongs to a file, or to a link
         return Occupant(None, damaged=any(entry.name == layout.MANIFEST for entry in entries))
-    except FormatVersionError:
+    except (FormatVersionError, UnreadableCheckpointError):
         return Occupant(None, keep=True)
     if manifest is None:
         return Occupant(None) if storage.exists(name) else None
@@ -150,9 +157,15 @@ def is_pinned(storage: Storage, manifest: Manifest) -> bool:
 
 
 def own_manifest(storage: Storage, directory: str) -> Manifest | None:
-    """The manifest in a directory that is being removed; an unusable one counts as none."""
+    """The manifest in a directory that is being removed; an unusable one counts as none.
+
+    Raises:
+        UnreadableCheckpointError: it cannot be read, so nobody knows whose the directory is.
+    """
     try:
         return read_manifest(storage, directory)
+    except UnreadableCheckpointError:
+        raise
     except CheckpointerError:
         return None
 

@@ -26,7 +26,7 @@ from checkpointer.commit.base import (
     remove_empty_directories,
     walk,
 )
-from checkpointer.errors import CheckpointerError, CheckpointerWarning, CorruptCheckpointError, RunLockedError
+from checkpointer.errors import CheckpointerWarning, CorruptCheckpointError, FormatVersionError, RunLockedError
 from checkpointer.lock import WriterLock
 from checkpointer.manifest import FileRecord, Manifest, parse_manifest
 from checkpointer.notes import remove_notes
@@ -45,10 +45,15 @@ class MarkerCommit:
         self._storage = storage
         self._lock = lock
         self._warned = False
+        self._untidied: list[Callable[[], object]] = []
+        """What could not be cleared away after a commit."""
         self._unanswered: set[str] = set()
         """Attempts whose manifest may or may not have been written: the store has not said."""
 
     def begin(self, step: int) -> Attempt:
+        untidied, self._untidied = self._untidied, []
+        for work in untidied:
+            self._tidy(work)
         id = new_id()
         record = {"step": step, "host": socket.gethostname(), "pid": os.getpid()}
         self._storage.put(f"{layout.TMP}/{id}.json", strictjson.seal(record))
@@ -136,10 +141,11 @@ class MarkerCommit:
         self._tidy(lambda: self._finish_removal(name, old))
 
     def _tidy(self, work: Callable[[], object]) -> None:
-        """What follows the commit point cannot fail the save any more: the next writer will do it."""
+        """What follows the commit point cannot fail the save any more: the next attempt, or writer, does it."""
         try:
             work()
         except OSError as error:
+            self._untidied.append(work)
             reason = self._storage.redact(str(error))
             logger.warning("could not clear away leftovers in %s; the next writer will: %s", self._storage.url, reason)
 
@@ -206,7 +212,7 @@ class MarkerCommit:
     def _delete_attempt(self, id: str, step: int) -> None:
         """Delete an attempt's files wherever they are not those of a committed checkpoint, then its record."""
         for name in (layout.checkpoint_name(step), layout.checkpoint_name(step, id)):
-            with contextlib.suppress(CheckpointerError):  # a damaged manifest may be the one that lists them
+            with contextlib.suppress(CorruptCheckpointError, FormatVersionError):  # such a manifest may list them
                 manifest = read_manifest(self._storage, name)
                 if manifest is None or manifest.data != id:
                     self._delete_data(name, id)

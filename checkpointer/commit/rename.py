@@ -21,7 +21,7 @@ from checkpointer.commit.base import (
     remove_empty_directories,
     walk,
 )
-from checkpointer.errors import CheckpointerWarning, SaveError
+from checkpointer.errors import CheckpointerWarning, SaveError, UnreadableCheckpointError
 from checkpointer.lock import WriterLock
 from checkpointer.manifest import Manifest
 from checkpointer.notes import remove_notes
@@ -63,13 +63,19 @@ class RenameCommit:
             self.quarantine(name)
             self._move(attempt.directory, name)
         elif there.manifest is None:
-            raise SaveError(
-                f"{self._storage.place(name)} exists but is not a checkpoint (it has no {layout.MANIFEST}); "
-                "nothing in it was touched: move it away, then save again"
-            )
+            raise self._in_the_way(name)
         else:
             name = self._replace(attempt, name)
         return name
+
+    def _in_the_way(self, name: str) -> SaveError:
+        """What to say of a name that is taken by something that is no checkpoint, and that is nobody's to move."""
+        link = next((entry.link for entry in self._storage.list_directory(ROOT) if entry.name == name), None)
+        why = f"it has no {layout.MANIFEST}" if link is None else f"it is a link to {link}, and links are not followed"
+        return SaveError(
+            f"{self._storage.place(name)} exists but is not a checkpoint ({why}); "
+            "nothing in it was touched: move it away, then save again"
+        )
 
     def abandon(self, attempt: Attempt) -> None:
         there = own_manifest(self._storage, attempt.directory)
@@ -198,7 +204,10 @@ class RenameCommit:
 
     def _take_free_name(self, second: str) -> None:
         """Give a checkpoint with a second name the plain one if it is free; else both stay, for retention to judge."""
-        manifest = own_manifest(self._storage, second)
+        try:
+            manifest = own_manifest(self._storage, second)
+        except UnreadableCheckpointError:
+            return  # it can be restored under this name, once it can be read
         if manifest is not None and not self._storage.exists(layout.checkpoint_name(manifest.step)):
             self._move(second, layout.checkpoint_name(manifest.step))
 

@@ -110,8 +110,8 @@ class SafetensorsWriter(StorageWriter):
         held = occupant(session.repository.storage, place.name)
         if held is not None and held.keep:
             raise SaveError(
-                f"{self.checkpoint_id} is pinned, or of a newer format, and is not replaced: choose another step, or "
-                "run 'checkpointer unpin' first"
+                f"{self.checkpoint_id} is pinned, of a newer format, or not to be read by this user, and is not "
+                "replaced: choose another step, or run 'checkpointer unpin' first"
             )
         attempt = session.attempt = session.repository.begin(place.step, sum(map(size_of, plans)))
         return [
@@ -171,7 +171,7 @@ class SafetensorsWriter(StorageWriter):
         return Manifest(
             id=attempt.id,
             parent=parent,
-            sequence=listing.next_sequence,
+            sequence=repository.next_sequence(),
             step=attempt.step,
             epoch=self._epoch,
             created=datetime.now(timezone.utc),

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
+from checkpointer import layout
 from checkpointer.errors import ConfigError
-from checkpointer.storage.base import Buffer, Entry, ReadFile, Storage, blocks
+from checkpointer.storage import roots
+from checkpointer.storage.base import (
+    Buffer,
+    Entry,
+    ReadFile,
+    Storage,
+    blocks,
+    is_refusal,
+    refusals_typed,
+    unreadable,
+)
 from checkpointer.storage.local import LocalStorage
 
 _wrapper: ContextVar[Callable[[Storage], Storage] | None] = ContextVar("wrapper", default=None)
@@ -26,9 +37,12 @@ def open_storage(
     ``durable`` and ``threads`` are for local ones: see :class:`LocalStorage`.
 
     Raises:
-        ConfigError: an empty root, an unknown protocol, or a file system whose package is not installed.
+        ConfigError: an empty root, an unknown protocol, a file system whose package is not installed, or a root that
+            is not what was meant: a file, a checkpoint, a mistyped URL, a variable that nothing has replaced.
     """
-    storage = _open(os.fspath(root), options, durable=durable, threads=threads)
+    text = roots.text_of(root)
+    roots.check_spelling(text, root)
+    storage = _open(text, options, durable=durable, threads=threads)
     wrapper = _wrapper.get()
     return storage if wrapper is None else wrapper(storage)
 
@@ -47,13 +61,14 @@ def wrapping(wrapper: Callable[[Storage], Storage]) -> Iterator[None]:
 
 
 def _open(text: str, options: Mapping[str, object] | None, *, durable: bool, threads: int) -> Storage:
-    if not text.strip() or "\0" in text:
-        raise ConfigError(f"the run root must be a path or a URL, got {text!r}")
     if text.startswith(("file://", "local://")):
-        return LocalStorage(text.partition("://")[2], durable=durable, threads=threads)
-    if "://" not in text and "::" not in text:
-        return LocalStorage(text, durable=durable, threads=threads)
-    return _open_remote(text, dict(options or {}))
+        text = text.partition("://")[2]
+        roots.check_spelling(text, text)
+    if "://" in text:
+        return _open_remote(text, dict(options or {}))
+    storage = LocalStorage(text, durable=durable, threads=threads)
+    roots.check_place(storage.root)
+    return storage
 
 
 def _open_remote(url: str, options: dict[str, object]) -> Storage:
@@ -66,7 +81,38 @@ def _open_remote(url: str, options: dict[str, object]) -> Storage:
     except (ValueError, TypeError, ImportError) as error:
         reason = Redactor(url, options).redact(str(error))
         raise ConfigError(f"cannot open {without_credentials(url)}: {reason}") from error
-    return FsspecStorage(fs, path, url, options)
+    storage = FsspecStorage(fs, path, url, options)
+
+    def at(folder: str) -> FsspecStorage:
+        return FsspecStorage(fs, folder, url, options)
+
+    with suppress(OSError):  # of the network: the first call that has to read will say what is wrong
+        roots.check_url(
+            storage.url,
+            path,
+            read=lambda folder: at(folder).read(layout.MANIFEST, layout.MANIFEST_LIMIT),
+            is_run=lambda folder: _holds_a_run(at(folder)),
+        )
+    return storage
 
 
-__all__ = ["Buffer", "Entry", "LocalStorage", "ReadFile", "Storage", "blocks", "open_storage", "wrapping"]
+def _holds_a_run(storage: Storage) -> bool:
+    """Whether checkpoints lie here. In a bucket a run has a private directory only while there is something in it."""
+    names = [entry.name for entry in storage.list_directory("") if entry.is_dir]
+    checkpoints = [name for name in names if layout.parse_checkpoint_name(name) is not None]
+    return layout.PRIVATE in names or any(storage.exists(f"{name}/{layout.MANIFEST}") for name in checkpoints[:3])
+
+
+__all__ = [
+    "Buffer",
+    "Entry",
+    "LocalStorage",
+    "ReadFile",
+    "Storage",
+    "blocks",
+    "is_refusal",
+    "open_storage",
+    "refusals_typed",
+    "unreadable",
+    "wrapping",
+]

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
+from checkpointer.errors import CheckpointerError, UnreadableCheckpointError
+
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
+
+_REFUSALS = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EPERM", "EIO", "ESTALE", "ELOOP", "EISDIR", "ENOTDIR", "ENXIO", "ENODEV", "EREMOTEIO", "ENODATA"),
+        *("ENOKEY", "EKEYEXPIRED", "EKEYREVOKED", "EUCLEAN", "EBADMSG", "ESHUTDOWN"),
+    )
+    if hasattr(errno, name)  # not every system has each
+)
 
 
 def blocks(view: memoryview, size: int) -> Iterator[memoryview]:
@@ -19,6 +32,8 @@ class Entry(NamedTuple):
     name: str
     is_dir: bool
     is_file: bool
+    link: str | None = None
+    """Where a symbolic link says that it leads; ``None`` for what is none."""
 
 
 class ReadFile(Protocol):
@@ -133,3 +148,36 @@ class Storage(Protocol):
 
     def age(self, path: str) -> float | None:
         """Seconds since ``path`` was last written, by the file system's clock; ``None`` if unknown."""
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the system refuses just this file: nothing that time, memory or the network heals for all files at once.
+
+    The other files of a run can be read all the same, so that an error of one of them is no error of the whole.
+    """
+    return isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno in _REFUSALS)
+
+
+def unreadable(storage: Storage, path: str, error: OSError) -> UnreadableCheckpointError:
+    """The typed error for a refusal."""
+    denied = isinstance(error, PermissionError) or error.errno in (errno.EACCES, errno.EPERM)
+    cure = "give this user read access to it" if denied else "look after the disk or the mount"
+    reason = storage.redact(error.strerror or str(error) or type(error).__name__)
+    made = UnreadableCheckpointError(
+        f"{storage.place(path)} cannot be read: {reason}. Nothing says that it is damaged: {cure}"
+    )
+    made.errno = error.errno
+    return made
+
+
+@contextlib.contextmanager
+def refusals_typed(storage: Storage, path: str) -> Iterator[None]:
+    """Inside, a refusal to read ``path`` is raised as UnreadableCheckpointError."""
+    try:
+        yield
+    except CheckpointerError:
+        raise
+    except OSError as error:
+        if not is_refusal(error):
+            raise
+        raise unreadable(storage, path, error) from error

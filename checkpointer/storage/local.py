@@ -72,11 +72,27 @@ class LocalStorage:
         try:
             with self._scan(path) as entries:
                 return [
-                    Entry(entry.name, entry.is_dir(follow_symlinks=False), entry.is_file(follow_symlinks=False))
+                    Entry(
+                        entry.name,
+                        entry.is_dir(follow_symlinks=False),
+                        entry.is_file(follow_symlinks=False),
+                        self._target(path, entry.name) if entry.is_symlink() else None,
+                    )
                     for entry in entries
                 ]
-        except (FileNotFoundError, NotADirectoryError, CorruptCheckpointError):
+        except NotADirectoryError:
+            if not path:  # a run root that has become a file is no empty run
+                raise
             return []
+        except (FileNotFoundError, CorruptCheckpointError):
+            return []
+
+    def _target(self, directory: str, name: str) -> str:
+        """Where a link says that it leads; empty if it has just gone."""
+        try:
+            return os.readlink(os.path.join(self.place(directory), name))
+        except OSError:
+            return ""
 
     def exists(self, path: str) -> bool:
         return os.path.lexists(self.place(path))

@@ -163,7 +163,7 @@ class Life:
         """As a reader that takes no lock: the newest checkpoint is whole, exact, and no older than known durable."""
         trainee = Trainee(self._plan)
         with CheckpointManager(self._root, read_only=True, **trainee.components) as reader:
-            restored = reader.restore_latest()
+            restored = reader.restore_latest() if os.path.exists(self._root) else None
             durable = self._book.durable()
             if restored is None:
                 expect(that=durable == 0, else_=f"sequence {durable} was durable, and the run is empty")
