@@ -10,14 +10,20 @@ from checkpointer.retention import KeepPolicy, RetentionPlan, plan
 
 
 def prune(
-    repository: Repository, policy: KeepPolicy, *, protect: Collection[str] = (), dry_run: bool = False
+    repository: Repository,
+    policy: KeepPolicy,
+    *,
+    protect: Collection[str] = (),
+    unreturned: Collection[str] = (),
+    dry_run: bool = False,
 ) -> RetentionPlan:
     """Plan on what is on disk now, and unless ``dry_run`` remove what the plan says, oldest first.
 
     Needs the writer's lock unless ``dry_run``. A checkpoint that is pinned meanwhile stays.
     """
     listing = repository.list_checkpoints()
-    decided = plan(listing.checkpoints, policy, now=datetime.now(timezone.utc), protect=protect)
+    now = datetime.now(timezone.utc)
+    decided = plan(listing.checkpoints, policy, now=now, protect=protect, unreturned=unreturned)
     if dry_run:
         return decided
     removed = [(info, reasons) for info, reasons in decided.remove if repository.remove(info)]

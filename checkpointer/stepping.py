@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from checkpointer import messages
 from checkpointer.lazy import LiveState
 from checkpointer.overlap import Choice, Overlap, StepClock
 
@@ -135,7 +136,7 @@ class StepWatch:
         undecided = self._overlap.decided is None
         self._overlap.record(save.choice, cost, save.size / self._bytes_per_second)
         if undecided and self._overlap.decided == "async":
-            logger.warning("%s: from now on state is copied when save is called", self._overlap)
+            messages.log(logger.warning, "%s: from now on state is copied when save is called", self._overlap)
 
 
 def _forget_saves() -> None:

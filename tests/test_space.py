@@ -293,7 +293,7 @@ def test_where_warnings_are_errors_a_save_that_is_left_out_ends_all_the_same(run
         with pytest.raises(SaveError, match="disk is full"):
             handle.result(60)
         with pytest.raises(CheckpointerWarning, match="step 1 was not saved"):
-            made.mgr._saver.wait()
+            made.mgr.wait()
 
 
 def test_skip_leaves_other_errors_what_they_are(run: MakeRun) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
+from checkpointer import messages
 from checkpointer.distributed.failures import failure, joined, opened
 from checkpointer.distributed.mail import Mail, in_time
 from checkpointer.distributed.session import Session
@@ -195,7 +196,8 @@ class StoreRanks:
         try:
             self._in_time(max(exchange.limit, time.monotonic() + LAST_WORDS), say)
         except SaveError as error:
-            logger.warning("%s: the other ranks could not be told the outcome: %s", exchange.what, error)
+            text = "%s: the other ranks could not be told the outcome: %s"
+            messages.log(logger.warning, text, exchange.what, error)
 
     def _collect(self, exchange: _Exchange) -> list[Json]:
         """What the other ranks have contributed."""
