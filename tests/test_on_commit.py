@@ -1,4 +1,4 @@
-"""``on_commit`` runs on a thread of its own: it delays no save, fails none, and its checkpoint stays until it returns."""
+"""``on_commit`` runs on a thread of its own: it delays no save, fails none, and what it was called for stays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from checkpointer import CheckpointInfo, CheckpointManager, commit_callbacks
 from checkpointer.commit_callbacks import BEHIND
 from checkpointer.deadline import OUTLIVED, time_left
 from checkpointer.errors import CheckpointerWarning, RunLockedError, SaveError
+from tests.ranks import run
 
 LONG = 60
 """Seconds. Nothing takes that long unless it hangs."""
@@ -77,6 +78,14 @@ def saved(mgr: CheckpointManager, step: int) -> CheckpointInfo:
     handle = mgr.save(step)
     assert handle is not None
     return handle.result(LONG)
+
+
+def save_all(mgr: CheckpointManager, numbers: Iterable[int], *, close: bool = True) -> None:
+    for step in numbers:
+        saved(mgr, step)
+        mgr.wait()
+    if close:
+        mgr.close()
 
 
 def steps(mgr: CheckpointManager) -> list[int]:
@@ -167,14 +176,14 @@ def test_a_save_that_failed_and_one_that_was_left_out_are_not_announced(tmp_path
 # -------------------------------------------------------------------------------------------------------- errors
 
 
-class Outage(Exception):
+class OutageError(Exception):
     """As a tracker's client raises it."""
 
     def __repr__(self) -> str:
         raise RuntimeError("an exception that cannot even be shown")
 
 
-@pytest.mark.parametrize("error", [KeyError("webhook"), SystemExit(3), KeyboardInterrupt(), Outage()], ids=type)
+@pytest.mark.parametrize("error", [KeyError("webhook"), SystemExit(3), KeyboardInterrupt(), OutageError()], ids=type)
 @pytest.mark.parametrize("mode", MODES)
 def test_an_exception_in_it_is_logged_with_a_warning_and_raised_nowhere(
     tmp_path: Path, mode: str, error: BaseException, caplog: pytest.LogCaptureFixture
@@ -182,29 +191,33 @@ def test_an_exception_in_it_is_logged_with_a_warning_and_raised_nowhere(
     def fail(info: CheckpointInfo) -> None:
         raise error
 
+    mgr = make(tmp_path, fail, mode)
     with pytest.warns(CheckpointerWarning, match=r"on_commit \(.*fail\) failed for .*checkpoint-") as caught:
-        mgr = make(tmp_path, fail, mode)
-        for step in range(3):
-            saved(mgr, step)
-        mgr.wait()
-        mgr.close()
+        save_all(mgr, range(3))
     assert len(caught) == 3
     assert steps(mgr) == [0, 1, 2]
     records = [record for record in caplog.records if "on_commit" in record.message]
     assert [record.exc_info is not None and record.exc_info[1] is error for record in records] == [True] * 3
 
 
-def fails_at(step: int) -> Callable[[CheckpointInfo], None]:
-    def fail(info: CheckpointInfo) -> None:
-        if info.step == step:
-            raise KeyError("webhook")
+class FailsAt:
+    """A callback that fails for one step, once it is told to go on."""
 
-    return fail
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.go_on = threading.Event()
+
+    def __call__(self, info: CheckpointInfo) -> None:
+        if info.step == self.step:
+            assert self.go_on.wait(LONG)
+            raise KeyError("webhook")
 
 
 def test_where_warnings_are_errors_the_next_save_raises_it_once_and_is_performed(tmp_path: Path) -> None:
-    mgr = make(tmp_path, fails_at(0))
+    fails = FailsAt(0)
+    mgr = make(tmp_path, fails)
     saved(mgr, 0)
+    fails.go_on.set()
     until_idle()
     with pytest.raises(CheckpointerWarning, match=r"on_commit .*webhook"):
         mgr.save(1)
@@ -215,9 +228,11 @@ def test_where_warnings_are_errors_the_next_save_raises_it_once_and_is_performed
 
 
 def test_where_warnings_are_errors_close_raises_it_when_all_is_done(tmp_path: Path) -> None:
-    mgr = make(tmp_path, fails_at(3), keep={"last": 1})
+    fails = FailsAt(3)
+    mgr = make(tmp_path, fails, keep={"last": 1})
     for step in range(4):
         mgr.save(step)
+    fails.go_on.set()
     with pytest.raises(CheckpointerWarning, match=r"on_commit .*webhook"):
         mgr.close()
     assert steps(mgr) == [3]
@@ -227,13 +242,30 @@ def test_where_warnings_are_errors_close_raises_it_when_all_is_done(tmp_path: Pa
 
 def test_where_warnings_are_errors_the_error_of_the_loop_comes_first(tmp_path: Path) -> None:
     def loop() -> None:
-        with make(tmp_path, fails_at(0)) as mgr:
+        fails = FailsAt(0)
+        with make(tmp_path, fails) as mgr:
             saved(mgr, 0)
+            fails.go_on.set()
             raise ZeroDivisionError("the loop's own")
 
     with pytest.raises(ZeroDivisionError, match="the loop's own") as caught:
         loop()
     assert isinstance(caught.value.__context__, CheckpointerWarning)
+
+
+# ----------------------------------------------------------------------------------------------------- several ranks
+
+
+def on_a_rank(root: str) -> list[int]:
+    seen: list[int] = []
+    with CheckpointManager(root, on_commit=lambda info: seen.append(info.step), state={"a": 1}) as mgr:
+        mgr.save(0)
+        mgr.save(1)
+    return seen
+
+
+def test_of_several_ranks_only_the_first_calls_it(tmp_path: Path) -> None:
+    assert run(2, on_a_rank, str(tmp_path / "run")) == [[0, 1], []]
 
 
 # ----------------------------------------------------------------------------------------------------- retention
@@ -288,8 +320,7 @@ def test_one_that_is_slower_than_saves_is_named_once_until_it_has_caught_up(tmp_
     saved(mgr, 0)
     gate.began()
     with pytest.warns(CheckpointerWarning) as caught:
-        for step in range(1, 2 * BEHIND):
-            saved(mgr, step)
+        save_all(mgr, range(1, 2 * BEHIND), close=False)
     (warning,) = caught
     assert "on_commit (Gate) has not returned for the last 5 checkpoints; for" in str(warning.message)
     assert "checkpoint-0 it has been running for" in str(warning.message)
@@ -346,7 +377,7 @@ def test_after_a_signal_close_waits_for_what_is_left_of_the_deadline(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("deadline", "elapsed", "left"), [(None, 5, 60), (30, None, 60), (30, 5, 25), (300, 5, 295), (30, 31, 0)]
+    "deadline, elapsed, left", [(None, 5, 60), (30, None, 60), (30, 5, 25), (300, 5, 295), (30, 31, 0)]
 )
 def test_the_time_that_is_left(deadline: float | None, elapsed: float | None, left: float) -> None:
     limit = None if deadline is None else timedelta(seconds=deadline)
@@ -541,7 +572,7 @@ def test_a_manager_that_is_dropped_while_it_runs_keeps_its_lock_until_it_returns
 
 def test_a_manager_that_its_own_callback_knows_can_be_collected(tmp_path: Path) -> None:
     known: list[CheckpointManager] = []
-    mgr = make(tmp_path, lambda info: known[0].pin(info))
+    mgr = make(tmp_path, lambda info: [mgr.pin(info) for mgr in known])
     known.append(mgr)
     saved(mgr, 0)
     until_idle()
