@@ -31,10 +31,15 @@ PATIENCE = 60.0
 BEHIND = 5
 """So many checkpoints that it has not returned for are worth a warning: they stay on disk until it has."""
 
+LATE = 10.0
+"""Seconds since the oldest of them was committed. Saves that are milliseconds apart get ahead of any thread."""
+
 
 class _Call(NamedTuple):
     info: CheckpointInfo
     context: Context
+    since: float
+    """When it was committed, by ``time.monotonic()``."""
 
 
 class CommitCallbacks:
@@ -56,8 +61,6 @@ class CommitCallbacks:
         self._thread: threading.Thread | None = None
         self._running_in: int | None = None
         """The identifier of the thread that a call runs in."""
-        self._began: float | None = None
-        """When the running call began, by ``time.monotonic()``."""
         self._said_behind = False
         self._closed = False
 
@@ -76,18 +79,18 @@ class CommitCallbacks:
         with self._guard:
             if self._closed:
                 return
-            self._calls.append(_Call(info, context))
+            self._calls.append(_Call(info, context, time.monotonic()))
             _unfinished.add(self)
             self._ensure_thread()
-            first, count = self._calls[0].info, len(self._calls)
-            ago = 0.0 if self._began is None else time.monotonic() - self._began
-            behind = count >= BEHIND and not self._said_behind
+            oldest, count = self._calls[0], len(self._calls)
+            lag = time.monotonic() - oldest.since
+            behind = count >= BEHIND and lag >= LATE and not self._said_behind
             self._said_behind = self._said_behind or behind
         if behind:
             self._say(
-                f"on_commit ({self._name}) has not returned for the last {count} checkpoints; for {first.path} it has "
-                f"been running for {roughly(ago)}. They stay on disk until it has, whatever retention says. If it "
-                "hangs, give it a time limit; if it is slow, save less often or let it hand its work on"
+                f"on_commit ({self._name}) has not returned for the last {count} checkpoints, of which "
+                f"{oldest.info.path} was committed {roughly(lag)} ago. They stay on disk until it has, whatever "
+                "retention says. If it hangs, give it a time limit; if it is slow, save less often"
             )
 
     def close(self, seconds: float) -> str | None:
@@ -148,14 +151,14 @@ class CommitCallbacks:
                     self._said_behind = False
                     return
                 call = self._calls[0]
-                self._began, self._running_in = time.monotonic(), threading.get_ident()
+                self._running_in = threading.get_ident()
             try:
                 self._call(call)
             finally:
                 ours = os.getpid() == self._pid
                 if ours:
                     with self._guard:
-                        self._began = self._running_in = None
+                        self._running_in = None
                         self._calls.popleft()
             if not ours:  # a child that was forked inside the call, and came back from it
                 return

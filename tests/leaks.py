@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -24,6 +26,9 @@ from torch.optim import optimizer as optim
 
 from checkpointer import CheckpointInfo, CheckpointManager, commit_callbacks, stepping
 from checkpointer.lock import WriterLock
+
+M_ARENA_MAX = -8
+"""Of mallopt(3)."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -52,7 +57,7 @@ class Balance:
 
     def grown(self, before: Balance) -> dict[str, Any]:
         """What is there now and was not before."""
-        kinds = {kind: count for kind, count in (self.kinds - before.kinds).most_common(5)}
+        kinds = dict((self.kinds - before.kinds).most_common(5))
         return {
             "held": {name: [before.held[name], now] for name, now in self.held.items() if now != before.held[name]},
             "objects": self.kinds.total() - before.kinds.total(),
@@ -182,6 +187,8 @@ def _settled() -> Balance:
 
 
 def main(what: str, mode: str, count: str, root: str) -> None:
+    with contextlib.suppress(AttributeError):  # another C library than GNU's
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # else each new thread may reserve 64 MiB of addresses
     tempfile.tempdir = None  # the server that this process was forked from may have looked it up
     training = Training(root, mode)
     if what == "saves":
