@@ -307,6 +307,7 @@ def test_making_room_on_a_full_disk_removes_nothing_that_it_has_not_returned_for
     for step in range(3):
         saved(mgr, step)
     gate.began()
+    mgr._saver.wait()  # the pruning after the save
     assert not mgr._saver._space.make_room((), mgr._saver.unreturned)
     assert steps(mgr) == [0, 1, 2]
     gate.open()
