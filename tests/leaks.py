@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import mmap
 import os
 import resource
 import signal
@@ -40,6 +41,8 @@ class Balance:
         for _ in range(3):  # a finalizer may free what another one then finds
             gc.collect()
         self.kinds = Counter(type(item).__qualname__ for item in gc.get_objects())
+        self.blocks = sys.getallocatedblocks()
+        self.allocated = _allocated()
         pages = [int(text) for text in Path("/proc/self/statm").read_text().split()[:2]]
         self.mapped, self.resident = (count * resource.getpagesize() for count in pages)
         self.held = {
@@ -62,9 +65,41 @@ class Balance:
             "held": {name: [before.held[name], now] for name, now in self.held.items() if now != before.held[name]},
             "objects": self.kinds.total() - before.kinds.total(),
             "kinds": kinds,
+            "blocks": self.blocks - before.blocks,
+            "allocated": self.allocated - before.allocated,
             "mapped": self.mapped - before.mapped,
             "resident": self.resident - before.resident,
         }
+
+
+class _Allocator(ctypes.Structure):
+    """The result of mallinfo2(3)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "top",
+        )
+    ]
+
+
+def _allocated() -> int:
+    """Bytes that the C library has given out; 0 where it does not say."""
+    function: Any = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if function is None:
+        return 0
+    function.restype = _Allocator
+    found = function()
+    return int(found.uordblks + found.hblkhd)
 
 
 def _descriptors() -> list[str]:
@@ -112,6 +147,19 @@ class Training:
             mgr.save(step, metrics={"loss": 1.0}, files={"note.txt": b"attached"})
             self.step()
         mgr.wait()
+
+
+class Leaking(Training):
+    """Keeps something of each kind for each save."""
+
+    def __init__(self, root: str, mode: str) -> None:
+        super().__init__(root, mode)
+        self.kept: list[Any] = []
+
+    def announce(self, info: CheckpointInfo) -> None:
+        super().announce(info)
+        self.kept += [info, os.open(info.path, os.O_RDONLY), bytes(1 << 16), mmap.mmap(-1, 2 << 20)]
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
 
 
 def saves(training: Training, count: int) -> tuple[Balance, Balance]:
@@ -190,8 +238,8 @@ def main(what: str, mode: str, count: str, root: str) -> None:
     with contextlib.suppress(AttributeError):  # another C library than GNU's
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # else each new thread may reserve 64 MiB of addresses
     tempfile.tempdir = None  # the server that this process was forked from may have looked it up
-    training = Training(root, mode)
-    if what == "saves":
+    training = Leaking(root, mode) if what == "leaking" else Training(root, mode)
+    if what in ("saves", "leaking"):
         before, after = saves(training, int(count))
     elif what == "loops":
         before, after = loops(training, int(count))
