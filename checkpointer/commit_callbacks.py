@@ -75,12 +75,17 @@ class CommitCallbacks:
             return frozenset(call.info.id for call in self._calls)
 
     def add(self, info: CheckpointInfo, context: Context) -> None:
-        """Let the function be called for ``info``, in ``context``. Returns at once, and never raises."""
+        """The function is to be called for ``info``, in ``context``; from now on its checkpoint has to stay."""
         with self._guard:
-            if self._closed:
+            if not self._closed:
+                self._calls.append(_Call(info, context, time.monotonic()))
+                _unfinished.add(self)
+
+    def begin(self) -> None:
+        """Let the thread call the function for what was added. It may take a moment to start: call this in another."""
+        with self._guard:
+            if self._closed or not self._calls:
                 return
-            self._calls.append(_Call(info, context, time.monotonic()))
-            _unfinished.add(self)
             self._ensure_thread()
             oldest, count = self._calls[0], len(self._calls)
             lag = time.monotonic() - oldest.since

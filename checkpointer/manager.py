@@ -399,8 +399,7 @@ class CheckpointManager:
             self._lock()
         restored_from = self._position.restored_from
         protect = {restored_from.id} if restored_from else set()
-        spared = self._saver.unreturned
-        plan = partial(prune, self._repository, self._config.keep, protect=protect, unreturned=spared)
+        plan = partial(prune, self._repository, self._config.keep, protect=protect, unreturned=self._saver.unreturned)
         if dry_run:
             return plan(dry_run=True)
         with self._saver.keeping_warnings():  # raised by the next save, wait or close

@@ -47,7 +47,7 @@ def warn(message: str, *, stacklevel: int = 1) -> None:
         keep = _keep.get()
         if keep is None:
             raise
-        keep(error)
+        keep(error.with_traceback(None))  # which would hold on to all that the save has in its hands
 
 
 def log(say: Callable[..., None], message: str, *arguments: object, error: BaseException | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import datetime, timezone
 
 from checkpointer.repository import Repository
@@ -14,16 +14,17 @@ def prune(
     policy: KeepPolicy,
     *,
     protect: Collection[str] = (),
-    unreturned: Collection[str] = (),
+    unreturned: Callable[[], Collection[str]] = frozenset,
     dry_run: bool = False,
 ) -> RetentionPlan:
     """Plan on what is on disk now, and unless ``dry_run`` remove what the plan says, oldest first.
 
-    Needs the writer's lock unless ``dry_run``. A checkpoint that is pinned meanwhile stays.
+    ``unreturned`` is asked after listing, for the ids of checkpoints that ``on_commit`` has not returned for: what a save
+    commits meanwhile may be listed, too. Needs the writer's lock unless ``dry_run``. A checkpoint that is pinned meanwhile stays.
     """
     listing = repository.list_checkpoints()
     now = datetime.now(timezone.utc)
-    decided = plan(listing.checkpoints, policy, now=now, protect=protect, unreturned=unreturned)
+    decided = plan(listing.checkpoints, policy, now=now, protect=protect, unreturned=unreturned())
     if dry_run:
         return decided
     removed = [(info, reasons) for info, reasons in decided.remove if repository.remove(info)]

@@ -15,7 +15,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from checkpointer import messages
 from checkpointer.commit_callbacks import CommitCallbacks
@@ -83,6 +83,22 @@ class PendingSave:
     def __repr__(self) -> str:
         state = "writing" if not self.done() else "failed" if self.failed else "committed"
         return f"<PendingSave step={self.step} {state}>"
+
+
+class _Save(NamedTuple):
+    """A save on its way from the training thread to the writer's."""
+
+    snapshot: Snapshot
+    handle: PendingSave
+    future: Future[CheckpointInfo]
+    """That of ``handle``."""
+    taken: threading.Lock
+    context: contextvars.Context
+    """As it is in the call of ``save``: a tracing span, or the fields of a logger, reach ``on_commit``."""
+
+    def begins(self) -> bool:
+        """True for the first who asks, and who now has to complete the handle."""
+        return self.taken.acquire(blocking=False)
 
 
 def finished(info: CheckpointInfo) -> PendingSave:
@@ -156,7 +172,6 @@ class Saver:
         """Whether the calling thread is inside a call of ``on_commit``."""
         return self._callbacks is not None and self._callbacks.called_here
 
-    @property
     def unreturned(self) -> frozenset[str]:
         """The ids of the checkpoints that ``on_commit`` has not returned for."""
         return frozenset() if self._callbacks is None else self._callbacks.unreturned()
@@ -233,32 +248,29 @@ class Saver:
             return None
         future: Future[CheckpointInfo] = Future()
         handle = PendingSave(snapshot.step, snapshot.epoch, snapshot.created, future)
-        begun = threading.Lock()
+        save = _Save(snapshot, handle, future, threading.Lock(), contextvars.copy_context())
         try:
             self._current = handle
             self._uncollected[:] = [handle]
-            self._hand_over(snapshot, handle, future, begun)
+            self._hand_over(save)
         except BaseException as error:  # Ctrl-C: unless the writer has begun, nobody completes the handle
-            if begun.acquire(blocking=False):
+            if save.begins():
                 if snapshot.staged.live is not None:
                     snapshot.staged.live.end()
                 future.set_exception(SaveError(f"the save of step {snapshot.step} did not begin: {error!r}"))
             raise
         return None if snapshot.mode == "sync" and handle.left_out else handle
 
-    def _hand_over(
-        self, snapshot: Snapshot, handle: PendingSave, future: Future[CheckpointInfo], begun: threading.Lock
-    ) -> None:
-        # As where this is called, so that a tracing span or a logger's fields reach on_commit.
-        context = contextvars.copy_context() if self._callbacks is not None else None
+    def _hand_over(self, save: _Save) -> None:
+        snapshot = save.snapshot
         if snapshot.mode == "sync":
-            self._write(snapshot, handle, future, begun)
-            self._background = self._in_background(self._follow_up, snapshot, future, context)
+            self._write(save)
+            self._background = self._in_background(self._follow_up, save)
             return
-        if snapshot.mode == "lazy":  # before the writer begins: were this interrupted, no step would be held up
+        if snapshot.mode == "lazy":  # first: were this interrupted behind it, a step would change what is being written
             live, size = snapshot.staged.live, sum(file.data_size for file, _ in snapshot.staged.files)
-            self._steps.watch(WatchedSave("lazy" if live else "async", live, size, future.done))
-        self._background = self._in_background(self._write_and_follow_up, snapshot, handle, future, begun, context)
+            self._steps.watch(WatchedSave("lazy" if live else "async", live, size, save.future.done))
+        self._background = self._in_background(self._write_and_follow_up, save)
 
     def raise_errors(self, *, begun: bool = False) -> None:
         """Raise, once, the errors of background work that nobody has asked for, else a warning that is an error.
@@ -336,39 +348,33 @@ class Saver:
             with self._guard:
                 self._errors.insert(0, error)
 
-    def _write_and_follow_up(
-        self,
-        snapshot: Snapshot,
-        handle: PendingSave,
-        future: Future[CheckpointInfo],
-        begun: threading.Lock,
-        context: contextvars.Context | None,
-    ) -> None:
-        self._write(snapshot, handle, future, begun)
-        self._follow_up(snapshot, future, context)
+    def _write_and_follow_up(self, save: _Save) -> None:
+        self._write(save)
+        self._follow_up(save)
 
-    def _write(
-        self, snapshot: Snapshot, handle: PendingSave, future: Future[CheckpointInfo], begun: threading.Lock
-    ) -> None:
-        """Complete ``future``, whatever happens: a writer that died silently would leave the caller waiting."""
-        if begun.acquire(blocking=False):  # else it was given up before it began
+    def _write(self, save: _Save) -> None:
+        """Complete the handle, whatever happens: a writer that died silently would leave the caller waiting."""
+        if save.begins():
             with self.keeping_warnings():
-                self._carry_out(snapshot, handle, future)
+                self._carry_out(save)
 
-    def _carry_out(self, snapshot: Snapshot, handle: PendingSave, future: Future[CheckpointInfo]) -> None:
+    def _carry_out(self, save: _Save) -> None:
+        snapshot = save.snapshot
         try:
             make_room = partial(self._make_room, snapshot)
             info, self._share_with = write_checkpoint(self._repository, snapshot, make_room)
         except BaseException as error:  # noqa: BLE001  handed to whoever waits
             failure = self._as_save_error(snapshot.step, error)
             try:
-                handle.left_out = self._space.leaves_out(snapshot.step, failure)
+                save.handle.left_out = self._space.leaves_out(snapshot.step, failure)
             finally:
-                future.set_exception(failure)
+                save.future.set_exception(failure)
             self._say_who_takes_space(failure)
         else:
             self.committed_at = time.monotonic()
-            future.set_result(info)
+            if self._callbacks is not None and snapshot.share.coordinator:
+                self._callbacks.add(info, save.context)  # before the next commit, after which it may be pruned
+            save.future.set_result(info)
             messages.log(logger.info, "saved %s (%d bytes)", info.path, info.size)
         finally:
             if snapshot.staged.live is not None:
@@ -401,22 +407,20 @@ class Saver:
         return wrapped
 
     def _say_who_takes_space(self, failure: BaseException) -> None:
-        count = len(self.unreturned)
+        count = len(self.unreturned())
         if count and is_full(failure):
             text = "there was no room, and on_commit has not returned for %d checkpoints: they stay on disk until then"
             messages.log(logger.warning, text, count)
 
-    def _follow_up(
-        self, snapshot: Snapshot, future: Future[CheckpointInfo], context: contextvars.Context | None
-    ) -> None:
+    def _follow_up(self, save: _Save) -> None:
         """After a durable commit, on the coordinator: let the user's callback be called, then prune. Never raises."""
-        if future.exception() is not None or not snapshot.share.coordinator:
+        if save.handle.failed or not save.snapshot.share.coordinator:
             return
-        info = future.result()
+        info = save.future.result()
         with self.keeping_warnings():
             try:
-                if self._callbacks is not None and context is not None:
-                    self._callbacks.add(info, context)
+                if self._callbacks is not None:
+                    self._callbacks.begin()
                 self._warn_of_divergence(info)
                 self._prune()
                 self._space.committed(info)
@@ -425,8 +429,11 @@ class Saver:
                 messages.warn(f"{info.path} is committed, but what follows a commit failed: {error!r}")
 
     def _prune(self) -> None:
-        self._spared = self.unreturned
-        self._space.prune(unreturned=self._spared)
+        self._space.prune(unreturned=self._spare)
+
+    def _spare(self) -> frozenset[str]:
+        self._spared = self.unreturned()
+        return self._spared
 
     def _warn_of_divergence(self, info: CheckpointInfo) -> None:
         """Once, until a checkpoint is finite again."""

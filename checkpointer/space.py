@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from typing import TypeAlias
 
 from checkpointer import messages
 from checkpointer.config import Config
@@ -15,6 +16,8 @@ from checkpointer.snapshot import Snapshot, bytes_to_write
 from checkpointer.writing import is_full
 
 logger = logging.getLogger("checkpointer")
+
+Unreturned: TypeAlias = "Callable[[], Collection[str]]"
 
 TIGHT, RECOVERED = 2, 3
 """Checkpoints that still fit: below the first it is tight, from the second on it has recovered."""
@@ -76,7 +79,7 @@ class Space:
         )
         return True
 
-    def make_room(self, protect: Collection[str], unreturned: Collection[str] = ()) -> bool:
+    def make_room(self, protect: Collection[str], unreturned: Unreturned = frozenset) -> bool:
         """Remove what retention lets go at this moment, if so configured; whether that was anything."""
         if self._on_full != "prune":
             return False
@@ -98,7 +101,7 @@ class Space:
                 stacklevel=2,
             )
 
-    def prune(self, protect: Collection[str] = (), unreturned: Collection[str] = ()) -> bool:
+    def prune(self, protect: Collection[str] = (), unreturned: Unreturned = frozenset) -> bool:
         """Apply retention; whether anything was removed. What goes wrong is a warning: saving goes on."""
         if not (self._keep.has_rules or self._keep.max_size):
             return False  # everything is kept: there is nothing to list for

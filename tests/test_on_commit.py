@@ -25,6 +25,7 @@ from checkpointer import CheckpointInfo, CheckpointManager, commit_callbacks
 from checkpointer.commit_callbacks import BEHIND
 from checkpointer.deadline import OUTLIVED, time_left
 from checkpointer.errors import CheckpointerWarning, RunLockedError, SaveError
+from checkpointer.repository import Repository
 from tests.ranks import run
 
 LONG = 60
@@ -597,3 +598,28 @@ def test_where_no_thread_can_be_started_close_makes_the_calls(tmp_path: Path, mo
     assert seen == []
     mgr.close()
     assert seen == [(0, True), (1, True)]
+
+
+def test_in_sync_mode_a_pruning_that_lags_behind_removes_nothing_that_it_was_not_called_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_all, pruning = threading.Event(), threading.Event()
+    lists = Repository.list_checkpoints
+    found: list[tuple[int, bool]] = []
+
+    def late(repository: Repository) -> Any:
+        if threading.current_thread().name.startswith("checkpointer-writer"):
+            pruning.set()
+            assert saved_all.wait(LONG)
+        return lists(repository)
+
+    mgr = make(tmp_path, lambda info: found.append((info.step, Path(info.path).exists())), "sync", keep={"last": 1})
+    monkeypatch.setattr(Repository, "list_checkpoints", late)
+    mgr.save(0)
+    assert pruning.wait(LONG)  # it knows by now what has to stay
+    mgr.save(1)
+    mgr.save(2)
+    saved_all.set()
+    mgr.close()
+    assert found == [(0, True), (1, True), (2, True)]
+    assert steps(mgr) == [2]
