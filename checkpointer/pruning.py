@@ -19,8 +19,9 @@ def prune(
 ) -> RetentionPlan:
     """Plan on what is on disk now, and unless ``dry_run`` remove what the plan says, oldest first.
 
-    ``unreturned`` is asked after listing, for the ids of checkpoints that ``on_commit`` has not returned for: what a save
-    commits meanwhile may be listed, too. Needs the writer's lock unless ``dry_run``. A checkpoint that is pinned meanwhile stays.
+    ``unreturned`` gives the ids of checkpoints that ``on_commit`` has not returned for. It is asked after listing: what
+    a save commits meanwhile may be listed, too. Needs the writer's lock unless ``dry_run``. A checkpoint that is pinned
+    meanwhile stays.
     """
     listing = repository.list_checkpoints()
     now = datetime.now(timezone.utc)
