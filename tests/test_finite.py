@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from checkpointer import CheckpointInfo, CheckpointManager
-from checkpointer.errors import CheckpointerWarning, CheckpointNotFoundError
+from checkpointer.errors import CheckpointNotFoundError
 from checkpointer.finite import all_finite
 from checkpointer.state.tensors import host_bytes
 
