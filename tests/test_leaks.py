@@ -18,7 +18,7 @@ ALLOCATED = 512 << 10
 """Bytes that the C library may have given out beyond those before. What it keeps for itself, which is what makes the
 resident memory of the same 2,000 saves differ by megabytes from run to run, does not count. 3,000 saves need 10 KiB."""
 
-BLOCKS = 1000
+BLOCKS = 1500
 """Small blocks of Python's own allocator, strings and numbers too: caches of up to 512 entries may not be full yet."""
 
 ADDRESSES = 32 << 20
