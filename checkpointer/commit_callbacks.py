@@ -59,6 +59,9 @@ class CommitCallbacks:
         self._calls: deque[_Call] = deque()
         """The first is running, if any is; the others wait."""
         self._thread: threading.Thread | None = None
+        """The last that was started."""
+        self._works = False
+        """Whether it looks for something to call for; else it has ended, or is about to."""
         self._running_in: int | None = None
         """The identifier of the thread that a call runs in."""
         self._said_behind = False
@@ -104,12 +107,12 @@ class CommitCallbacks:
             self._closed = True
             if self._calls:
                 self._ensure_thread()
-            thread = self._thread
+            alone = bool(self._calls) and not self._works
         try:
-            if thread is not None:
-                thread.join(seconds)
-            else:
+            if alone:
                 self._work()  # no thread can be started any more
+            elif self._thread is not None:
+                self._thread.join(seconds)
         finally:  # Ctrl-C, too
             running, waiting = self._give_up()
         if not running and not waiting:
@@ -137,7 +140,7 @@ class CommitCallbacks:
 
     def _ensure_thread(self) -> None:
         """Start it, unless it runs; where none can be started, the next commit, or ``close``, tries again."""
-        if self._thread is not None or not room_for_a_thread():
+        if self._works or not room_for_a_thread():
             return
         # A daemon: the interpreter waits for other threads without end, and this one may never return.
         thread = threading.Thread(target=self._work, name="checkpointer-on-commit", daemon=True)
@@ -145,15 +148,14 @@ class CommitCallbacks:
             thread.start()
         except RuntimeError:  # the interpreter ends, or there are too many
             return
-        self._thread = thread
+        self._thread, self._works = thread, True
 
     def _work(self) -> None:
         """Call until there is nothing left to call for."""
         while True:
             with self._guard:
                 if not self._calls:
-                    self._thread = None
-                    self._said_behind = False
+                    self._works = self._said_behind = False
                     return
                 call = self._calls[0]
                 self._running_in = threading.get_ident()
