@@ -44,4 +44,14 @@ def forecast(costs: Sequence[SaveCost], *, deadline: timedelta | None, elapsed: 
     return Forecast(in_time=need <= left, reason=reason)
 
 
-__all__ = ["MARGIN", "OUTLIVED", "Forecast", "forecast"]
+def time_left(deadline: timedelta | None, elapsed: float | None, otherwise: float) -> float:
+    """Seconds until the deadline of a signal that came ``elapsed`` seconds ago; ``otherwise`` where none is coming.
+
+    A process that was not killed at the deadline has all the time again.
+    """
+    if deadline is None or elapsed is None or elapsed >= OUTLIVED * deadline.total_seconds():
+        return otherwise
+    return max(deadline.total_seconds() - elapsed, 0.0)
+
+
+__all__ = ["MARGIN", "OUTLIVED", "Forecast", "forecast", "time_left"]

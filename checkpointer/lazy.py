@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from checkpointer import messages
 from checkpointer.arena import Arena, Copy, is_flat
 from checkpointer.devices import Transfers, copies_beside_training
 from checkpointer.digest import Digest
@@ -93,8 +94,9 @@ class LiveState:
             self._on_gpu.detach()
             with self._lock:
                 self._copy_rest()
-        except Exception:  # no reason for ending a run: training waits until it is written
-            logger.warning("could not copy what is not saved yet: training waits for the writer", exc_info=True)
+        except Exception as error:  # noqa: BLE001  no reason for ending a run: training waits until it is written
+            text = "could not copy what is not saved yet: training waits for the writer"
+            messages.log(logger.warning, text, error=error)
             self._taken.wait()
 
     def arrived(self) -> None:

@@ -11,14 +11,13 @@ import os
 import socket
 import stat
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpointer import strictjson
-from checkpointer.errors import CheckpointerWarning, RunLockedError, SaveError
+from checkpointer import messages, strictjson
+from checkpointer.errors import RunLockedError, SaveError
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -159,10 +158,9 @@ class WriterLock:
 
     def _warn_unprotected(self, reason: str) -> None:
         self._warned = True
-        warnings.warn(
+        messages.warn(
             f"{self._url}: {reason}, so only jobs of this user on this host are kept from writing to the same run; "
             "make sure that no other host does",
-            CheckpointerWarning,
             stacklevel=2,
         )
 

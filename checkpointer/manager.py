@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
@@ -12,6 +11,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from checkpointer import messages
 from checkpointer.arguments import (
     Extras,
     check_component_names,
@@ -21,6 +21,7 @@ from checkpointer.arguments import (
     check_step,
     check_tags,
 )
+from checkpointer.commit_callbacks import PATIENCE
 from checkpointer.config import Config, Mode, load_config
 from checkpointer.distributed.job import Job
 from checkpointer.due import DueSaves
@@ -103,8 +104,10 @@ class CheckpointManager:
             storage_options: handed to fsspec; their secrets never reach a manifest, a log line or an error message.
             read_only: for evaluators and notebooks: never locks, never writes checkpoints. A root that is not there is
                 an error of every call but ``watch``, which waits for it.
-            on_commit: called with the :class:`CheckpointInfo` after a commit is durable (in the background thread
-                unless the mode is ``sync``); its errors are raised by the next ``save``, ``wait`` or ``close``.
+            on_commit: called with the :class:`CheckpointInfo` after a commit is durable, on rank 0: on a thread of its
+                own, one call at a time, in commit order. It never delays or fails a save: an exception in it is logged,
+                with a warning. Its checkpoint stays until it has returned. Of this manager it may use ``pin``,
+                ``unpin``, ``annotate``, ``verify``, ``watch``, and what there is (``checkpoints``, ``latest``, …).
             **components: what to save, by name: modules, optimizers, schedulers, any :class:`Stateful`, dicts, lists,
                 sets, arrays, generators. The global random generators are added as ``rng``.
 
@@ -178,6 +181,23 @@ class CheckpointManager:
         """
         step = check_step(step)
         epoch = None if epoch is None else check_step(epoch, "epoch")
+        with self._saver.keeping_warnings():
+            handle, begun = self._save(step, epoch, metrics, tags, files, force=force, overwrite=overwrite)
+        self._saver.raise_errors(begun=begun)
+        return handle
+
+    def _save(
+        self,
+        step: int,
+        epoch: int | None,
+        metrics: Mapping[str, Any] | None,
+        tags: Iterable[str],
+        files: Files | None,
+        *,
+        force: bool,
+        overwrite: bool,
+    ) -> tuple[PendingSave | None, bool]:
+        """Also returns whether the handle is that of a save which has been begun here."""
         self._open_for_saving()
         self._check_epoch_given(epoch)
         begin = partial(self._begin_save, step, epoch, metrics, tags, files)
@@ -195,8 +215,7 @@ class CheckpointManager:
         if preempted and handle is not None:
             handle = self._made_durable(handle)
             self._preemption.saved = handle is not None
-        self._saver.raise_errors(begun=handle is not None and handle is not last)
-        return handle
+        return handle, handle is not None and handle is not last
 
     def should_save(self, step: int, *, epoch: int | None = None) -> bool:
         """Whether ``save`` would find a save due at this step. Does nothing."""
@@ -205,7 +224,10 @@ class CheckpointManager:
         return self._due.is_due(check_step(step), epoch, self._last())
 
     def wait(self) -> None:
-        """Wait until every save begun is durable, and raise the error of one that failed, once."""
+        """Wait until every save begun is durable, and raise the error of one that failed, once.
+
+        Not for ``on_commit`` to return: ``close`` does that.
+        """
         self._check_usable()
         self._saver.settle()
         self._saver.raise_errors()
@@ -308,10 +330,9 @@ class CheckpointManager:
         ranked = rank(checkpoints, rule)
         if not ranked and checkpoints:
             known = sorted({name for info in checkpoints for name in info.metrics})
-            warnings.warn(
+            messages.warn(
                 f"no checkpoint in {self._repository.url} has a finite metric {rule.monitor!r}; "
                 f"reported were {', '.join(known) or 'none'}",
-                CheckpointerWarning,
                 stacklevel=2,
             )
         return ranked[0] if ranked else None
@@ -348,7 +369,7 @@ class CheckpointManager:
             stop: asked often; end when it says something true (``threading.Event().is_set``). A signal handler may be
                 what makes it so. ``close`` ends every watch, too.
         """
-        self._check_usable()
+        self._check_usable(on_commit_may=True)
         poll = check_seconds(poll, "poll", least=0.01)
         timeout = None if timeout is None else check_seconds(timeout, "timeout", least=0)
         return watch(
@@ -386,30 +407,34 @@ class CheckpointManager:
 
     def prune(self, *, dry_run: bool = False) -> RetentionPlan:
         """Apply retention now; ``dry_run`` only says what it would do, and why. Every rank calls it; one removes."""
-        self._check_usable()
+        self._check_usable(on_commit_may=dry_run)
         if not dry_run:
             self._check_writable()
             self._saver.wait()
             self._lock()
         restored_from = self._position.restored_from
         protect = {restored_from.id} if restored_from else set()
-        plan = partial(prune, self._repository, self._config.keep, protect=protect)
+        plan = partial(prune, self._repository, self._config.keep, protect=protect, unreturned=self._saver.unreturned)
         if dry_run:
             return plan(dry_run=True)
-        return self._job.once(f"pruning {self._repository.url}", act=plan, look=partial(plan, dry_run=True))
+        with self._saver.keeping_warnings():  # raised by the next save, wait or close
+            return self._job.once(f"pruning {self._repository.url}", act=plan, look=partial(plan, dry_run=True))
 
     # ---------------------------------------------------------------------------------------------- life cycle
 
     def close(self) -> None:
         """Wait for pending saves and for pruning, free the lock, the memory and the signal handlers.
 
-        Raises the error of a background save that nobody has asked for. Closing twice does nothing.
+        ``on_commit`` is waited for as well: for 60 s, or after a signal for what is left of ``save: {deadline}``; then
+        a warning names the checkpoints that it has not returned for. Raises the error of a background save that
+        nobody has asked for. Closing twice does nothing.
         """
+        self._check_not_in_on_commit()
         if self._closed or self._pid != os.getpid():
             return
         self._closed = True
         try:
-            self._saver.close()
+            self._saver.close(partial(self._preemption.time_left, PATIENCE))
         finally:
             self._preemption.restore()
             self._repository.lock.release()
@@ -427,7 +452,7 @@ class CheckpointManager:
             return
         try:
             self.close()
-        except CheckpointerError as failure:  # the loop's own error goes on, and carries this one
+        except (CheckpointerError, CheckpointerWarning) as failure:  # the loop's own goes on, and carries this one
             _chain(error, failure)
 
     def __repr__(self) -> str:
@@ -563,28 +588,37 @@ class CheckpointManager:
             self._repository.recover()
         except OSError as error:
             reason = self._repository.storage.redact(str(error))
-            warnings.warn(
-                f"could not clear away leftovers in {self._repository.url}: {reason}", CheckpointerWarning, stacklevel=4
-            )
+            messages.warn(f"could not clear away leftovers in {self._repository.url}: {reason}", stacklevel=4)
 
     def _check_epoch_given(self, epoch: int | None) -> None:
         """Warn, once, that an epoch rule never fires when ``save`` is not told the epoch."""
         if epoch is None and self._config.save.every_n_epochs is not None and not self._warned_of_epoch:
             self._warned_of_epoch = True
-            warnings.warn(
+            messages.warn(
                 "save: every_n_epochs has no effect unless save() is told the epoch: mgr.save(step, epoch=epoch)",
-                CheckpointerWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
-    def _check_usable(self) -> None:
+    def _check_usable(self, *, on_commit_may: bool = False) -> None:
+        """``on_commit_may``: it is no matter of the training thread, and works until ``on_commit`` has returned."""
         if self._pid != os.getpid():
             raise SaveError(
                 f"this CheckpointManager belongs to process {self._pid}, not to its forked child {os.getpid()}: "
                 "make one of its own here, with read_only=True if it only reads"
             )
+        if on_commit_may and self._saver.called_from_on_commit:
+            return
+        self._check_not_in_on_commit()
         if self._closed:
             raise SaveError(f"this CheckpointManager of {self._repository.url} is closed")
+
+    def _check_not_in_on_commit(self) -> None:
+        if self._saver.called_from_on_commit:
+            raise SaveError(
+                f"on_commit has called a method of its CheckpointManager of {self._repository.url} that belongs to the "
+                "training thread. It may call pin, unpin, annotate, verify, watch, checkpoints, latest, best and "
+                "prune(dry_run=True)"
+            )
 
     def _check_writable(self) -> None:
         if self._read_only:
@@ -592,7 +626,7 @@ class CheckpointManager:
 
     def _note(self, x: StepOrInfo, note: Note) -> None:
         """Append a note, then make sure that its checkpoint is still there."""
-        self._check_usable()
+        self._check_usable(on_commit_may=True)
         writing = self._saver.in_flight
         if writing is not None and writing.step == x:
             writing.error()  # it becomes visible with its commit
@@ -610,7 +644,7 @@ class CheckpointManager:
         return next((rule for rule in rules if rule.monitor == monitor), BestRule(monitor=monitor))
 
 
-def _chain(error: BaseException, failure: CheckpointerError) -> None:
+def _chain(error: BaseException, failure: CheckpointerError | CheckpointerWarning) -> None:
     """Append ``failure`` to the chain of errors that led to ``error``, so that the traceback shows both."""
     last = error
     while last.__context__ is not None and last.__context__ is not failure:

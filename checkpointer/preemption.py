@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Sequence
 
+from checkpointer import messages
 from checkpointer.cost import SaveCost
-from checkpointer.deadline import Forecast, forecast
-from checkpointer.errors import CheckpointerWarning
+from checkpointer.deadline import Forecast, forecast, time_left
 from checkpointer.info import CheckpointInfo
 from checkpointer.schedule import SavePolicy
 from checkpointer.signals import SignalFlag
@@ -56,14 +55,19 @@ class Preemption:
         self._said = reason
         kept = f"{instead.path} remains" if instead else "there is no checkpoint"
         if counts:
-            logger.info("no save is begun after the signal: %s. %s, which was being written when it came", reason, kept)
+            text = "no save is begun after the signal: %s. %s, which was being written when it came"
+            messages.log(logger.info, text, reason, kept)
             return
-        warnings.warn(
+        messages.warn(
             f"no save is begun after the signal, for it would not be durable before the deadline: {reason}. {kept}. "
             "A longer grace period and save: {deadline: …}, or more frequent saves, would lose less",
-            CheckpointerWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
+
+    def time_left(self, otherwise: float) -> float:
+        """Seconds until the deadline that follows the signal; ``otherwise`` where there was none, or has none."""
+        since = self._flag.since
+        return time_left(self._policy.deadline, None if since is None else time.monotonic() - since, otherwise)
 
     def _forecast(self, recent: Sequence[CheckpointInfo]) -> Forecast:
         since = self._flag.since

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import datetime, timezone
 
 from checkpointer.repository import Repository
@@ -10,14 +10,22 @@ from checkpointer.retention import KeepPolicy, RetentionPlan, plan
 
 
 def prune(
-    repository: Repository, policy: KeepPolicy, *, protect: Collection[str] = (), dry_run: bool = False
+    repository: Repository,
+    policy: KeepPolicy,
+    *,
+    protect: Collection[str] = (),
+    unreturned: Callable[[], Collection[str]] = frozenset,
+    dry_run: bool = False,
 ) -> RetentionPlan:
     """Plan on what is on disk now, and unless ``dry_run`` remove what the plan says, oldest first.
 
-    Needs the writer's lock unless ``dry_run``. A checkpoint that is pinned meanwhile stays.
+    ``unreturned`` gives the ids of checkpoints that ``on_commit`` has not returned for. It is asked after listing: what
+    a save commits meanwhile may be listed, too. Needs the writer's lock unless ``dry_run``. A checkpoint that is pinned
+    meanwhile stays.
     """
     listing = repository.list_checkpoints()
-    decided = plan(listing.checkpoints, policy, now=datetime.now(timezone.utc), protect=protect)
+    now = datetime.now(timezone.utc)
+    decided = plan(listing.checkpoints, policy, now=now, protect=protect, unreturned=unreturned())
     if dry_run:
         return decided
     removed = [(info, reasons) for info, reasons in decided.remove if repository.remove(info)]

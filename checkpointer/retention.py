@@ -4,8 +4,9 @@ Pure: :func:`plan` looks at what is known about the checkpoints and returns a de
 each one. The dry run prints the very plan that pruning carries out.
 
 A checkpoint stays if any rule keeps it. Two principles stand above the rules, because they are what keeps a run
-from being lost: what is needed to go on (the newest commit, the newest finite one, pinned ones, the best ones, the
-one restored from) is never removed; and checkpoints that are damaged or hold NaN never take the place of a good one.
+from being lost: what is needed (the newest commit, the newest finite one, pinned ones, the best ones, the one restored
+from, those that ``on_commit`` has not returned for) is never removed; and checkpoints that are damaged or hold NaN
+never take the place of a good one.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ Mode: TypeAlias = Literal["min", "max"]
 Reasons: TypeAlias = "tuple[str, ...]"
 Decision: TypeAlias = "tuple[CheckpointInfo, Reasons]"
 _Votes: TypeAlias = "Iterable[tuple[CheckpointInfo, str]]"
+_Spared: TypeAlias = "Sequence[tuple[Collection[str], str]]"
 _Order: TypeAlias = "tuple[int, datetime, int, str, str]"
 
 
@@ -140,19 +142,22 @@ def plan(
     *,
     now: datetime,
     protect: Collection[str] = (),
+    unreturned: Collection[str] = (),
 ) -> RetentionPlan:
     """Decide for each checkpoint whether it stays.
 
     ``now`` is the current time (aware). ``protect`` holds the ids of checkpoints that must stay whatever the rules
-    say: the one this process restored from. The order of ``checkpoints`` does not matter, and one that is listed
+    say: the one this process restored from. ``unreturned`` are those that ``on_commit`` has not returned for: they
+    must stay, too. The order of ``checkpoints`` does not matter, and one that is listed
     twice is decided once. Planning the kept ones again with the same arguments removes nothing.
     """
     survivors = _in_commit_order(checkpoints)
+    spared: _Spared = ((protect, "restored from"), (unreturned, "on_commit has not returned"))
     removed: list[Decision] = []
     # What max_size removes may have been the reason why `every` kept another one. So go on until nothing changes:
     # otherwise the next call, with nothing new to look at, would remove more.
     while True:
-        kept, dropped = _decide(survivors, policy, now, protect)
+        kept, dropped = _decide(survivors, policy, now, spared)
         removed += dropped
         if not dropped:
             return RetentionPlan(keep=kept, remove=sorted(removed, key=lambda decision: _order(decision[0])))
@@ -168,10 +173,10 @@ def rank(checkpoints: Iterable[CheckpointInfo], rule: BestRule) -> list[Checkpoi
 
 
 def _decide(
-    infos: Sequence[CheckpointInfo], policy: KeepPolicy, now: datetime, protect: Collection[str]
+    infos: Sequence[CheckpointInfo], policy: KeepPolicy, now: datetime, spared: _Spared
 ) -> tuple[list[Decision], list[Decision]]:
     """Apply the protections, the rules and the budget once, to checkpoints in commit order."""
-    protections = list(_protections(infos, policy, protect))
+    protections = list(_protections(infos, policy, spared))
     reasons = _collect(protections, _rules(infos, policy, now))
     candidates = [info for info in infos if _order(info) in reasons]
     over = {_order(info) for info in _over_budget(candidates, _collect(protections), policy.max_size)}
@@ -210,10 +215,11 @@ def _why_not(info: CheckpointInfo, policy: KeepPolicy) -> Reasons:
 # What is never removed
 
 
-def _protections(infos: Sequence[CheckpointInfo], policy: KeepPolicy, protect: Collection[str]) -> _Votes:
+def _protections(infos: Sequence[CheckpointInfo], policy: KeepPolicy, spared: _Spared) -> _Votes:
     yield from _damaged(infos)
     yield from _newest(infos)
-    yield from ((info, "restored from") for info in infos if info.id in protect)
+    for ids, reason in spared:
+        yield from ((info, reason) for info in infos if info.id in ids)
     yield from ((info, "pinned") for info in infos if info.pinned)
     for rule in policy.best:
         yield from _best(infos, rule, top=1)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextvars
 import errno
 import logging
 import os
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+from checkpointer import messages
+from checkpointer.commit_callbacks import CommitCallbacks
 from checkpointer.config import Config, Mode
 from checkpointer.distributed.cooperation import Share
-from checkpointer.errors import CheckpointerError, CheckpointerWarning, SaveError
+from checkpointer.errors import CheckpointerError, SaveError
 from checkpointer.info import CheckpointInfo
 from checkpointer.lazy import Stepped
 from checkpointer.repository import Repository
@@ -28,7 +31,7 @@ from checkpointer.space import Space
 from checkpointer.staging import Shareable, Staged, Stager
 from checkpointer.stepping import StepWatch, WatchedSave
 from checkpointer.threads import Pool
-from checkpointer.writing import write_checkpoint
+from checkpointer.writing import is_full, write_checkpoint
 
 logger = logging.getLogger("checkpointer")
 
@@ -82,6 +85,22 @@ class PendingSave:
         return f"<PendingSave step={self.step} {state}>"
 
 
+class _Save(NamedTuple):
+    """A save on its way from the training thread to the writer's."""
+
+    snapshot: Snapshot
+    handle: PendingSave
+    future: Future[CheckpointInfo]
+    """That of ``handle``."""
+    taken: threading.Lock
+    context: contextvars.Context
+    """As it is in the call of ``save``: a tracing span, or the fields of a logger, reach ``on_commit``."""
+
+    def begins(self) -> bool:
+        """True for the first who asks, and who now has to complete the handle."""
+        return self.taken.acquire(blocking=False)
+
+
 def finished(info: CheckpointInfo) -> PendingSave:
     """The handle of a checkpoint that was committed before."""
     future: Future[CheckpointInfo] = Future()
@@ -89,13 +108,17 @@ def finished(info: CheckpointInfo) -> PendingSave:
     return PendingSave(info.step, info.epoch, info.created, future)
 
 
-def _say_what_nobody_asked_for(pid: int, uncollected: list[PendingSave], errors: list[BaseException]) -> None:
+def _say_what_nobody_asked_for(
+    pid: int, uncollected: list[PendingSave], errors: list[BaseException], kept_warnings: list[Exception]
+) -> None:
     """Where a manager is dropped, or the program ends, without ``close``: the last chance to notice an error."""
     if os.getpid() != pid:  # a forked child
         return
     failed = [handle for handle in uncollected if handle.failed and not (handle.reported or handle.left_out)]
     for error in [*errors, *(handle.error() for handle in failed)]:
         logger.error("nobody has asked whether this was saved (mgr.close() does): %s", error)
+    for warning in kept_warnings:
+        logger.warning("%s", warning)
 
 
 class Saver:
@@ -110,7 +133,13 @@ class Saver:
     ) -> None:
         self._repository = repository
         self._config = config
-        self._on_commit = on_commit
+        self._kept_warnings: list[Exception] = []
+        """Those that the user's filters turn into errors, until ``raise_errors``."""
+        self._callbacks: CommitCallbacks | None = None
+        if on_commit is not None:
+            self._callbacks = CommitCallbacks(on_commit, repository, self._kept_warnings.append)
+        self._spared: frozenset[str] = frozenset()
+        """What the last pruning let stay because ``on_commit`` had not returned for it."""
         self._stepped = stepped
         self._space = Space(repository, config)
         self._stager = Stager()
@@ -127,7 +156,8 @@ class Saver:
         self._guard = threading.Lock()
         self._uncollected: list[PendingSave] = []
         """The save last begun, until it is collected."""
-        weakref.finalize(self, _say_what_nobody_asked_for, os.getpid(), self._uncollected, self._errors)
+        last_words = (os.getpid(), self._uncollected, self._errors, self._kept_warnings)
+        weakref.finalize(self, _say_what_nobody_asked_for, *last_words)
         self._diverged = False
         self.committed_at: float | None = None
         """When the last save of this manager was committed, by ``time.monotonic()``."""
@@ -136,6 +166,19 @@ class Saver:
     def in_flight(self) -> PendingSave | None:
         """The save that is being written."""
         return self._current if self._current is not None and not self._current.done() else None
+
+    @property
+    def called_from_on_commit(self) -> bool:
+        """Whether the calling thread is inside a call of ``on_commit``."""
+        return self._callbacks is not None and self._callbacks.called_here
+
+    def unreturned(self) -> frozenset[str]:
+        """The ids of the checkpoints that ``on_commit`` has not returned for."""
+        return frozenset() if self._callbacks is None else self._callbacks.unreturned()
+
+    def keeping_warnings(self) -> AbstractContextManager[None]:
+        """Within this block a warning that is an error waits for ``raise_errors``: what is being done is done."""
+        return messages.kept(self._kept_warnings.append)
 
     def take_commit(self) -> CheckpointInfo | None:
         """What was committed since this was last asked."""
@@ -147,7 +190,7 @@ class Saver:
         """Wait until no write is in flight; its error, if any, is kept for ``raise_errors``."""
         handle = self.in_flight
         if handle is not None:
-            logger.info("waiting for the save of step %d, which is still being written", handle.step)
+            messages.log(logger.info, "waiting for the save of step %d, which is still being written", handle.step)
             handle.error()
 
     def stage(self, share: Share, mode: Mode) -> Staged:
@@ -204,22 +247,33 @@ class Saver:
                 snapshot.staged.live.end()
             return None
         future: Future[CheckpointInfo] = Future()
-        handle = self._current = PendingSave(snapshot.step, snapshot.epoch, snapshot.created, future)
-        self._uncollected[:] = [handle]
+        handle = PendingSave(snapshot.step, snapshot.epoch, snapshot.created, future)
+        save = _Save(snapshot, handle, future, threading.Lock(), contextvars.copy_context())
+        try:
+            self._current = handle
+            self._uncollected[:] = [handle]
+            self._hand_over(save)
+        except BaseException as error:  # Ctrl-C: unless the writer has begun, nobody completes the handle
+            if save.begins():
+                if snapshot.staged.live is not None:
+                    snapshot.staged.live.end()
+                future.set_exception(SaveError(f"the save of step {snapshot.step} did not begin: {error!r}"))
+            raise
+        return None if snapshot.mode == "sync" and handle.left_out else handle
+
+    def _hand_over(self, save: _Save) -> None:
+        snapshot = save.snapshot
         if snapshot.mode == "sync":
-            self._write(snapshot, handle, future)
-            self._background = self._in_background(self._follow_up, snapshot, future)
-            if handle.left_out:
-                return None
-        else:
-            self._background = self._in_background(self._write_and_follow_up, snapshot, handle, future)
-            if snapshot.mode == "lazy":
-                live, size = snapshot.staged.live, sum(file.data_size for file, _ in snapshot.staged.files)
-                self._steps.watch(WatchedSave("lazy" if live else "async", live, size, future.done))
-        return handle
+            self._write(save)
+            self._background = self._in_background(self._follow_up, save)
+            return
+        if snapshot.mode == "lazy":  # first: were this interrupted behind it, a step would change what is being written
+            live, size = snapshot.staged.live, sum(file.data_size for file, _ in snapshot.staged.files)
+            self._steps.watch(WatchedSave("lazy" if live else "async", live, size, save.future.done))
+        self._background = self._in_background(self._write_and_follow_up, save)
 
     def raise_errors(self, *, begun: bool = False) -> None:
-        """Raise, once, the errors of background work that nobody has asked for.
+        """Raise, once, the errors of background work that nobody has asked for, else a warning that is an error.
 
         ``begun``: not yet that of the save that was just begun: whoever gets its handle may ask that.
         """
@@ -228,8 +282,10 @@ class Saver:
         with self._guard:
             errors = self._errors.copy()
             self._errors.clear()
+        while self._kept_warnings:  # other threads append
+            errors.append(self._kept_warnings.pop(0))
         for extra in errors[1:]:
-            logger.error("another error of the background writer", exc_info=extra)
+            messages.log(logger.error, "another error of the background writer: %s", extra, error=extra)
         if errors:
             raise errors[0]
 
@@ -240,14 +296,30 @@ class Saver:
         if background is not None:
             background.result()
 
-    def close(self) -> None:
-        """Finish everything and free memory and threads. Errors stay for ``raise_errors``."""
-        self.wait()
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
-        self._steps.close()
-        self._stager.close()
+    def close(self, patience: Callable[[], float]) -> None:
+        """Finish everything and free memory and threads. Errors stay for ``raise_errors``.
+
+        ``patience`` gives the seconds that calls of ``on_commit`` are waited for, once all else is done.
+        """
+        try:
+            self.wait()
+            with self.keeping_warnings():
+                self._await_callbacks(patience)
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()  # only then is there nobody who reads the memory that is freed here
+                self._pool = None
+            self._steps.close()
+            self._stager.close()
+
+    def _await_callbacks(self, patience: Callable[[], float]) -> None:
+        if self._callbacks is None:
+            return
+        left = self._callbacks.close(patience())
+        if left is not None:
+            messages.warn(f"{left}. The checkpoints are committed", stacklevel=4)
+        if self._spared - self._callbacks.unreturned():
+            self._prune()
 
     def _in_background(self, function: Callable[..., None], *arguments: Any) -> Future[None] | None:
         """Let the writer's thread carry it out; in this one where no thread can be started any more."""
@@ -276,25 +348,34 @@ class Saver:
             with self._guard:
                 self._errors.insert(0, error)
 
-    def _write_and_follow_up(self, snapshot: Snapshot, handle: PendingSave, future: Future[CheckpointInfo]) -> None:
-        self._write(snapshot, handle, future)
-        self._follow_up(snapshot, future)
+    def _write_and_follow_up(self, save: _Save) -> None:
+        self._write(save)
+        self._follow_up(save)
 
-    def _write(self, snapshot: Snapshot, handle: PendingSave, future: Future[CheckpointInfo]) -> None:
-        """Complete ``future``, whatever happens: a writer that died silently would leave the caller waiting."""
+    def _write(self, save: _Save) -> None:
+        """Complete the handle, whatever happens: a writer that died silently would leave the caller waiting."""
+        if save.begins():
+            with self.keeping_warnings():
+                self._carry_out(save)
+
+    def _carry_out(self, save: _Save) -> None:
+        snapshot = save.snapshot
         try:
             make_room = partial(self._make_room, snapshot)
             info, self._share_with = write_checkpoint(self._repository, snapshot, make_room)
         except BaseException as error:  # noqa: BLE001  handed to whoever waits
             failure = self._as_save_error(snapshot.step, error)
             try:
-                handle.left_out = self._space.leaves_out(snapshot.step, failure)
-            finally:  # where warnings are errors, too
-                future.set_exception(failure)
+                save.handle.left_out = self._space.leaves_out(snapshot.step, failure)
+            finally:
+                save.future.set_exception(failure)
+            self._say_who_takes_space(failure)
         else:
             self.committed_at = time.monotonic()
-            logger.info("saved %s (%d bytes)", info.path, info.size)
-            future.set_result(info)
+            if self._callbacks is not None and snapshot.share.coordinator:
+                self._callbacks.add(info, save.context)  # before the next commit, after which it may be pruned
+            save.future.set_result(info)
+            messages.log(logger.info, "saved %s (%d bytes)", info.path, info.size)
         finally:
             if snapshot.staged.live is not None:
                 snapshot.staged.live.end()
@@ -303,7 +384,7 @@ class Saver:
         """Free what may be freed for ``snapshot``, which has no room; whether that was anything. On the coordinator."""
         parent = () if snapshot.parent is None else (snapshot.parent,)
         sync = snapshot.mode == "sync"  # else what prunes is this very thread
-        return any([sync and self._settle_pruning(), self._space.make_room(protect=parent)])
+        return any([sync and self._settle_pruning(), self._space.make_room(parent, self.unreturned)])
 
     def _settle_pruning(self) -> bool:
         """Wait for the pruning after the last save; whether there was any. On the training thread."""
@@ -325,32 +406,42 @@ class Saver:
         wrapped.__cause__ = error
         return wrapped
 
-    def _follow_up(self, snapshot: Snapshot, future: Future[CheckpointInfo]) -> None:
-        """After a durable commit, on the coordinator: tell the user's callback, then prune."""
-        if future.exception() is None and snapshot.share.coordinator:
-            self._warn_of_divergence(future.result())
-            self._announce(future.result())
-            self._space.prune()
-            self._space.committed(future.result())
+    def _say_who_takes_space(self, failure: BaseException) -> None:
+        count = len(self.unreturned())
+        if count and is_full(failure):
+            text = "there was no room, and on_commit has not returned for %d checkpoints: they stay on disk until then"
+            messages.log(logger.warning, text, count)
+
+    def _follow_up(self, save: _Save) -> None:
+        """After a durable commit, on the coordinator: let the user's callback be called, then prune. Never raises."""
+        if save.handle.failed or not save.snapshot.share.coordinator:
+            return
+        info = save.future.result()
+        with self.keeping_warnings():
+            try:
+                if self._callbacks is not None:
+                    self._callbacks.begin()
+                self._warn_of_divergence(info)
+                self._prune()
+                self._space.committed(info)
+            except Exception as error:  # noqa: BLE001  it is saved: training goes on
+                messages.log(logger.error, "after the commit of %s", info.path, error=error)
+                messages.warn(f"{info.path} is committed, but what follows a commit failed: {error!r}")
+
+    def _prune(self) -> None:
+        self._space.prune(unreturned=self._spare)
+
+    def _spare(self) -> frozenset[str]:
+        self._spared = self.unreturned()
+        return self._spared
 
     def _warn_of_divergence(self, info: CheckpointInfo) -> None:
         """Once, until a checkpoint is finite again."""
         diverged = info.finite is False
         if diverged and not self._diverged:
-            warnings.warn(
+            messages.warn(
                 f"{info.path} holds NaN or infinities in parameters or optimizer state. Such checkpoints satisfy no "
                 "retention rule, and the newest finite one is kept: mgr.restore_latest(finite=True) goes back to it",
-                CheckpointerWarning,
                 stacklevel=2,
             )
         self._diverged = diverged
-
-    def _announce(self, info: CheckpointInfo) -> None:
-        if self._on_commit is not None:
-            try:
-                self._on_commit(info)
-            except Exception as error:  # noqa: BLE001  raised by the next call of the user
-                failure = SaveError(f"on_commit failed for {info.path}, which is committed: {error!r}")
-                failure.__cause__ = error
-                with self._guard:
-                    self._errors.append(failure)

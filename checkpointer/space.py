@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Collection
+from typing import TypeAlias
 
+from checkpointer import messages
 from checkpointer.config import Config
-from checkpointer.errors import CheckpointerWarning, SaveError
+from checkpointer.errors import SaveError
 from checkpointer.info import CheckpointInfo
 from checkpointer.pruning import prune
 from checkpointer.repository import Repository
@@ -15,6 +16,8 @@ from checkpointer.snapshot import Snapshot, bytes_to_write
 from checkpointer.writing import is_full
 
 logger = logging.getLogger("checkpointer")
+
+Unreturned: TypeAlias = "Callable[[], Collection[str]]"
 
 TIGHT, RECOVERED = 2, 3
 """Checkpoints that still fit: below the first it is tight, from the second on it has recovered."""
@@ -66,22 +69,21 @@ class Space:
         if self._on_full != "skip" or not is_full(error):
             return False
         if self._episode:
-            logger.info("step %d was not saved either: %s", step, error)
+            messages.log(logger.info, "step %d was not saved either: %s", step, error)
             return True
         self._episode = True
-        warnings.warn(
+        messages.warn(
             f"step {step} was not saved, and training goes on (write: {{on_full: skip}}): {error}. The saves that "
             "follow are left out without a further warning until there is room",
-            CheckpointerWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
         return True
 
-    def make_room(self, protect: Collection[str]) -> bool:
+    def make_room(self, protect: Collection[str], unreturned: Unreturned = frozenset) -> bool:
         """Remove what retention lets go at this moment, if so configured; whether that was anything."""
         if self._on_full != "prune":
             return False
-        return self.prune(protect)
+        return self.prune(protect, unreturned)
 
     def committed(self, info: CheckpointInfo) -> None:
         """A save is durable, and retention has been applied: warn where fewer than two more such saves have room."""
@@ -93,24 +95,22 @@ class Space:
             return
         self._tight = free < TIGHT * size
         if self._tight:
-            warnings.warn(
+            messages.warn(
                 f"{self._repository.url} has {free} bytes free, and saving step {info.step} took {size}: there is no "
                 "room for two more. Free some space, or keep fewer checkpoints (keep: in the configuration)",
-                CheckpointerWarning,
                 stacklevel=2,
             )
 
-    def prune(self, protect: Collection[str] = ()) -> bool:
+    def prune(self, protect: Collection[str] = (), unreturned: Unreturned = frozenset) -> bool:
         """Apply retention; whether anything was removed. What goes wrong is a warning: saving goes on."""
         if not (self._keep.has_rules or self._keep.max_size):
             return False  # everything is kept: there is nothing to list for
         try:
-            return bool(prune(self._repository, self._keep, protect=protect).remove)
+            return bool(prune(self._repository, self._keep, protect=protect, unreturned=unreturned).remove)
         except Exception as error:  # noqa: BLE001  what is saved is durable: training must go on
             reason = self._repository.storage.redact(f"{type(error).__name__}: {error}")
-            warnings.warn(
+            messages.warn(
                 f"could not prune {self._repository.url}: {reason}. Old checkpoints take space until it works again",
-                CheckpointerWarning,
                 stacklevel=2,
             )
             return False

@@ -13,12 +13,16 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from checkpointer import messages
 from checkpointer.lazy import LiveState
 from checkpointer.overlap import Choice, Overlap, StepClock
 
 logger = logging.getLogger("checkpointer")
 
 _watches: weakref.WeakSet[StepWatch] = weakref.WeakSet()
+
+_registered: list[tuple[weakref.ref[StepWatch], list[RemovableHandle]]] = []
+"""The hooks that are registered, and whose they are."""
 
 
 class WatchedSave(NamedTuple):
@@ -50,10 +54,11 @@ class StepWatch:
     def begin(self) -> None:
         """Register the hooks, which close takes away. They know this object only as long as somebody else does.
 
-        They stay when it is forgotten without close: removing them then, whenever the garbage collector runs, would
-        disturb a step that walks through all hooks at that moment.
+        Where it is forgotten without close, the next one takes them away: removing them whenever the garbage collector
+        runs would disturb a step that walks through all hooks at that moment.
         """
         watch = weakref.ref(self)
+        _remove_hooks_of_the_forgotten()
         _watches.add(self)
 
         def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001  as torch calls it
@@ -69,6 +74,7 @@ class StepWatch:
         # A compiled step is not to trace them; torch.compiler.disable would import the compiler right now.
         before, after = _disable_dynamo(before_step), _disable_dynamo(after_step)
         self._hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        _registered.append((watch, self._hooks))
 
     def choose(self) -> Choice:
         """How the next save had better be written. In the middle of a step no hook comes before the next change."""
@@ -112,6 +118,7 @@ class StepWatch:
         """Take the hooks away."""
         for hook in self._hooks:
             hook.remove()
+        _registered[:] = [(watch, hooks) for watch, hooks in _registered if hooks is not self._hooks]
         self._hooks = []
         self._save = None
 
@@ -135,7 +142,16 @@ class StepWatch:
         undecided = self._overlap.decided is None
         self._overlap.record(save.choice, cost, save.size / self._bytes_per_second)
         if undecided and self._overlap.decided == "async":
-            logger.warning("%s: from now on state is copied when save is called", self._overlap)
+            messages.log(logger.warning, "%s: from now on state is copied when save is called", self._overlap)
+
+
+def _remove_hooks_of_the_forgotten() -> None:
+    """Of managers that were dropped without close, as by a cell of a notebook that runs again."""
+    for watch, hooks in _registered.copy():
+        if watch() is None:
+            for hook in hooks:
+                hook.remove()
+            _registered.remove((watch, hooks))
 
 
 def _forget_saves() -> None:

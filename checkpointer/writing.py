@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from checkpointer import layout, strictjson
+from checkpointer import layout, messages, strictjson
 from checkpointer.commit import Attempt
 from checkpointer.distributed.boxes import whole
 from checkpointer.distributed.cooperation import OWN, Share
@@ -247,8 +247,9 @@ def _abandon(repository: Repository, attempt: Attempt) -> None:
     """Tidy up after a failure, whose own error matters more than one met here."""
     try:
         repository.abandon(attempt)
-    except OSError:
-        logger.warning("could not remove the unfinished %s; the next writer will", attempt.directory, exc_info=True)
+    except OSError as error:
+        text = "could not remove the unfinished %s; the next writer will"
+        messages.log(logger.warning, text, attempt.directory, error=error)
 
 
 class _TensorFiles:

@@ -53,7 +53,7 @@ LAYERS = {
         TORCH | INPUT_OUTPUT,
     ),
     "settings": layer("config yamlfile", "errors pure settings", TORCH | STORAGE),
-    "blocks": layer("direct memory threads", "errors blocks"),
+    "blocks": layer("direct memory messages threads", "errors blocks"),
     "storage": layer("storage lock notes commit", "errors pure blocks storage", TORCH),
     "repository": layer(
         "doctor reading strangers verification repository pruning watching",
@@ -67,8 +67,8 @@ LAYERS = {
         "state arena devices digest finite lazy overlap staging stepping targets", "errors pure blocks state", STORAGE
     ),
     "manager": layer(
-        "environment snapshot writing space saving restored restoring whole_model position pacing preemption due"
-        " signals manager migration",
+        "environment snapshot writing space commit_callbacks saving restored restoring whole_model position pacing"
+        " preemption due signals manager migration",
         "errors pure settings blocks storage repository arguments state manager distributed",
     ),
     "distributed": layer("distributed", "errors pure blocks storage repository state distributed"),

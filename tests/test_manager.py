@@ -195,26 +195,6 @@ def test_random_generators_are_saved_without_being_asked_and_restored_last(manag
     assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == expected
 
 
-def test_on_commit_is_called_once_the_commit_is_visible(manager: MakeManager, tmp_path: Path) -> None:
-    seen: list[tuple[int, bool]] = []
-    mgr = manager(on_commit=lambda info: seen.append((info.step, (Path(info.path) / "manifest.json").exists())))
-    mgr.save(0)
-    mgr.save(1)
-    mgr.close()
-    assert seen == [(0, True), (1, True)]
-
-
-def test_an_error_in_on_commit_surfaces_and_the_checkpoint_stays(manager: MakeManager) -> None:
-    def fail(info: CheckpointInfo) -> None:
-        raise KeyError("webhook")
-
-    mgr = manager(on_commit=fail)
-    saved(mgr, 0)
-    with pytest.raises(SaveError, match=r"on_commit failed.*webhook"):
-        mgr.close()
-    assert steps(mgr) == [0]
-
-
 def test_attachments_are_stored_and_verified(manager: MakeManager, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("from a path")
     mgr = manager()

@@ -105,7 +105,7 @@ def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     run_python_blocks()
     runs = {path.name for path in (tmp_path / "runs").iterdir()}
-    assert runs == {"accumulation", "epochs", "from-lightning", "preemptible", "vit", "whole"}
+    assert runs == {"accumulation", "announced", "epochs", "from-lightning", "preemptible", "vit", "whole"}
 
 
 def test_yaml_blocks_are_valid_configurations() -> None:

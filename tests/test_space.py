@@ -293,7 +293,7 @@ def test_where_warnings_are_errors_a_save_that_is_left_out_ends_all_the_same(run
         with pytest.raises(SaveError, match="disk is full"):
             handle.result(60)
         with pytest.raises(CheckpointerWarning, match="step 1 was not saved"):
-            made.mgr._saver.wait()
+            made.mgr.wait()
 
 
 def test_skip_leaves_other_errors_what_they_are(run: MakeRun) -> None:
@@ -383,6 +383,7 @@ def test_a_real_disk_that_others_fill_meanwhile_fails_the_save_and_leaves_nothin
         first = mgr.save(0)
         assert first is not None
         first.result(60)
+        mgr._saver.wait()  # it still looks at the space that is left
         with mock.patch.object(mgr._repository.storage, "free_bytes", return_value=10**9):
             (tiny / "other").write_bytes(bytes(2**21 - shutil.disk_usage(tiny).used - SIZE // 2))
             with pytest.raises(SaveError, match="No space left") as caught:

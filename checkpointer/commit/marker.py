@@ -10,11 +10,10 @@ import contextlib
 import logging
 import os
 import socket
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from checkpointer import layout, strictjson
+from checkpointer import layout, messages, strictjson
 from checkpointer.commit.base import (
     STALE_AFTER,
     Attempt,
@@ -26,7 +25,11 @@ from checkpointer.commit.base import (
     remove_empty_directories,
     walk,
 )
-from checkpointer.errors import CheckpointerWarning, CorruptCheckpointError, FormatVersionError, RunLockedError
+from checkpointer.errors import (
+    CorruptCheckpointError,
+    FormatVersionError,
+    RunLockedError,
+)
 from checkpointer.lock import WriterLock
 from checkpointer.manifest import FileRecord, Manifest, parse_manifest
 from checkpointer.notes import remove_notes
@@ -147,7 +150,8 @@ class MarkerCommit:
         except OSError as error:
             self._untidied.append(work)
             reason = self._storage.redact(str(error))
-            logger.warning("could not clear away leftovers in %s; the next writer will: %s", self._storage.url, reason)
+            text = "could not clear away leftovers in %s; the next writer will: %s"
+            messages.log(logger.warning, text, self._storage.url, reason)
 
     def _record_removal(self, name: str, manifest: bytes, id: str) -> None:
         record = {"name": name, "manifest": manifest.decode("utf-8")}
@@ -194,10 +198,9 @@ class MarkerCommit:
         if not left:
             remove_empty_directories(self._storage, name)
             return
-        warnings.warn(
+        messages.warn(
             f"{self._storage.place(name)} was removed, but {len(left)} files that this library did not write are "
             f"left there: {', '.join(left[:5])}",
-            CheckpointerWarning,
             stacklevel=2,
         )
 
@@ -254,10 +257,9 @@ class MarkerCommit:
         if self._warned or self._storage.exclusive:
             return
         self._warned = True
-        warnings.warn(
+        messages.warn(
             f"{self._storage.url} does not honour conditional writes: two jobs on different hosts that save to this "
             "run at the same time would not notice each other; make sure that only one does",
-            CheckpointerWarning,
             stacklevel=2,
         )
 

@@ -7,10 +7,9 @@ Everything is written under ``.checkpointer/tmp/<id>``, made durable, and rename
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable
 
-from checkpointer import layout
+from checkpointer import layout, messages
 from checkpointer.commit.base import (
     STALE_AFTER,
     Attempt,
@@ -21,7 +20,7 @@ from checkpointer.commit.base import (
     remove_empty_directories,
     walk,
 )
-from checkpointer.errors import CheckpointerWarning, SaveError, UnreadableCheckpointError
+from checkpointer.errors import SaveError, UnreadableCheckpointError
 from checkpointer.lock import WriterLock
 from checkpointer.manifest import Manifest
 from checkpointer.notes import remove_notes
@@ -107,10 +106,9 @@ class RenameCommit:
         self._storage.make_directory(layout.QUARANTINE)
         place = f"{layout.QUARANTINE}/{directory.rpartition('/')[2]}-{new_id()[:8]}"
         self._move(directory, place)
-        warnings.warn(
+        messages.warn(
             f"moved {self._storage.place(directory)} to {self._storage.place(place)}: it is damaged, or holds files "
             "that this library did not write. Nothing there is ever deleted: look at it, then remove it by hand",
-            CheckpointerWarning,
             stacklevel=2,
         )
         return place
@@ -146,7 +144,8 @@ class RenameCommit:
         try:
             work()
         except OSError as error:
-            logger.warning("could not clear away leftovers in %s; the next writer will: %s", self._storage.url, error)
+            text = "could not clear away leftovers in %s; the next writer will: %s"
+            messages.log(logger.warning, text, self._storage.url, error)
 
     def _to_trash(self, directory: str, manifest: Manifest) -> None:
         self._storage.make_directory(layout.TRASH)

@@ -18,6 +18,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
+from checkpointer import messages
 from checkpointer.distributed.absence import Absence
 from checkpointer.distributed.board import Board, Purpose
 from checkpointer.distributed.failures import failure, joined, opened
@@ -199,7 +200,8 @@ class StoreRanks:
         except ConfigError:  # the others wait for another manager, and find that out by themselves
             return
         except SaveError as error:
-            logger.warning("%s: the other ranks could not be told the outcome: %s", exchange.what, error)
+            text = "%s: the other ranks could not be told the outcome: %s"
+            messages.log(logger.warning, text, exchange.what, error)
 
     def _collect(self, exchange: _Exchange) -> list[Json]:
         """What the other ranks have contributed."""

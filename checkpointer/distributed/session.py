@@ -11,6 +11,7 @@ import secrets
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -119,8 +120,7 @@ class Session:
         elif room_for_a_thread():
             thread = threading.Thread(target=_forget, args=(heard,), name="checkpointer-store", daemon=True)
             thread.start()
-            # A daemon that is inside torch when the interpreter ends would bring the process down.
-            atexit.register(thread.join, LAST_MOMENTS)
+            _forgetting.add(thread)
 
     def _look(self, mail: Mail, keys: dict[int, str], missing: Missing, *, late: bool) -> None:
         dead = self._neighbours.gone(keys)
@@ -178,6 +178,16 @@ class Session:
 def _forget(heard: list[tuple[Mail, list[str]]]) -> None:
     for mail, keys in heard:
         mail.forget(keys)
+
+
+_forgetting: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@atexit.register
+def _wait_at_exit() -> None:
+    """A daemon that is inside torch when the interpreter ends would bring the process down."""
+    for thread in list(_forgetting):
+        thread.join(LAST_MOMENTS)
 
 
 def _words() -> dict[str, Any]:

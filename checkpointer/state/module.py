@@ -6,14 +6,14 @@ buffers where nothing but torch's own copying takes part in loading; else throug
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from checkpointer.errors import CheckpointerWarning, ConfigError, CorruptCheckpointError
+from checkpointer import messages
+from checkpointer.errors import ConfigError, CorruptCheckpointError
 from checkpointer.index import Json
 from checkpointer.state.codec import Encoder
 from checkpointer.state.module_restore import ModuleRestore
@@ -108,11 +108,10 @@ class ModuleAdapter:
         buffers = [] if self.options.include_non_persistent else [name for name, _ in non_persistent_buffers(names)]
         found = describe_unsaved(plain_attributes(names, state.values()), buffers, self.options.silence)
         if found:
-            warnings.warn(
+            messages.warn(
                 f"component {self.name!r} holds tensors that state_dict() leaves out, so that they are neither saved "
                 f"nor restored: {found}. If they can be made anew, say so with "
                 f"checkpointer.ModuleComponent(model, silence=[...])",
-                CheckpointerWarning,
                 stacklevel=3,
             )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import pickle
 import types
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from checkpointer import messages
 from checkpointer.errors import (
-    CheckpointerWarning,
     ConfigError,
     CorruptCheckpointError,
     IncompatibleStateError,
@@ -105,9 +104,8 @@ class WholeModelAdapter(ModuleAdapter):
             except Exception as error:  # noqa: BLE001  torch.export fails in as many ways as there are models
                 self._example_inputs = None
                 reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
-                warnings.warn(
+                messages.warn(
                     f"component {self.name!r} does not export, so its architecture is saved as a pickle: {reason}",
-                    CheckpointerWarning,
                     stacklevel=4,
                 )
         if self._exported is not None:
