@@ -21,6 +21,7 @@ from checkpointer.distributed.cooperation import Share
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, SaveError
 from checkpointer.info import CheckpointInfo
 from checkpointer.lazy import Stepped
+from checkpointer.pruning import Pruner
 from checkpointer.repository import Repository
 from checkpointer.sharing import Source
 from checkpointer.snapshot import Snapshot
@@ -136,6 +137,11 @@ class Saver:
     def in_flight(self) -> PendingSave | None:
         """The save that is being written."""
         return self._current if self._current is not None and not self._current.done() else None
+
+    @property
+    def pruner(self) -> Pruner:
+        """What applies retention after each commit, and knows what it has said already."""
+        return self._space.pruner
 
     def take_commit(self) -> CheckpointInfo | None:
         """What was committed since this was last asked."""
