@@ -246,6 +246,10 @@ class Doctor:
         yield from self._records(layout.TMP, "leftover", save, _MEND.format("removes it"))
         removal = "a removal that never ended: retention had let this checkpoint go"
         yield from self._records(layout.TRASH, "half-removed", removal, _MEND.format("finishes it"))
+        for directory in (layout.TMP, layout.TRASH):
+            for entry in self._entries(directory):
+                if entry.is_dir and layout.is_id(entry.name):
+                    yield from self._unremovable(f"{directory}/{entry.name}", "what is left of it takes space for ever")
         for entry in self._entries(layout.QUARANTINE):
             meaning = "moved out of the way: it is damaged, or holds files that this library did not write"
             place = self._storage.place(f"{layout.QUARANTINE}/{entry.name}")
@@ -254,7 +258,8 @@ class Doctor:
     def _records(self, directory: str, kind: str, meaning: str, advice: str) -> Iterator[Finding]:
         for entry in self._entries(directory):
             place = self._storage.place(f"{directory}/{entry.name}")
-            id = entry.name if self._storage.can_rename else entry.name.removesuffix(".json")
+            in_place = entry.is_file and (directory == layout.TRASH or not self._storage.can_rename)
+            id = entry.name.removesuffix(".json") if in_place else entry.name
             if not layout.is_id(id):
                 other = "this library does not know it, and never touches it"
                 yield Finding("foreign-file", place, other, "remove it if nobody needs it", "note")
@@ -379,12 +384,23 @@ class Doctor:
             meaning = f"a restore found it damaged: {info.damaged}"
             advice = "retention does not count on it; restore another one"
             yield Finding("damaged", info.path, meaning, advice)
+        if not info.pinned:
+            yield from self._unremovable(name_of(info), "retention cannot remove it, and a save cannot replace it")
         foreign = [path for path in verdict.extra if path.partition("/")[0] not in self._chart.unfinished]
         if foreign:
             meaning = f"holds {len(foreign)} files that it does not list ({', '.join(foreign[:3])})"
             yield Finding(
                 "foreign-file", info.path, meaning, "harmless: restores ignore them, pruning keeps them", "note"
             )
+
+    def _unremovable(self, path: str, consequence: str) -> Iterator[Finding]:
+        """What nobody can move or delete, as far as it shows without trying."""
+        with _forbidden_is_nothing():
+            obstacle = self._storage.obstacle(path)
+            if obstacle is not None:
+                meaning, _, cure = obstacle.partition(": ")
+                advice = f"{cure}. To protect a checkpoint, pin it: 'checkpointer pin'"
+                yield Finding("unremovable", self._storage.place(path), f"{meaning}: {consequence}", advice)
 
     def _unreadable_manifests(self) -> Iterator[Finding]:
         for item in self._chart.listing.unreadable:
