@@ -58,7 +58,8 @@ class BestRule:
         if not isinstance(monitor, str) or not monitor or not monitor.isprintable():
             raise FieldError(("monitor",), f"must name a metric, for example val_loss; got {shown(monitor)}")
         count("k", self.k, instead="leave the best rule out (null) to switch it off")
-        if self.mode is None:
+        mode: object = self.mode
+        if mode is None:
             object.__setattr__(self, "mode", _mode_by_name(monitor))
         choice("mode", self.mode, MODES)
 

@@ -129,8 +129,8 @@ class Storage(Protocol):
         """Make the names in these directories durable."""
 
     def obstacle(self, path: str) -> str | None:
-        """Why this file or directory, or one below it, cannot be moved or removed, and the cure; ``None`` where nothing
-        shows.
+        """Why this file or directory, or one below it, cannot be moved or removed, and the cure, for humans; ``None``
+        where nothing shows. MUST NOT raise: it explains another error.
         """
 
     def free_bytes(self) -> int | None:
