@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from checkpointer import layout, strictjson
-from checkpointer.commit import STALE_AFTER, owner_is_dead, walk
+from checkpointer.commit import STALE_AFTER, is_unfinished_record, owner_is_dead, recorded_removal, walk
 from checkpointer.errors import (
     CheckpointerError,
     CheckpointNotFoundError,
@@ -95,6 +95,8 @@ class _Chart:
     """Whether a writer is, or may be, at work."""
     unfinished: set[str] = field(default_factory=set)
     """Ids of attempts and removals that are on record."""
+    leaving: set[str] = field(default_factory=set)
+    """Local directories of checkpoints that are being removed where they lie."""
     sick: list[str] = field(default_factory=list)
     """Directories that are damaged beyond doubt, and not pinned."""
     sound: list[CheckpointInfo] = field(default_factory=list)
@@ -159,7 +161,8 @@ class Doctor:
             list(self._checked())  # again: what was damaged may have been replaced by a save since
             if self._chart.sound:  # else the run would look empty, and be started from scratch
                 for name in self._chart.sick:
-                    repository.quarantine(name)
+                    with contextlib.suppress(OSError):  # what stays where it is, is found again
+                        repository.quarantine(name)
         finally:
             repository.lock.release()
 
@@ -260,11 +263,17 @@ class Doctor:
             place = self._storage.place(f"{directory}/{entry.name}")
             in_place = entry.is_file and (directory == layout.TRASH or not self._storage.can_rename)
             id = entry.name.removesuffix(".json") if in_place else entry.name
+            if is_unfinished_record(entry.name):
+                continue  # nothing but some bytes, which the next writer removes
             if not layout.is_id(id):
                 other = "this library does not know it, and never touches it"
                 yield Finding("foreign-file", place, other, "remove it if nobody needs it", "note")
                 continue
             self._chart.unfinished.add(id)
+            if in_place and self._storage.can_rename:
+                with contextlib.suppress(CheckpointerError):
+                    recorded = recorded_removal(self._storage, f"{directory}/{entry.name}")
+                    self._chart.leaving |= {recorded[0]} if recorded else set()
             if not self._chart.busy and self._is_over(f"{directory}/{entry.name}"):
                 yield Finding(kind, place, meaning, advice)
 
@@ -409,6 +418,7 @@ class Doctor:
                 yield Finding("newer-format", item.path, str(item.error), advice)
             else:
                 yield Finding("damaged", item.path, str(item.error), self._advice_on_damage())
+                yield from self._unremovable(item.name, "it cannot be moved out of the way of a save")
 
     def _advice_on_damage(self, *, pinned: bool = False) -> str:
         if not self._chart.sound:
@@ -435,6 +445,8 @@ class Doctor:
                 yield Finding("second-name", place, meaning, _MEND.format("gives it the plain name"))
 
     def _without_manifest(self, name: str, place: str, step: int | None) -> Iterator[Finding]:
+        if name in self._chart.leaving:
+            return
         with _forbidden_is_nothing():
             files = [path for path in walk(self._storage, name) if not self._on_record(path.partition("/")[0])]
             if self._storage.exists(f"{name}/{layout.MANIFEST}"):

@@ -150,7 +150,7 @@ class CheckpointManager:
         Args:
             step: training step just finished; restoring continues at ``step + 1``.
             epoch: recorded, and used by ``every_n_epochs``.
-            metrics: numbers that retention and ``restore_best`` can go by.
+            metrics: numbers that retention and ``restore_best`` can go by. Of several ranks, those of rank 0.
             tags: words to find the checkpoint by.
             files: small files to attach, by name: bytes, or a path to read now.
             force: save even if nothing is due (the usual last save after the loop).

@@ -272,7 +272,7 @@ class Doubt:
 
     monitor: str
     kind: str
-    """``"never"``: no checkpoint reports a finite value; ``"renamed"``: none does any more, and another name has come."""
+    """``"never"``: no checkpoint reports a finite value; ``"renamed"``: none does any more, and a new name has come."""
     message: str
     withholds: bool = False
     """Whether nothing is removed for this reason."""
@@ -324,8 +324,8 @@ def _renamed(infos: Sequence[CheckpointInfo], monitor: str) -> Doubt | None:
     return Doubt(
         monitor,
         "renamed",
-        f"keep: best goes by {monitor!r}, which was last reported at step {infos[last].step}; since then {nearest!r} "
-        "is reported. If that is the same metric, this rule passes over all newer checkpoints: correct monitor:, or the "
+        f"keep: best goes by {monitor!r}, which was last reported at step {infos[last].step}; since then "
+        f"{nearest!r} is reported. If that is the same metric, this rule passes over all newer checkpoints: correct monitor:, or the "
         "name given to save()",
     )
 

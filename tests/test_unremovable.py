@@ -9,8 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ import pytest
 import torch
 
 from checkpointer import CheckpointManager, layout
+from checkpointer.commit.removal import record_path, record_removal
 from checkpointer.doctor import Doctor
 from checkpointer.errors import CheckpointerWarning, SaveError
-from checkpointer.info import CheckpointInfo
+from checkpointer.manifest import parse_manifest
 from checkpointer.repository import Repository
 from checkpointer.retention import KeepPolicy, plan
 from checkpointer.storage import LocalStorage, open_storage, wrapping
@@ -152,8 +155,7 @@ def test_a_storage_that_refuses_everything_is_not_asked_for_each_checkpoint(loca
 
 
 def test_what_cannot_be_removed_does_not_count_against_the_budget():
-    infos = [info for info in run(1, 2, 3, 4)]
-    infos = [CheckpointInfo(**{**vars(info), "size": 10}) for info in infos]
+    infos = [replace(info, size=10) for info in run(1, 2, 3, 4)]
     policy = KeepPolicy(max_size=20)
     free = plan(infos, policy, now=NOW)
     assert [info.step for info, _ in free.keep] == [3, 4]
@@ -172,6 +174,20 @@ def test_a_directory_that_cannot_be_renamed_across_file_systems_is_removed_in_pl
         assert [info.step for info in mgr.checkpoints()] == [2]
     assert sorted(os.listdir(local.url)) == [".checkpointer", "checkpoint-2"]
     assert os.listdir(Path(local.url, layout.TRASH)) == []
+
+
+def test_the_doctor_finds_a_removal_in_place_that_was_interrupted_and_ends_it(local):
+    with manager(local) as mgr:
+        save(mgr, 1, 2)
+    fault = Fault("EIO", on=["remove"], path="checkpoint-1/*.safetensors", forever=True)
+    with refusing(errno.EXDEV, "checkpoint-1", fault=fault), silenced(), manager(local, keep={"last": 1}) as mgr:
+        mgr.restore_latest()
+        assert [info.step for info, _ in mgr.prune().remove] == [1]
+    repository = Repository(open_storage(local.url))
+    (finding,) = Doctor(repository).examine().findings
+    assert finding.kind == "half-removed"
+    assert [item.kind for item in Doctor(repository).mend().fixed] == ["half-removed"]
+    assert sorted(os.listdir(local.url)) == [".checkpointer", "checkpoint-2"]
 
 
 def test_foreign_files_in_what_is_removed_in_place_survive(local):
@@ -270,13 +286,9 @@ def test_the_record_of_an_old_removal_never_touches_a_later_save_of_the_same_nam
         save(mgr, 1)
         text = Path(local.url, "checkpoint-1", layout.MANIFEST).read_bytes()
         mgr.save(1, overwrite=True)
-        from checkpointer.commit.removal import record_path, record_removal
-
-        old = mgr._repository.storage
-        from checkpointer.manifest import parse_manifest
-
-        record_removal(old, "checkpoint-1", text, parse_manifest(text, "").id)
-        record = Path(old.place(record_path(parse_manifest(text, "").id)))
+        old = parse_manifest(text, "").id
+        record_removal(mgr._repository.storage, "checkpoint-1", text, old)
+        record = Path(mgr._repository.storage.place(record_path(old)))
     assert record.exists()
     with manager(local) as mgr:
         mgr.restore_latest()
@@ -296,8 +308,6 @@ def can_mark() -> bool:
     """Whether this user may make a file immutable."""
     if sys.platform != "linux" or shutil.which("chattr") is None:
         return False
-    import tempfile
-
     with tempfile.NamedTemporaryFile() as file:
         if subprocess.run(["chattr", "+i", file.name], capture_output=True, check=False).returncode:
             return False
@@ -365,8 +375,10 @@ def test_a_leftover_that_cannot_be_removed_keeps_the_next_writer_from_nothing_el
         os.rename(root / f"checkpoint-{step}", trash / info.id)
     held, gone = sorted(trash.iterdir())
     with immutable(held / layout.SHARED_TENSORS):
-        with pytest.warns(CheckpointerWarning, match="could not clear away all leftovers"), manager(root) as mgr:
+        mgr = manager(root)
+        with pytest.warns(CheckpointerWarning, match="could not clear away all leftovers"):
             mgr.restore_latest()
+        with mgr:
             save(mgr, 4)
         assert held.exists()
         assert not gone.exists()
@@ -398,7 +410,6 @@ OVERLAY = """
 import errno, os, subprocess, sys
 from pathlib import Path
 from tests.test_unremovable import manager, save, silenced
-from checkpointer.testing import assert_resume_exact  # noqa
 base = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "none", base], check=True)
 lower, upper, work, merged = (base / name for name in ("lower", "upper", "work", "merged"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from checkpointer.commit.base import STALE_AFTER, Attempt, CommitProtocol, for_each, read_manifest, walk
 from checkpointer.commit.marker import MarkerCommit, owner_is_dead
+from checkpointer.commit.removal import is_unfinished_record, recorded_removal
 from checkpointer.commit.rename import RenameCommit
 from checkpointer.lock import WriterLock
 from checkpointer.storage import Storage
@@ -19,8 +20,10 @@ __all__ = [
     "Attempt",
     "CommitProtocol",
     "for_each",
+    "is_unfinished_record",
     "owner_is_dead",
     "protocol_for",
     "read_manifest",
+    "recorded_removal",
     "walk",
 ]

@@ -8,6 +8,7 @@ overlayfs, or on another file system than ``trash``.
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from typing import Any
 
@@ -20,6 +21,15 @@ from checkpointer.storage import Storage
 
 RECORD_LIMIT = 2 * layout.MANIFEST_LIMIT
 """Bytes."""
+
+
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.json\.[0-9a-f]{16}")
+"""What a process that died while it wrote a record leaves."""
+
+
+def is_unfinished_record(name: str) -> bool:
+    """Whether this is a record that was never written to its end, so that nothing was removed by it."""
+    return _UNFINISHED.fullmatch(name) is not None
 
 
 def record_path(id: str) -> str:

@@ -24,7 +24,7 @@ from checkpointer.commit.base import (
     remove_empty_directories,
     walk,
 )
-from checkpointer.commit.removal import record_path, recover_in_place, remove_in_place
+from checkpointer.commit.removal import is_unfinished_record, record_path, recover_in_place, remove_in_place
 from checkpointer.errors import CheckpointerWarning, SaveError
 from checkpointer.lock import WriterLock
 from checkpointer.manifest import Manifest
@@ -111,6 +111,8 @@ class RenameCommit:
             self._dispose(path)
         elif entry.is_file and path == record_path(entry.name.removesuffix(".json")):
             recover_in_place(self._storage, path)
+        elif entry.is_file and is_unfinished_record(entry.name):
+            self._storage.remove(path)
 
     def _recover_name(self, entry: Entry) -> None:
         if entry.is_dir and layout.is_second_name(entry.name):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import struct
 from collections.abc import Iterator
 
-_GET_FLAGS = 0x80086601 if os.name == "posix" and os.sysconf("SC_LONG_BIT") == 64 else 0x80046601
+_GET_FLAGS = 0x80086601 if struct.calcsize("l") == 8 else 0x80046601
 """FS_IOC_GETFLAGS of Linux."""
 
 _FLAGS = {0x10: "immutable", 0x20: "append-only"}
