@@ -325,8 +325,8 @@ def _renamed(infos: Sequence[CheckpointInfo], monitor: str) -> Doubt | None:
         monitor,
         "renamed",
         f"keep: best goes by {monitor!r}, which was last reported at step {infos[last].step}; since then "
-        f"{nearest!r} is reported. If that is the same metric, this rule passes over all newer checkpoints: correct monitor:, or the "
-        "name given to save()",
+        f"{nearest!r} is reported. If that is the same metric, this rule passes over all newer checkpoints: correct "
+        "monitor:, or the name given to save()",
     )
 
 

@@ -40,7 +40,7 @@ def steps_of(mgr: CheckpointManager) -> list[int]:
 @pytest.mark.parametrize(
     "mode,names",
     [
-        ("min", "loss val_loss val/loss eval.loss VAL:WER val-error test_perplexity log_loss Loss/train train_loss_val"),
+        ("min", "loss val_loss val/loss eval.loss VAL:WER val-error test_perplexity Loss/train train_loss_val"),
         ("max", "acc eval/accuracy val/top1_acc mean.iou f1 macro_f1 bleu episode:reward AUC Accuracy/test"),
         (None, "score lossless loss_acc f1_error error_acc neg_loss negative_reward -loss 1-acc val/1-acc 1_minus_acc"),
         (None, "inv_loss non_loss std_reward delta_loss reward_std loss_scale acc1 acc@1 losses rouge valLoss val _"),

@@ -584,10 +584,25 @@ def test_sharing_never_makes_the_budget_remove_more(checkpoints, policy, protect
 @given(checkpoints_in_any_order(), policies)
 def test_without_a_budget_more_rules_never_remove_more(checkpoints, policy):
     plain = replace(policy, max_size=None)
-    if not plain.has_rules:
-        return
+    if not (plain.last or plain.every_n_steps or plain.every or plain.within):
+        return  # no rule keeps everything, and so do `best` rules alone whose metric nobody has reported
     wider = replace(plain, last=(plain.last or 0) + 1)
     assert set(ids(plan(checkpoints, plain, now=NOW).keep)) <= set(ids(plan(checkpoints, wider, now=NOW).keep))
+
+
+@many
+@given(checkpoints_in_any_order(), policies, protections)
+def test_what_cannot_be_removed_stays_and_costs_no_other_its_place_in_the_budget(checkpoints, policy, ids_stuck):
+    stuck = dict.fromkeys(ids_stuck, "immutable")
+    removed = set(ids(plan(checkpoints, policy, now=NOW, stuck=stuck).remove))
+    assert not removed & ids_stuck
+    alone = KeepPolicy(max_size=policy.max_size)
+    others = [info for info in checkpoints if info.id not in ids_stuck and info.copies == {}]
+    newest = [info for info in others if info.sequence == max(item.sequence for item in checkpoints)]
+    if newest and newest[0].usable:  # what is protected is the same with and without them
+        with_stuck = plan([*others, *(i for i in checkpoints if i.id in ids_stuck)], alone, now=NOW, stuck=stuck)
+        without = plan(others, alone, now=NOW)
+        assert set(ids(with_stuck.remove)) == set(ids(without.remove))
 
 
 @many
