@@ -271,9 +271,8 @@ class Doctor:
                 continue
             self._chart.unfinished.add(id)
             if in_place and self._storage.can_rename:
-                with contextlib.suppress(CheckpointerError):
-                    recorded = recorded_removal(self._storage, f"{directory}/{entry.name}")
-                    self._chart.leaving |= {recorded[0]} if recorded else set()
+                recorded = recorded_removal(self._storage, f"{directory}/{entry.name}")
+                self._chart.leaving |= {recorded[0]} if recorded else set()
             if not self._chart.busy and self._is_over(f"{directory}/{entry.name}"):
                 yield Finding(kind, place, meaning, advice)
 
@@ -446,6 +445,7 @@ class Doctor:
 
     def _without_manifest(self, name: str, place: str, step: int | None) -> Iterator[Finding]:
         if name in self._chart.leaving:
+            yield from self._unremovable(name, "its removal cannot end")
             return
         with _forbidden_is_nothing():
             files = [path for path in walk(self._storage, name) if not self._on_record(path.partition("/")[0])]

@@ -101,7 +101,7 @@ class Pruner:
             logger.debug("whether %s is still there does not show: %s", info.path, failure)
         if gone:
             outcome.removed.add(info.id)
-            outcome.complaints.append((info.id, f"all files of {info.path}: {reason}"))
+            outcome.complaints.append((info.id, f"what is left of {info.path}: {reason}"))
         else:
             outcome.stuck[info.id] = reason
             outcome.stayed[info.id] = f"cannot be removed: {reason}"

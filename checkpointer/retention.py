@@ -296,8 +296,8 @@ def _never_reported(infos: Sequence[CheckpointInfo], monitor: str, *, waits: boo
     else:
         names = {name for info in infos for name in info.metrics}
         nearest = nearest_name(monitor, names)
-        hint = f"; did you mean {nearest}?" if nearest else ""
-        what = f"which no checkpoint has reported (reported: {listed(names)}){hint}"
+        hint = f"; did you mean {nearest}?)" if nearest else ")"
+        what = f"which no checkpoint has reported (reported: {listed(names)}{hint}"
     then = (
         "No other rule is set, so nothing is removed until one reports it, and the disk fills"
         if waits

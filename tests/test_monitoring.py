@@ -111,7 +111,7 @@ def test_checkpoints_with_nan_are_not_withheld():
 def test_a_misspelled_monitor_warns_before_anything_is_removed_names_what_was_meant_and_says_it_once(local):
     with manager(local, keep={"best": {"monitor": "val_los", "mode": "min"}}) as mgr:
         save(mgr, 1, val_loss=1.0, lr=0.1)
-        said = r"'val_los', which no checkpoint has reported \(reported: lr, val_loss\); did you mean val_loss\?"
+        said = r"'val_los', which no checkpoint has reported \(reported: lr, val_loss; did you mean val_loss\?\)"
         with pytest.warns(CheckpointerWarning, match=said + r".*nothing is removed.*disk fills") as warned:
             save(mgr, 2, val_loss=0.5)
         assert len(warned) == 1

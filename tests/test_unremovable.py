@@ -409,7 +409,9 @@ def test_in_a_sticky_directory_of_another_user_the_doctor_says_whose_the_checkpo
 OVERLAY = """
 import errno, os, subprocess, sys
 from pathlib import Path
-from tests.test_unremovable import manager, save, silenced
+from checkpointer.doctor import Doctor
+from checkpointer.errors import SaveError
+from tests.test_unremovable import manager, save
 base = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "none", base], check=True)
 lower, upper, work, merged = (base / name for name in ("lower", "upper", "work", "merged"))
@@ -439,12 +441,32 @@ with manager(merged, keep={"last": 2}) as mgr:
     assert mgr.restore_latest().step == 4
 assert sorted(os.listdir(merged)) == [".checkpointer", "checkpoint-3", "checkpoint-4"], os.listdir(merged)
 assert not os.listdir(merged / ".checkpointer/trash") and not os.listdir(merged / ".checkpointer/tmp")
+
+bound = base / "bound"
+with manager(bound) as mgr:
+    save(mgr, 1, 2)
+    subprocess.run(["mount", "--bind", bound / "checkpoint-1", bound / "checkpoint-1"], check=True)
+    (finding,) = [found for found in Doctor(mgr._repository).examine().findings if found.kind == "unremovable"]
+    assert f"umount {bound}/checkpoint-1" in finding.advice, finding
+    mgr.restore(1)
+    again = mgr.save(1, overwrite=True).result()
+    assert (mgr.latest().id, len(mgr.checkpoints())) == (again.id, 3)
+
+(base / "apart" / ".checkpointer").mkdir(parents=True)
+subprocess.run(["mount", "-t", "tmpfs", "none", base / "apart" / ".checkpointer"], check=True)
+with manager(base / "apart") as mgr:
+    try:
+        mgr.save(1)
+    except SaveError as error:
+        assert "lie on different file systems" in str(error), error
+    else:
+        raise AssertionError("it cannot have been committed")
 print("ok")
 """
 
 
 @needs(can_mount_overlay(), "a mount of overlayfs")
-def test_checkpoints_of_a_lower_layer_of_overlayfs_are_removed_and_replaced(tmp_path):
+def test_checkpoints_of_a_lower_layer_of_overlayfs_and_mounted_ones_are_removed_or_replaced(tmp_path):
     command = ["unshare", "--mount", sys.executable, "-c", OVERLAY, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr

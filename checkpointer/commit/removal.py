@@ -14,7 +14,7 @@ from typing import Any
 
 from checkpointer import layout, strictjson
 from checkpointer.commit.base import is_pinned, own_manifest, remove_empty_directories, walk
-from checkpointer.errors import CheckpointerWarning, CorruptCheckpointError
+from checkpointer.errors import CheckpointerError, CheckpointerWarning, CorruptCheckpointError
 from checkpointer.manifest import Manifest, parse_manifest
 from checkpointer.notes import remove_notes
 from checkpointer.storage import Storage
@@ -56,7 +56,9 @@ def recorded_removal(storage: Storage, path: str) -> tuple[str, Manifest] | None
     name, text = (record.get("name"), record.get("manifest")) if record else (None, None)
     if not isinstance(name, str) or not isinstance(text, str) or layout.parse_checkpoint_name(name) is None:
         return None
-    return name, parse_manifest(text.encode("utf-8", "replace"), storage.place(path))
+    with contextlib.suppress(CheckpointerError):  # one of a newer format, too: its writer knows what to do
+        return name, parse_manifest(text.encode("utf-8", "replace"), storage.place(path))
+    return None
 
 
 def remove_in_place(storage: Storage, name: str, manifest: Manifest) -> bool:

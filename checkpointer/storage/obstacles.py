@@ -24,9 +24,20 @@ def obstacle(place: str) -> str | None:
         others = f", and {len(found) - 1} more below it" if len(found) > 1 else ""
         cure = f"'chattr -R -{letters} {place}' as root, or 'chflags -R nouchg' on macOS, ends it"
         return f"{path} is {flag}{others}: {cure}"
-    if not os.path.islink(place) and os.path.ismount(place):
-        return f"{place} is a mount: unmount it"
+    if _is_mount(place):
+        return f"{place} is a mount: 'umount {place}' ends it"
     return _kept_by_directory(place)
+
+
+def _is_mount(place: str) -> bool:
+    """Also of a directory of the same file system, which the numbers of its device do not tell."""
+    if os.path.islink(place):
+        return False
+    with contextlib.suppress(OSError, UnicodeDecodeError), open("/proc/self/mountinfo", encoding="utf-8") as lines:
+        points = {line.split()[4] for line in lines}
+        escaped = "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in os.path.realpath(place))
+        return escaped in points
+    return os.path.ismount(place)
 
 
 def _below(place: str) -> Iterator[str]:
