@@ -268,7 +268,7 @@ class Repository:
         """
         try:
             for_each([self._protocol.recover, self._forget_notes], lambda work: work())
-        except OSError as error:
+        except (OSError, CheckpointerError) as error:
             warnings.warn(
                 f"could not clear away all leftovers in {self.url}: {self.storage.redact(str(error))}. The next writer "
                 f"tries again; 'checkpointer doctor {self.url}' says more",

@@ -165,11 +165,11 @@ def own_manifest(storage: Storage, directory: str) -> Manifest | None:
 
 def for_each(items: Iterable[_T], work: Callable[[_T], object]) -> None:
     """Do ``work`` on every item, whichever of them fail; then raise the first error."""
-    errors: list[OSError] = []
+    errors: list[OSError | CheckpointerError] = []
     for item in items:
         try:
             work(item)
-        except OSError as error:
+        except (OSError, CheckpointerError) as error:
             errors.append(error)
     if errors:
         raise errors[0]
