@@ -115,6 +115,10 @@ class Config:
                     f"must be a {policy.__name__}, got {shown(value)}; Config.from_mapping takes plain mappings",
                 )
         boolean("require_resume", self.require_resume)
+        if self.save.on_metric and not self.keep.best:
+            raise FieldError(
+                ("save", "on_metric"), "has no metric to go by: add keep: {best: {monitor: val_loss, mode: min}}"
+            )
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Config:

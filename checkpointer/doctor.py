@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from checkpointer import layout, strictjson
-from checkpointer.commit import STALE_AFTER, owner_is_dead
+from checkpointer.commit import STALE_AFTER, is_unfinished_record, owner_is_dead, recorded_removal
 from checkpointer.errors import (
     CheckpointerError,
     CheckpointNotFoundError,
@@ -97,6 +97,8 @@ class _Chart:
     """Whether a writer is, or may be, at work."""
     unfinished: set[str] = field(default_factory=set)
     """Ids of attempts and removals that are on record."""
+    leaving: set[str] = field(default_factory=set)
+    """Local directories of checkpoints that are being removed where they lie."""
     sick: list[str] = field(default_factory=list)
     """Directories that are damaged beyond doubt, and not pinned."""
     sound: list[CheckpointInfo] = field(default_factory=list)
@@ -161,7 +163,8 @@ class Doctor:
             list(self._checked())  # again: what was damaged may have been replaced by a save since
             if self._chart.sound:  # else the run would look empty, and be started from scratch
                 for name in self._chart.sick:
-                    repository.quarantine(name)
+                    with contextlib.suppress(OSError):  # what stays where it is, is found again
+                        repository.quarantine(name)
         finally:
             repository.lock.release()
 
@@ -248,6 +251,10 @@ class Doctor:
         yield from self._records(layout.TMP, "leftover", save, _MEND.format("removes it"))
         removal = "a removal that never ended: retention had let this checkpoint go"
         yield from self._records(layout.TRASH, "half-removed", removal, _MEND.format("finishes it"))
+        for directory in (layout.TMP, layout.TRASH):
+            for entry in self._entries(directory):
+                if entry.is_dir and layout.is_id(entry.name):
+                    yield from self._unremovable(f"{directory}/{entry.name}", "what is left of it takes space for ever")
         for entry in self._entries(layout.QUARANTINE):
             meaning = "moved out of the way: it is damaged, or holds files that this library did not write"
             place = self._storage.place(f"{layout.QUARANTINE}/{entry.name}")
@@ -256,12 +263,18 @@ class Doctor:
     def _records(self, directory: str, kind: str, meaning: str, advice: str) -> Iterator[Finding]:
         for entry in self._entries(directory):
             place = self._storage.place(f"{directory}/{entry.name}")
-            id = entry.name if self._storage.can_rename else entry.name.removesuffix(".json")
+            in_place = entry.is_file and (directory == layout.TRASH or not self._storage.can_rename)
+            id = entry.name.removesuffix(".json") if in_place else entry.name
+            if is_unfinished_record(entry.name):
+                continue  # nothing but some bytes, which the next writer removes
             if not layout.is_id(id):
                 other = "this library does not know it, and never touches it"
                 yield Finding("foreign-file", place, other, "remove it if nobody needs it", "note")
                 continue
             self._chart.unfinished.add(id)
+            if in_place and self._storage.can_rename:
+                recorded = recorded_removal(self._storage, f"{directory}/{entry.name}")
+                self._chart.leaving |= {recorded[0]} if recorded else set()
             if not self._chart.busy and self._is_over(f"{directory}/{entry.name}"):
                 yield Finding(kind, place, meaning, advice)
 
@@ -385,12 +398,23 @@ class Doctor:
             meaning = f"a restore found it damaged: {info.damaged}"
             advice = "retention does not count on it; restore another one"
             yield Finding("damaged", info.path, meaning, advice)
+        if not info.pinned:
+            yield from self._unremovable(name_of(info), "retention cannot remove it, and a save cannot replace it")
         foreign = [path for path in verdict.extra if path.partition("/")[0] not in self._chart.unfinished]
         if foreign:
             meaning = f"holds {len(foreign)} files that it does not list ({', '.join(foreign[:3])})"
             yield Finding(
                 "foreign-file", info.path, meaning, "harmless: restores ignore them, pruning keeps them", "note"
             )
+
+    def _unremovable(self, path: str, consequence: str) -> Iterator[Finding]:
+        """What nobody can move or delete, as far as it shows without trying."""
+        with _forbidden_is_nothing():
+            obstacle = self._storage.obstacle(path)
+            if obstacle is not None:
+                meaning, _, cure = obstacle.partition(": ")
+                advice = f"{cure}. To protect a checkpoint, pin it: 'checkpointer pin'"
+                yield Finding("unremovable", self._storage.place(path), f"{meaning}: {consequence}", advice)
 
     def _unreadable_manifests(self) -> Iterator[Finding]:
         for item in self._chart.listing.unreadable:
@@ -406,6 +430,7 @@ class Doctor:
                 yield Finding("newer-format", item.path, str(item.error), advice)
             else:
                 yield Finding("damaged", item.path, str(item.error), self._advice_on_damage())
+                yield from self._unremovable(item.name, "it cannot be moved out of the way of a save")
 
     def _advice_on_damage(self, *, pinned: bool = False) -> str:
         if not self._chart.sound:
@@ -432,6 +457,9 @@ class Doctor:
 
     def _without_manifest(self, stranger: Stranger) -> Iterator[Finding]:
         """What has the name of a checkpoint and no manifest; the work of a writer that has not ended is none."""
+        if stranger.name in self._chart.leaving:
+            yield from self._unremovable(stranger.name, "its removal cannot end")
+            return
         with _forbidden_is_nothing():
             found = examine(self._storage, stranger)
             if found is None:

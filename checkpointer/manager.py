@@ -30,20 +30,20 @@ from checkpointer.errors import (
     CheckpointerError,
     CheckpointerWarning,
     CheckpointNotFoundError,
-    ConfigError,
     SaveError,
 )
 from checkpointer.index import collector_paused
 from checkpointer.info import CheckpointInfo
 from checkpointer.lazy import stepped
+from checkpointer.monitoring import Mode as MetricMode
+from checkpointer.monitoring import listed, nearest_name
 from checkpointer.notes import Note
 from checkpointer.position import Position
 from checkpointer.preemption import Preemption
-from checkpointer.pruning import prune
 from checkpointer.repository import Repository
 from checkpointer.restored import Restored, RestoreKeywords, RestoreRequest, restore_request
 from checkpointer.restoring import RNG, Restorer
-from checkpointer.retention import BestRule, RetentionPlan, rank
+from checkpointer.retention import BestRule, RetentionPlan, best_rule, rank
 from checkpointer.saving import PendingSave, Saver, finished
 from checkpointer.snapshot import Snapshot
 from checkpointer.state import (
@@ -136,7 +136,13 @@ class CheckpointManager:
         self._warned_of_epoch = False
         self._pid = os.getpid()
         self._preemption = Preemption(self._config.save)
-        self._due = DueSaves(self._config.save, self._position, self._job, self._preemption)
+        self._due = DueSaves(
+            self._config.save,
+            [rule.monitor for rule in self._config.keep.best],
+            self._position,
+            self._job,
+            self._preemption,
+        )
         if not read_only:
             self._preemption.install()
             weakref.finalize(self, self._preemption.restore)  # a manager that is dropped catches no signals for ever
@@ -160,7 +166,7 @@ class CheckpointManager:
         Args:
             step: training step just finished; restoring continues at ``step + 1``.
             epoch: recorded, and used by ``every_n_epochs``.
-            metrics: numbers that retention and ``restore_best`` can go by.
+            metrics: numbers that retention and ``restore_best`` can go by. Of several ranks, those of rank 0.
             tags: words to find the checkpoint by.
             files: small files to attach, by name: bytes, or a path to read now.
             force: save even if nothing is due (the usual last save after the loop).
@@ -200,28 +206,34 @@ class CheckpointManager:
         """Also returns whether the handle is that of a save which has been begun here."""
         self._open_for_saving()
         self._check_epoch_given(epoch)
+        self._due.call(step, metrics)
         begin = partial(self._begin_save, step, epoch, metrics, tags, files)
         last = self._last_of_all(step)
         self._position.check_order(step, last.step if last else None)
         preempted = self._due.stop_agreed(step, epoch, last)
         if last is not None and step == last.step and not overwrite:
             handle = last if force or preempted else None
+            self._due.say_what_is_lost(step, last)
         elif preempted:
             handle = self._save_in_time(begin)
-        elif force or overwrite or (self._due.is_due(step, epoch, last) and not self._saver.still_full()):
-            handle = begin(mode=self._config.write.mode)
+        elif force or overwrite or self._due.is_due(step, epoch, last):
+            left_out = self._saver.still_full() and not (force or overwrite)
+            handle = None if left_out else begin(mode=self._config.write.mode)
         else:
             handle = None
+            self._due.say_what_is_lost(step, last)
         if preempted and handle is not None:
             handle = self._made_durable(handle)
             self._preemption.saved = handle is not None
         return handle, handle is not None and handle is not last
 
     def should_save(self, step: int, *, epoch: int | None = None) -> bool:
-        """Whether ``save`` would find a save due at this step. Does nothing."""
+        """Whether ``save`` would find a save due at this step. Does nothing, and knows no metrics (``on_metric``)."""
         self._check_usable()
+        step = check_step(step)
         epoch = None if epoch is None else check_step(epoch, "epoch")
-        return self._due.is_due(check_step(step), epoch, self._last())
+        self._due.call(step)
+        return self._due.is_due(step, epoch, self._last())
 
     def wait(self) -> None:
         """Wait until every save begun is durable, and raise the error of one that failed, once.
@@ -296,17 +308,23 @@ class CheckpointManager:
         self._open_for_restoring()
         return self._restore_one(self._repository.find(check_step(step)), request)
 
-    def restore_best(self, monitor: str | None = None, **options: Unpack[RestoreKeywords]) -> Restored:
-        """Restore the best checkpoint by ``monitor``, or by the first configured metric. Options as for ``restore``.
+    def restore_best(
+        self, monitor: str | None = None, *, mode: MetricMode | None = None, **options: Unpack[RestoreKeywords]
+    ) -> Restored:
+        """Restore the best checkpoint by ``monitor``, or by the first configured metric.
+
+        ``mode`` as for ``best``, the other options as for ``restore``.
 
         Raises:
             CheckpointNotFoundError: no checkpoint has reported the metric.
+            ConfigError: nothing says whether lower or higher is better.
         """
         request = restore_request(options, self._config.restore.verify, read_only=self._read_only)
+        rule = best_rule(self._config.keep.best, monitor, mode)
         self._open_for_restoring()
-        info = self.best(monitor)
+        info = self._best(rule)
         if info is None:
-            raise CheckpointNotFoundError(f"no checkpoint in {self._repository.url} has a finite {monitor or 'metric'}")
+            raise CheckpointNotFoundError(f"no checkpoint in {self._repository.url} has a finite {rule.monitor}")
         return self._restore_one(info, request)
 
     # ------------------------------------------------------------------------------------------- what there is
@@ -319,23 +337,20 @@ class CheckpointManager:
         """The checkpoint committed last."""
         return next(reversed(self.checkpoints()), None)
 
-    def best(self, monitor: str | None = None) -> CheckpointInfo | None:
+    def best(self, monitor: str | None = None, *, mode: MetricMode | None = None) -> CheckpointInfo | None:
         """The best checkpoint by ``monitor``, or by the first metric configured under ``keep: best``.
 
-        Its mode is the configured one, else ``min``. NaN never wins; ties go to the later commit. Warns if the metric
-        was never reported.
+        NaN never wins; ties go to the later commit. Warns if the metric was never reported.
+
+        Args:
+            monitor: name of a metric.
+            mode: ``"min"`` where lower is better, ``"max"`` where higher is. Default: the configured one, else what
+                the name says (``val_loss``, ``eval/accuracy``).
+
+        Raises:
+            ConfigError: nothing says whether lower or higher is better.
         """
-        rule = self._best_rule(monitor)
-        checkpoints = self.checkpoints()
-        ranked = rank(checkpoints, rule)
-        if not ranked and checkpoints:
-            known = sorted({name for info in checkpoints for name in info.metrics})
-            messages.warn(
-                f"no checkpoint in {self._repository.url} has a finite metric {rule.monitor!r}; "
-                f"reported were {', '.join(known) or 'none'}",
-                stacklevel=2,
-            )
-        return ranked[0] if ranked else None
+        return self._best(best_rule(self._config.keep.best, monitor, mode))
 
     def watch(
         self,
@@ -414,7 +429,7 @@ class CheckpointManager:
             self._lock()
         restored_from = self._position.restored_from
         protect = {restored_from.id} if restored_from else set()
-        plan = partial(prune, self._repository, self._config.keep, protect=protect, unreturned=self._saver.unreturned)
+        plan = partial(self._saver.pruner.prune, protect=protect, unreturned=self._saver.unreturned)
         if dry_run:
             return plan(dry_run=True)
         with self._saver.keeping_warnings():  # raised by the next save, wait or close
@@ -584,11 +599,7 @@ class CheckpointManager:
         if self._repository.lock.held:
             return
         self._repository.lock.acquire()
-        try:
-            self._repository.recover()
-        except OSError as error:
-            reason = self._repository.storage.redact(str(error))
-            messages.warn(f"could not clear away leftovers in {self._repository.url}: {reason}", stacklevel=4)
+        self._repository.recover()
 
     def _check_epoch_given(self, epoch: int | None) -> None:
         """Warn, once, that an epoch rule never fires when ``save`` is not told the epoch."""
@@ -635,13 +646,18 @@ class CheckpointManager:
         self._repository.note(info, note)
         self._repository.manifest(info)
 
-    def _best_rule(self, monitor: str | None) -> BestRule:
-        rules = self._config.keep.best or ()
-        if monitor is None:
-            if not rules:
-                raise ConfigError("name a metric: best('val_loss'), or configure keep: best")
-            return rules[0]
-        return next((rule for rule in rules if rule.monitor == monitor), BestRule(monitor=monitor))
+    def _best(self, rule: BestRule) -> CheckpointInfo | None:
+        checkpoints = self.checkpoints()
+        ranked = rank(checkpoints, rule)
+        if not ranked and checkpoints:
+            known = {name for info in checkpoints for name in info.metrics}
+            nearest = nearest_name(rule.monitor, known - {rule.monitor})
+            messages.warn(
+                f"no checkpoint in {self._repository.url} has a finite metric {rule.monitor!r}; "
+                f"reported were {listed(known)}{f'; did you mean {nearest}?' if nearest else ''}",
+                stacklevel=3,
+            )
+        return ranked[0] if ranked else None
 
 
 def _chain(error: BaseException, failure: CheckpointerError | CheckpointerWarning) -> None:

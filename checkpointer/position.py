@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from datetime import datetime
 
-from checkpointer import layout
+from checkpointer import layout, messages
 from checkpointer.errors import (
-    CheckpointerWarning,
     RunNotEmptyError,
     StepOrderError,
     UnreadableCheckpointError,
@@ -128,4 +126,4 @@ class Position:
                 "removes none: give this user read access to it"
             )
         for text in filter(None, told):
-            warnings.warn(text, CheckpointerWarning, stacklevel=5)
+            messages.warn(text, stacklevel=5)

@@ -7,8 +7,8 @@ import errno
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from checkpointer import layout
-from checkpointer.commit import Attempt, protocol_for, read_manifest
+from checkpointer import layout, messages
+from checkpointer.commit import Attempt, for_each, protocol_for, read_manifest
 from checkpointer.errors import (
     CheckpointerError,
     CheckpointNotFoundError,
@@ -332,12 +332,33 @@ class Repository:
         try:
             return self._protocol.remove(name_of(info), manifest)
         except OSError:
-            self._half_removed.append(manifest.id)
+            if manifest.id not in self._half_removed:
+                self._half_removed.append(manifest.id)
             raise
 
+    def why_stuck(self, info: CheckpointInfo, error: Exception) -> str:
+        """Why a checkpoint could not be removed, for humans: ``error``, and what shows of its cause."""
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        places = (name_of(info), f"{layout.TRASH}/{info.id}")
+        found = (self.storage.obstacle(place) for place in places)
+        obstacle = next((reason for reason in found if reason), None)
+        return self.storage.redact(f"{text} ({obstacle})" if obstacle else text)
+
     def recover(self) -> None:
-        """Remove what dead writers left half done, and finish what they left half removed."""
-        self._protocol.recover()
+        """Remove what dead writers left half done, and finish what they left half removed.
+
+        What cannot be cleared away is a warning: it keeps nobody from saving, or from removing anything else.
+        """
+        try:
+            for_each([self._protocol.recover, self._forget_notes], lambda work: work())
+        except (OSError, CheckpointerError) as error:
+            messages.warn(
+                f"could not clear away all leftovers in {self.url}: {self.storage.redact(str(error))}. The next writer "
+                f"tries again; 'checkpointer doctor {self.url}' says more",
+                stacklevel=4,
+            )
+
+    def _forget_notes(self) -> None:
         listing = self.list_checkpoints()
         if not listing.unreadable:  # an unreadable manifest may belong to any note
             for id in noted_ids(self.storage) - {info.id for info in listing.checkpoints}:
@@ -348,14 +369,18 @@ class Repository:
         return self._protocol.quarantine(name)
 
     def _clear_away(self) -> None:
-        for attempt in self._abandoned.copy():
-            self._protocol.abandon(attempt)
-            self._abandoned.remove(attempt)
+        for_each(self._abandoned.copy(), self._abandon)
+
+    def _abandon(self, attempt: Attempt) -> None:
+        self._protocol.abandon(attempt)
+        self._abandoned.remove(attempt)
 
     def _finish_removals(self) -> None:
-        for id in self._half_removed.copy():
-            self._protocol.finish_removal(id)
-            self._half_removed.remove(id)
+        for_each(self._half_removed.copy(), self._finish_removal)
+
+    def _finish_removal(self, id: str) -> None:
+        self._protocol.finish_removal(id)
+        self._half_removed.remove(id)
 
     def _check_root(self, entries: list[Entry]) -> None:
         """Whether this is a run root, by what it holds."""

@@ -16,9 +16,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
+from checkpointer.errors import ConfigError
 from checkpointer.info import CheckpointInfo
+from checkpointer.monitoring import MODES, Mode, listed, nearest_name, resolve_mode
 from checkpointer.units import (
     FieldError,
     choice,
@@ -32,7 +34,6 @@ from checkpointer.units import (
     size,
 )
 
-Mode: TypeAlias = Literal["min", "max"]
 Reasons: TypeAlias = "tuple[str, ...]"
 Decision: TypeAlias = "tuple[CheckpointInfo, Reasons]"
 _Votes: TypeAlias = "Iterable[tuple[CheckpointInfo, str]]"
@@ -48,8 +49,9 @@ class BestRule:
     """Name of the metric, as given to ``save`` or ``annotate``."""
     k: int = 1
     """How many to keep, at least 1."""
-    mode: Mode = "min"
-    """``"min"`` where lower is better (a loss), ``"max"`` where higher is (an accuracy)."""
+    mode: Mode = None  # type: ignore[assignment]  # never None once it is made
+    """``"min"`` where lower is better (a loss), ``"max"`` where higher is (an accuracy). May be left out where the
+    monitor's name says it; see :func:`~checkpointer.monitoring.mode_by_name`."""
 
     def __post_init__(self) -> None:
         """Raise :class:`ConfigError` for a value that makes no sense."""
@@ -58,7 +60,21 @@ class BestRule:
         if not isinstance(monitor, str) or not monitor or not monitor.isprintable():
             raise FieldError(("monitor",), f"must name a metric, for example val_loss; got {shown(monitor)}")
         count("k", self.k, instead="leave the best rule out (null) to switch it off")
-        choice("mode", self.mode, ("min", "max"))
+        mode: object = self.mode
+        if mode is None:
+            object.__setattr__(self, "mode", _mode_by_name(monitor))
+        choice("mode", self.mode, MODES)
+
+
+def _mode_by_name(monitor: str) -> Mode:
+    mode = resolve_mode(monitor)
+    if mode is None:
+        raise FieldError(
+            ("mode",),
+            f"is missing, and the name {shown(monitor)} does not say it: write mode: min where lower is better, "
+            "mode: max where higher is",
+        )
+    return mode
 
 
 BestRules: TypeAlias = "BestRule | Mapping[str, object] | Sequence[BestRule | Mapping[str, object]] | None"
@@ -143,12 +159,15 @@ def plan(
     now: datetime,
     protect: Collection[str] = (),
     unreturned: Collection[str] = (),
+    stuck: Mapping[str, str] | None = None,
 ) -> RetentionPlan:
     """Decide for each checkpoint whether it stays.
 
     ``now`` is the current time (aware). ``protect`` holds the ids of checkpoints that must stay whatever the rules
     say: the one this process restored from. ``unreturned`` are those that ``on_commit`` has not returned for: they
-    must stay, too. The order of ``checkpoints`` does not matter, and one that is listed
+    must stay, too. ``stuck``: why it was not possible to remove these, by id. They stay, and
+    their bytes do not count against ``max_size``: otherwise good checkpoints would go in their place, one after the
+    other, and the total would not come down. The order of ``checkpoints`` does not matter, and one that is listed
     twice is decided once. Planning the kept ones again with the same arguments removes nothing.
     """
     survivors = _in_commit_order(checkpoints)
@@ -157,7 +176,7 @@ def plan(
     # What max_size removes may have been the reason why `every` kept another one. So go on until nothing changes:
     # otherwise the next call, with nothing new to look at, would remove more.
     while True:
-        kept, dropped = _decide(survivors, policy, now, spared)
+        kept, dropped = _decide(survivors, policy, now, spared, stuck or {})
         removed += dropped
         if not dropped:
             return RetentionPlan(keep=kept, remove=sorted(removed, key=lambda decision: _order(decision[0])))
@@ -169,16 +188,43 @@ def rank(checkpoints: Iterable[CheckpointInfo], rule: BestRule) -> list[Checkpoi
     return [info for info, _ in _ranked(_in_commit_order(checkpoints), rule)]
 
 
+def best_rule(rules: Sequence[BestRule], monitor: str | None, mode: Mode | None) -> BestRule:
+    """The rule to find the best checkpoint by: ``monitor``, or the first metric of the configured ``rules``.
+
+    The mode is the one given, else the configured one, else what the name says.
+
+    Raises:
+        ConfigError: there is no metric, or nothing says whether lower or higher is better.
+    """
+    if monitor is None and not rules:
+        raise ConfigError("name a metric: best('val_loss'), or configure keep: best")
+    configured = next((rule for rule in rules if monitor in (None, rule.monitor)), None)
+    name = configured.monitor if configured else monitor
+    if not isinstance(name, str):
+        raise ConfigError(f"the name of a metric must be a string, got {shown(name)}")
+    resolved = resolve_mode(name, mode, configured.mode if configured else None)
+    if resolved is None:
+        raise ConfigError(
+            f"the name {name!r} does not say whether lower or higher is better: give mode='min' or mode='max', for "
+            f"example best({name!r}, mode='max'), or configure keep: best"
+        )
+    return BestRule(monitor=name, mode=resolved)
+
+
 # One pass
 
 
 def _decide(
-    infos: Sequence[CheckpointInfo], policy: KeepPolicy, now: datetime, spared: _Spared
+    infos: Sequence[CheckpointInfo],
+    policy: KeepPolicy,
+    now: datetime,
+    spared: _Spared,
+    stuck: Mapping[str, str],
 ) -> tuple[list[Decision], list[Decision]]:
     """Apply the protections, the rules and the budget once, to checkpoints in commit order."""
     protections = list(_protections(infos, policy, spared))
-    reasons = _collect(protections, _rules(infos, policy, now))
-    candidates = [info for info in infos if _order(info) in reasons]
+    reasons = _collect(protections, _rules(infos, policy, now), _stuck(infos, stuck, policy))
+    candidates = [info for info in infos if _order(info) in reasons and info.id not in stuck]
     over = {_order(info) for info in _over_budget(candidates, _collect(protections), policy.max_size)}
     kept: list[Decision] = []
     dropped: list[Decision] = []
@@ -212,6 +258,83 @@ def _why_not(info: CheckpointInfo, policy: KeepPolicy) -> Reasons:
     return ("no rule keeps it", *(f"no finite {monitor} reported" for monitor in dict.fromkeys(silent)))
 
 
+def _waits(usable: Sequence[CheckpointInfo], policy: KeepPolicy) -> bool:
+    """Whether nothing tells which checkpoints are meant to stay: ``best`` rules alone, and no value to go by yet.
+
+    To remove all but the newest then is what no rule asks for; a name with a typing error would cost the run.
+    """
+    if not policy.best or policy.last or policy.every_n_steps or policy.every or policy.within:
+        return False
+    return not any(_ranked(usable, rule) for rule in policy.best)
+
+
+# What the metrics' names make one doubt
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Why a ``best`` rule probably does not go by the metric that was meant."""
+
+    monitor: str
+    kind: str
+    """``"never"``: no checkpoint reports a finite value; ``"renamed"``: none does any more, and a new name has come."""
+    message: str
+    withholds: bool = False
+    """Whether nothing is removed for this reason."""
+
+
+def doubts(checkpoints: Iterable[CheckpointInfo], policy: KeepPolicy) -> list[Doubt]:
+    """What is doubtful about the ``best`` rules of ``policy``, to be said before anything is removed."""
+    infos = _in_commit_order(checkpoints)
+    waits = _waits([info for info in infos if info.usable], policy)
+    found: dict[str, Doubt | None] = {}
+    for rule in policy.best:
+        found[rule.monitor] = _never_reported(infos, rule.monitor, waits=waits) or _renamed(infos, rule.monitor)
+    return [doubt for doubt in found.values() if doubt is not None]
+
+
+def _never_reported(infos: Sequence[CheckpointInfo], monitor: str, *, waits: bool) -> Doubt | None:
+    if any(_metric(info, monitor) is not None for info in infos if info.usable):
+        return None
+    if any(monitor in info.metrics for info in infos):
+        what = "of which no checkpoint that is whole and free of NaN has reported a finite value"
+    else:
+        names = {name for info in infos for name in info.metrics}
+        nearest = nearest_name(monitor, names)
+        hint = f"; did you mean {nearest}?)" if nearest else ")"
+        what = f"which no checkpoint has reported (reported: {listed(names)}{hint}"
+    then = (
+        "No other rule is set, so nothing is removed until one reports it, and the disk fills"
+        if waits
+        else "So this rule keeps no checkpoint, and what no other rule keeps is removed"
+    )
+    return Doubt(
+        monitor,
+        "never",
+        f"keep: best goes by {monitor!r}, {what}. {then}. Give it to save(step, metrics={{{monitor!r}: ...}}), or to "
+        "annotate() later, or correct monitor:",
+        withholds=waits,
+    )
+
+
+def _renamed(infos: Sequence[CheckpointInfo], monitor: str) -> Doubt | None:
+    """Only where a name has come up that was unknown as long as ``monitor`` was reported: not every save evaluates."""
+    last = max((index for index, info in enumerate(infos) if monitor in info.metrics), default=None)
+    if last is None:
+        return None
+    known = {name for info in infos[: last + 1] for name in info.metrics}
+    nearest = nearest_name(monitor, {name for info in infos[last + 1 :] for name in info.metrics} - known)
+    if nearest is None:
+        return None
+    return Doubt(
+        monitor,
+        "renamed",
+        f"keep: best goes by {monitor!r}, which was last reported at step {infos[last].step}; since then "
+        f"{nearest!r} is reported. If that is the same metric, this rule passes over all newer checkpoints: correct "
+        "monitor:, or the name given to save()",
+    )
+
+
 # What is never removed
 
 
@@ -228,6 +351,11 @@ def _protections(infos: Sequence[CheckpointInfo], policy: KeepPolicy, spared: _S
 def _damaged(infos: Sequence[CheckpointInfo]) -> _Votes:
     # What is unreadable today may be readable once the disk or the mount is repaired; deleting it is for people.
     return ((info, "damaged: never removed automatically") for info in infos if info.damaged is not None)
+
+
+def _stuck(infos: Sequence[CheckpointInfo], stuck: Mapping[str, str], policy: KeepPolicy) -> _Votes:
+    uncounted = " (so max_size does not count it)" if policy.max_size is not None else ""
+    return ((info, f"cannot be removed{uncounted}: {stuck[info.id]}") for info in infos if info.id in stuck)
 
 
 def _newest(infos: Sequence[CheckpointInfo]) -> _Votes:
@@ -250,6 +378,9 @@ def _rules(infos: Sequence[CheckpointInfo], policy: KeepPolicy, now: datetime) -
     usable = [info for info in infos if info.usable]
     if policy.last is not None:
         yield from _last(usable, policy.last)
+    if _waits(usable, policy):
+        names = " or ".join(dict.fromkeys(rule.monitor for rule in policy.best))
+        yield from ((info, f"kept until a checkpoint reports {names}") for info in usable)
     for rule in policy.best:
         yield from _best(usable, rule, top=rule.k)
     if policy.every_n_steps is not None:
@@ -399,4 +530,16 @@ def _best_rule(key: tuple[str | int, ...], value: object) -> BestRule:
         raise error.under(*key) from None
 
 
-__all__ = ["BestRule", "Decision", "KeepPolicy", "RetentionPlan", "physical_size", "plan", "rank"]
+__all__ = [
+    "BestRule",
+    "Decision",
+    "Doubt",
+    "KeepPolicy",
+    "Mode",
+    "RetentionPlan",
+    "best_rule",
+    "doubts",
+    "physical_size",
+    "plan",
+    "rank",
+]

@@ -24,6 +24,7 @@ from checkpointer.distributed.cooperation import Share
 from checkpointer.errors import CheckpointerError, SaveError
 from checkpointer.info import CheckpointInfo
 from checkpointer.lazy import Stepped
+from checkpointer.pruning import Pruner
 from checkpointer.repository import Repository
 from checkpointer.sharing import Source
 from checkpointer.snapshot import Snapshot
@@ -179,6 +180,11 @@ class Saver:
     def keeping_warnings(self) -> AbstractContextManager[None]:
         """Within this block a warning that is an error waits for ``raise_errors``: what is being done is done."""
         return messages.kept(self._kept_warnings.append)
+
+    @property
+    def pruner(self) -> Pruner:
+        """What applies retention after each commit, and knows what it has said already."""
+        return self._space.pruner
 
     def take_commit(self) -> CheckpointInfo | None:
         """What was committed since this was last asked."""

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 from checkpointer.cost import SaveCost
 from checkpointer.units import (
     FieldError,
+    boolean,
     count,
     did_you_mean,
     duration,
@@ -59,6 +60,8 @@ class SavePolicy:
     """Names of the signals that request a save and a stop, such as ``"SIGTERM"``."""
     deadline: timedelta | None
     """How long after the first of these signals the process is killed; ``None``: long enough for any save."""
+    on_metric: bool
+    """Due where the call is given a metric that a ``best`` rule monitors."""
 
     def __init__(
         self,
@@ -70,6 +73,7 @@ class SavePolicy:
         mtbf: timedelta | str | None = None,
         on_signal: str | Sequence[str] | None = None,
         deadline: timedelta | str | None = None,
+        on_metric: bool = False,
     ) -> None:
         values = {
             "every_n_steps": optional(count, "every_n_steps", every_n_steps),
@@ -79,6 +83,7 @@ class SavePolicy:
             "mtbf": optional(duration, "mtbf", mtbf),
             "on_signal": _signal_names(on_signal),
             "deadline": optional(duration, "deadline", deadline),
+            "on_metric": boolean("on_metric", on_metric),
         }
         for name, default in (("max_overhead", _MAX_OVERHEAD), ("mtbf", _MTBF)):
             if values["every"] == "auto":
@@ -90,9 +95,16 @@ class SavePolicy:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def has_rules(self) -> bool:
+        """True if any rule is set; else every call is due."""
+        return bool(self.every_n_steps or self.every_n_epochs or self.every or self.on_metric)
+
     def without_clock(self) -> SavePolicy | None:
-        """The rules that need no clock, so that all ranks come to one answer; ``None`` where there are others alone."""
-        if self.every is not None and self.every_n_steps is None and self.every_n_epochs is None:
+        """The rules that need no clock and no metric, so that all ranks come to one answer; ``None`` where there are
+        others alone.
+        """
+        if self.has_rules and self.every_n_steps is None and self.every_n_epochs is None:
             return None
         return SavePolicy(every_n_steps=self.every_n_steps, every_n_epochs=self.every_n_epochs)
 
@@ -142,14 +154,16 @@ def due(
     now: datetime,
     interval: Interval | None = None,
     writing: bool = False,
+    metric: str | None = None,
 ) -> tuple[str, ...]:
     """Why a save is due at ``step``; empty where none is.
 
     ``last_epoch`` and ``last_created`` (aware) are those of the newest commit, ``None`` where there is none;
     ``now`` is the current time (aware). For ``every: auto``: ``interval`` is what :func:`choose_interval` says, and
-    ``writing`` whether a save is still being written.
+    ``writing`` whether a save is still being written. For ``on_metric``: ``metric`` is the monitored metric that the
+    call was given.
     """
-    if policy.every_n_steps is None and policy.every_n_epochs is None and policy.every is None:
+    if not policy.has_rules:
         return ("every call",)
     fired = (
         _by_step(policy.every_n_steps, step),
@@ -157,6 +171,7 @@ def due(
         _by_cost(interval, last_created, now, writing=writing)
         if policy.every == "auto"
         else _by_time(policy.every, last_created, now),
+        f"on_metric: {metric} was given" if policy.on_metric and metric is not None else None,
     )
     return tuple(reason for reason in fired if reason is not None)
 

@@ -10,7 +10,7 @@ from checkpointer import messages
 from checkpointer.config import Config
 from checkpointer.errors import SaveError
 from checkpointer.info import CheckpointInfo
-from checkpointer.pruning import prune
+from checkpointer.pruning import Pruner
 from checkpointer.repository import Repository
 from checkpointer.snapshot import Snapshot, bytes_to_write
 from checkpointer.writing import is_full
@@ -29,6 +29,7 @@ class Space:
     def __init__(self, repository: Repository, config: Config) -> None:
         self._repository = repository
         self._keep = config.keep
+        self.pruner = Pruner(repository, config.keep)
         self._on_full = config.write.on_full
         self._wanted: int | None = None
         """Bytes that the last save would have needed, if it was left out for want of them."""
@@ -106,7 +107,7 @@ class Space:
         if not (self._keep.has_rules or self._keep.max_size):
             return False  # everything is kept: there is nothing to list for
         try:
-            return bool(prune(self._repository, self._keep, protect=protect, unreturned=unreturned).remove)
+            return bool(self.pruner.prune(protect=protect, unreturned=unreturned).remove)
         except Exception as error:  # noqa: BLE001  what is saved is durable: training must go on
             reason = self._repository.storage.redact(f"{type(error).__name__}: {error}")
             messages.warn(

@@ -48,7 +48,8 @@ def layer(modules: str, imports: str = "", forbidden: frozenset[str] = frozenset
 LAYERS = {
     "errors": layer("errors version", "", TORCH | INPUT_OUTPUT),
     "pure": layer(
-        "layout info strictjson index manifest readable tensorfile sharing units cost schedule deadline retention",
+        "layout info strictjson monitoring index manifest readable tensorfile sharing units cost schedule deadline "
+        "retention",
         "errors pure",
         TORCH | INPUT_OUTPUT,
     ),

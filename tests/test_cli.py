@@ -517,6 +517,17 @@ def test_prune_carries_out_the_plan_that_the_dry_run_printed(run_root, config):
         assert manager.restore_latest() is not None
 
 
+def test_prune_says_which_metric_was_meant_and_removes_nothing_that_it_cannot_judge(run_root, config):
+    config.write_text("keep:\n  best: {monitor: val/loss}\n")
+    pruned = invoke("prune", run_root, "--config", config)
+    assert pruned.exit_code == 0
+    assert "did you mean val_loss?" in pruned.stderr
+    assert "kept until a checkpoint reports val/loss" in pruned.stdout
+    assert len(list(run_root.glob("checkpoint-*"))) == 3
+    config.write_text("keep:\n  best: {monitor: score}\n")
+    assert "keep.best.mode: is missing" in error_of(invoke("prune", run_root, "--config", config))
+
+
 def test_prune_as_json_has_the_documented_fields(run_root, config):
     plan = document("prune", run_root, "--config", config)
 

@@ -179,6 +179,7 @@ def test_to_yaml_is_readable():
         "  on_signal:\n"
         "  - SIGTERM\n"
         "  deadline: null\n"
+        "  on_metric: false\n"
         "keep:\n"
         "  last: null\n"
         "  best:\n"
@@ -325,7 +326,7 @@ def test_a_configuration_can_be_pickled_and_hashed():
         ("restore:\n  verify: befor\n", "2: restore.verify: must be one of stream, before, off, got 'befor'; did you"),
         ("restore:\n  verify: true\n", "2: restore.verify: must be one of stream, before, off, got true (YAML reads"),
         (
-            "keep:\n  best:\n  - {monitor: x}\n  - monitor: y\n    mode: maxx\n",
+            "keep:\n  best:\n  - {monitor: loss}\n  - monitor: y\n    mode: maxx\n",
             "5: keep.best[1].mode: must be one of min, max, got 'maxx'; did you mean max?",
         ),
         # what YAML 1.1 makes of numbers and dates

@@ -653,11 +653,16 @@ def test_nothing_is_deleted_before_the_own_commit_is_durable(manager: MakeManage
     assert steps(again) == [3]
 
 
+def saved_and_pruned(mgr: CheckpointManager, step: int) -> None:
+    saved(mgr, step)
+    mgr._saver.wait()
+
+
 def test_pins_and_annotations_come_from_any_process_and_retention_sees_them(manager: MakeManager) -> None:
     mgr = manager({"keep": {"last": 1, "best": {"k": 1, "monitor": "score", "mode": "max"}}})
     saved(mgr, 0)
-    saved(mgr, 1)
-    mgr._saver.wait()
+    with pytest.warns(CheckpointerWarning, match="'score', which no checkpoint has reported"):
+        saved_and_pruned(mgr, 1)
     reader = manager(read_only=True)
     reader.annotate(1, metrics={"score": 0.9}, tags=["good"], note="looks fine")
     saved(mgr, 2, metrics={"score": 0.1})

@@ -317,7 +317,7 @@ def test_the_plan_prints_one_line_for_each_checkpoint_in_commit_order():
 
 def test_a_misspelled_monitor_is_named_in_the_reasons():
     checkpoints = [checkpoint(100, metrics={"val_loss": 0.1}), *run(200)]
-    assert reasons_for(100, checkpoints, best={"monitor": "val_los"}) == (
+    assert reasons_for(100, checkpoints, last=1, best={"monitor": "val_los", "mode": "min"}) == (
         "no rule keeps it",
         "no finite val_los reported",
     )
@@ -371,7 +371,7 @@ def test_no_best_rule_is_an_empty_tuple(best):
     assert not KeepPolicy(best=best).has_rules
 
 
-@pytest.mark.parametrize("rule", [{"last": 1}, {"best": {"monitor": "x"}}, {"every_n_steps": 1}, {"every": "1s"}])
+@pytest.mark.parametrize("rule", [{"last": 1}, {"best": {"monitor": "loss"}}, {"every_n_steps": 1}, {"every": "1s"}])
 def test_any_rule_makes_a_policy_remove(rule):
     assert KeepPolicy(**rule).has_rules
     assert not KeepPolicy(max_size=1).has_rules
@@ -402,8 +402,8 @@ def test_zero_is_refused_with_the_reason_and_the_way_out(key):
         ({"monitor": "x", "k": 0}, "best.k: 0 is refused"),
         ({"monitor": "x", "k": None}, "best.k: must be a whole number, got null"),
         ({"monitor": "x", "mod": "min"}, "best.mod: unknown key; did you mean mode? (known: monitor, k, mode)"),
-        ([{"monitor": "x"}, {"monitor": "x", "mode": "mni"}], "best[1].mode: must be one of min, max, got 'mni'"),
-        ({"monitor": "x", "mode": None}, "best.mode: must be one of min, max, got null"),
+        ([{"monitor": "loss"}, {"monitor": "x", "mode": "mni"}], "best[1].mode: must be one of min, max, got 'mni'"),
+        ({"monitor": "x", "mode": None}, "best.mode: is missing, and the name 'x' does not say it: write mode: min"),
     ],
 )
 def test_a_best_rule_that_makes_no_sense_is_refused_by_its_key(best, message):
@@ -584,10 +584,25 @@ def test_sharing_never_makes_the_budget_remove_more(checkpoints, policy, protect
 @given(checkpoints_in_any_order(), policies)
 def test_without_a_budget_more_rules_never_remove_more(checkpoints, policy):
     plain = replace(policy, max_size=None)
-    if not plain.has_rules:
-        return
+    if not (plain.last or plain.every_n_steps or plain.every or plain.within):
+        return  # no rule keeps everything, and so do `best` rules alone whose metric nobody has reported
     wider = replace(plain, last=(plain.last or 0) + 1)
     assert set(ids(plan(checkpoints, plain, now=NOW).keep)) <= set(ids(plan(checkpoints, wider, now=NOW).keep))
+
+
+@many
+@given(checkpoints_in_any_order(), policies, protections)
+def test_what_cannot_be_removed_stays_and_costs_no_other_its_place_in_the_budget(checkpoints, policy, ids_stuck):
+    stuck = dict.fromkeys(ids_stuck, "immutable")
+    removed = set(ids(plan(checkpoints, policy, now=NOW, stuck=stuck).remove))
+    assert not removed & ids_stuck
+    alone = KeepPolicy(max_size=policy.max_size)
+    others = [info for info in checkpoints if info.id not in ids_stuck and info.copies == {}]
+    newest = [info for info in others if info.sequence == max(item.sequence for item in checkpoints)]
+    if newest and newest[0].usable:  # what is protected is the same with and without them
+        with_stuck = plan([*others, *(i for i in checkpoints if i.id in ids_stuck)], alone, now=NOW, stuck=stuck)
+        without = plan(others, alone, now=NOW)
+        assert set(ids(with_stuck.remove)) == set(ids(without.remove))
 
 
 @many

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from checkpointer.commit.base import STALE_AFTER, Attempt, CommitProtocol, read_manifest, walk
+from checkpointer.commit.base import STALE_AFTER, Attempt, CommitProtocol, for_each, read_manifest, walk
 from checkpointer.commit.marker import MarkerCommit, owner_is_dead
+from checkpointer.commit.removal import is_unfinished_record, recorded_removal
 from checkpointer.commit.rename import RenameCommit
 from checkpointer.lock import WriterLock
 from checkpointer.storage import Storage
@@ -14,4 +15,15 @@ def protocol_for(storage: Storage, lock: WriterLock) -> CommitProtocol:
     return RenameCommit(storage, lock) if storage.can_rename else MarkerCommit(storage, lock)
 
 
-__all__ = ["STALE_AFTER", "Attempt", "CommitProtocol", "owner_is_dead", "protocol_for", "read_manifest", "walk"]
+__all__ = [
+    "STALE_AFTER",
+    "Attempt",
+    "CommitProtocol",
+    "for_each",
+    "is_unfinished_record",
+    "owner_is_dead",
+    "protocol_for",
+    "read_manifest",
+    "recorded_removal",
+    "walk",
+]

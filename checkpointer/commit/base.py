@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import xxhash
 
@@ -19,6 +19,8 @@ from checkpointer.errors import (
 from checkpointer.manifest import FileRecord, Manifest, parse_manifest
 from checkpointer.notes import annotated, read_notes
 from checkpointer.storage import Buffer, Storage, refusals_typed
+
+_T = TypeVar("_T")
 
 STALE_AFTER = 24 * 3600.0
 """Seconds without a sign of life after which another writer's attempt counts as abandoned where no lock proves it."""
@@ -99,12 +101,16 @@ class CommitProtocol(Protocol):
         """Remove what an attempt that failed has written."""
 
     def remove(self, name: str, manifest: Manifest) -> bool:
-        """Remove a committed checkpoint; ``False`` if it turned out to be pinned and stays."""
+        """Remove a committed checkpoint; ``False`` if it turned out to be pinned and stays.
+
+        Raises OSError where that is not possible: it is still there, or what is left of it is finished later.
+        """
 
     def finish_removal(self, id: str) -> None:
         """Try once more what ``remove`` of this checkpoint has begun and not ended."""
 
-    def recover(self) -> None: ...
+    def recover(self) -> None:
+        """Finish or undo what dead writers have left. What fails does not keep it from the rest; then it raises."""
 
     def quarantine(self, name: str) -> str | None:
         """Move a damaged checkpoint to where nothing is ever deleted; ``None`` where nothing can be moved."""
@@ -168,6 +174,18 @@ def own_manifest(storage: Storage, directory: str) -> Manifest | None:
         raise
     except CheckpointerError:
         return None
+
+
+def for_each(items: Iterable[_T], work: Callable[[_T], object]) -> None:
+    """Do ``work`` on every item, whichever of them fail; then raise the first error."""
+    errors: list[OSError | CheckpointerError] = []
+    for item in items:
+        try:
+            work(item)
+        except (OSError, CheckpointerError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def walk(storage: Storage, directory: str) -> Iterator[str]:

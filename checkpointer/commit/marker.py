@@ -17,6 +17,7 @@ from checkpointer import layout, messages, strictjson
 from checkpointer.commit.base import (
     STALE_AFTER,
     Attempt,
+    for_each,
     is_pinned,
     new_id,
     occupant,
@@ -25,20 +26,24 @@ from checkpointer.commit.base import (
     remove_empty_directories,
     walk,
 )
+from checkpointer.commit.removal import (
+    read_record,
+    record_path,
+    record_removal,
+    recorded_removal,
+    warn_of_foreign_files,
+)
 from checkpointer.errors import (
     CorruptCheckpointError,
     FormatVersionError,
     RunLockedError,
 )
 from checkpointer.lock import WriterLock
-from checkpointer.manifest import FileRecord, Manifest, parse_manifest
+from checkpointer.manifest import FileRecord, Manifest
 from checkpointer.notes import remove_notes
-from checkpointer.storage import Storage
+from checkpointer.storage import Entry, Storage
 
 logger = logging.getLogger("checkpointer")
-
-RECORD_LIMIT = 2 * layout.MANIFEST_LIMIT
-"""Bytes."""
 
 
 class MarkerCommit:
@@ -92,23 +97,27 @@ class MarkerCommit:
     def remove(self, name: str, manifest: Manifest) -> bool:
         if is_pinned(self._storage, manifest):
             return False
-        self._record_removal(name, manifest.to_bytes(), manifest.id)
+        record_removal(self._storage, name, manifest.to_bytes(), manifest.id)
         self._storage.remove(f"{name}/{layout.MANIFEST}")
         return self._finish_removal(name, manifest)
 
     def finish_removal(self, id: str) -> None:
-        self._recover_removal(f"{layout.TRASH}/{id}.json")
+        self._recover_removal(record_path(id))
 
     def recover(self) -> None:
-        for entry in self._storage.list_directory(layout.TMP):
-            path = f"{layout.TMP}/{entry.name}"
-            if entry.is_file and entry.name.endswith(".json"):
-                self._recover_attempt(entry.name.removesuffix(".json"))
-            elif entry.is_file and entry.name.startswith("probe-") and (self._storage.age(path) or 0) > STALE_AFTER:
-                self._storage.remove(path)
-        for entry in self._storage.list_directory(layout.TRASH):
-            if entry.is_file and entry.name.endswith(".json"):
-                self._recover_removal(f"{layout.TRASH}/{entry.name}")
+        for_each(self._storage.list_directory(layout.TMP), self._recover_in_tmp)
+        for_each(self._storage.list_directory(layout.TRASH), self._recover_in_trash)
+
+    def _recover_in_tmp(self, entry: Entry) -> None:
+        path = f"{layout.TMP}/{entry.name}"
+        if entry.is_file and entry.name.endswith(".json"):
+            self._recover_attempt(entry.name.removesuffix(".json"))
+        elif entry.is_file and entry.name.startswith("probe-") and (self._storage.age(path) or 0) > STALE_AFTER:
+            self._storage.remove(path)
+
+    def _recover_in_trash(self, entry: Entry) -> None:
+        if entry.is_file and entry.name.endswith(".json"):
+            self._recover_removal(f"{layout.TRASH}/{entry.name}")
 
     def quarantine(self, name: str) -> str | None:  # noqa: ARG002  the seam names it
         return None  # data can only be copied, and the copy of what is damaged serves nobody
@@ -139,7 +148,7 @@ class MarkerCommit:
             self._put_marker(attempt, name, lambda marker: self._storage.put(marker, data))
             return
         expected = self._storage.read(marker, layout.MANIFEST_LIMIT)
-        self._record_removal(name, expected, old.id)
+        record_removal(self._storage, name, expected, old.id)
         self._put_marker(attempt, name, lambda marker: self._storage.replace(marker, data, expected))
         self._tidy(lambda: self._finish_removal(name, old))
 
@@ -153,10 +162,6 @@ class MarkerCommit:
             text = "could not clear away leftovers in %s; the next writer will: %s"
             messages.log(logger.warning, text, self._storage.url, reason)
 
-    def _record_removal(self, name: str, manifest: bytes, id: str) -> None:
-        record = {"name": name, "manifest": manifest.decode("utf-8")}
-        self._storage.put(f"{layout.TRASH}/{id}.json", strictjson.seal(record))
-
     def _finish_removal(self, name: str, manifest: Manifest) -> bool:
         """Delete what an unlinked manifest lists; ``False`` if somebody pinned it meanwhile, and it is back."""
         pinned = is_pinned(self._storage, manifest)
@@ -164,9 +169,9 @@ class MarkerCommit:
             self._bring_back(name, manifest)
         else:
             self._delete_files(name, manifest)
-            self._warn_of_foreign_files(name)
+            warn_of_foreign_files(self._storage, name)
             remove_notes(self._storage, manifest.id)
-        self._storage.remove(f"{layout.TRASH}/{manifest.id}.json")
+        self._storage.remove(record_path(manifest.id))
         return not pinned
 
     def _bring_back(self, name: str, manifest: Manifest) -> None:
@@ -191,22 +196,9 @@ class MarkerCommit:
         if manifest.data:
             remove_empty_directories(self._storage, f"{name}/{manifest.data}")
 
-    def _warn_of_foreign_files(self, name: str) -> None:
-        if self._storage.exists(f"{name}/{layout.MANIFEST}"):
-            return
-        left = sorted(walk(self._storage, name))
-        if not left:
-            remove_empty_directories(self._storage, name)
-            return
-        messages.warn(
-            f"{self._storage.place(name)} was removed, but {len(left)} files that this library did not write are "
-            f"left there: {', '.join(left[:5])}",
-            stacklevel=2,
-        )
-
     def _recover_attempt(self, id: str) -> None:
         path = f"{layout.TMP}/{id}.json"
-        record = self._read_record(path)
+        record = read_record(self._storage, path)
         if record is None or not layout.is_id(id) or layout.parse_checkpoint_name(_name(record)) is None:
             return
         if self._is_abandoned(path, record):
@@ -222,22 +214,15 @@ class MarkerCommit:
         self._storage.remove(f"{layout.TMP}/{id}.json")
 
     def _recover_removal(self, path: str) -> None:
-        record = self._read_record(path)
-        name, text = (record.get("name"), record.get("manifest")) if record else (None, None)
-        if not isinstance(name, str) or not isinstance(text, str) or layout.parse_checkpoint_name(name) is None:
+        recorded = recorded_removal(self._storage, path)
+        if recorded is None:
             return
-        manifest = parse_manifest(text.encode("utf-8", "replace"), self._storage.place(path))
+        name, manifest = recorded
         current = own_manifest(self._storage, name)
         if current is not None and current.id == manifest.id:
             self._storage.remove(path)  # it died before anything was removed
         else:
             self._finish_removal(name, manifest)
-
-    def _read_record(self, path: str) -> dict[str, Any] | None:
-        """A record, or ``None`` if it is gone or not one: then nothing is touched."""
-        with contextlib.suppress(FileNotFoundError, CorruptCheckpointError):
-            return strictjson.unseal(self._storage.read(path, RECORD_LIMIT), path)
-        return None
 
     def _is_abandoned(self, path: str, record: dict[str, Any]) -> bool:
         if self._lock.proven:

@@ -1,11 +1,13 @@
 """Commit by rename: file systems with an atomic directory rename and a lock that proves its owner alive.
 
 Everything is written under ``.checkpointer/tmp/<id>``, made durable, and renamed. Removal is a rename to
-``.checkpointer/trash/<id>`` followed by the deletion there. So a name in the root is always a whole checkpoint.
+``.checkpointer/trash/<id>`` followed by the deletion there. So a name in the root is always a whole checkpoint, and a
+directory that cannot be moved is one up to the moment that its manifest is gone.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 
@@ -13,6 +15,7 @@ from checkpointer import layout, messages
 from checkpointer.commit.base import (
     STALE_AFTER,
     Attempt,
+    for_each,
     is_pinned,
     new_id,
     occupant,
@@ -20,6 +23,7 @@ from checkpointer.commit.base import (
     remove_empty_directories,
     walk,
 )
+from checkpointer.commit.removal import is_unfinished_record, record_path, recover_in_place, remove_in_place
 from checkpointer.errors import SaveError, UnreadableCheckpointError
 from checkpointer.lock import WriterLock
 from checkpointer.manifest import Manifest
@@ -29,6 +33,10 @@ from checkpointer.storage import Entry, Storage
 logger = logging.getLogger("checkpointer")
 
 ROOT = ""
+
+_IMMOVABLE = (errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES)
+"""Of a rename: this very directory cannot be moved. It lies in a lower layer of overlayfs, is a mount or a subvolume,
+is immutable, or belongs to somebody else in a sticky directory."""
 
 
 class RenameCommit:
@@ -54,18 +62,14 @@ class RenameCommit:
         name = layout.checkpoint_name(attempt.step)
         there = occupant(self._storage, name)
         if there is None:
-            self._move(attempt.directory, name)
-        elif there.keep:
-            name = layout.checkpoint_name(attempt.step, attempt.id)
-            self._move(attempt.directory, name)
-        elif there.damaged:
-            self.quarantine(name)
-            self._move(attempt.directory, name)
-        elif there.manifest is None:
+            return self._publish(attempt, name)
+        if there.keep:
+            return self._publish(attempt, layout.checkpoint_name(attempt.step, attempt.id))
+        if there.damaged:
+            return self._publish_beside_damage(attempt, name)
+        if there.manifest is None:
             raise self._in_the_way(name)
-        else:
-            name = self._replace(attempt, name)
-        return name
+        return self._replace(attempt, name)
 
     def _in_the_way(self, name: str) -> SaveError:
         """What to say of a name that is taken by something that is no checkpoint, and that is nobody's to move."""
@@ -82,24 +86,42 @@ class RenameCommit:
             self._delete_everything(attempt.directory)
 
     def remove(self, name: str, manifest: Manifest) -> bool:
-        self._to_trash(name, manifest)
+        try:
+            self._to_trash(name, manifest)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            return remove_in_place(self._storage, name, manifest)
         return self._dispose(f"{layout.TRASH}/{manifest.id}")
 
     def finish_removal(self, id: str) -> None:
+        if self._storage.exists(record_path(id)):
+            recover_in_place(self._storage, record_path(id))
         if self._storage.exists(f"{layout.TRASH}/{id}"):
             self._dispose(f"{layout.TRASH}/{id}")
 
     def recover(self) -> None:
         self._settle()
-        for entry in self._storage.list_directory(layout.TMP):
-            if _is_ours(entry) and self._is_abandoned(f"{layout.TMP}/{entry.name}"):
-                self._dispose(f"{layout.TMP}/{entry.name}")
-        for entry in self._storage.list_directory(layout.TRASH):
-            if _is_ours(entry):
-                self._dispose(f"{layout.TRASH}/{entry.name}")
-        for entry in self._storage.list_directory(ROOT):
-            if entry.is_dir and layout.is_second_name(entry.name):
-                self._take_free_name(entry.name)
+        parts = ((layout.TMP, self._recover_in_tmp), (layout.TRASH, self._recover_in_trash), (ROOT, self._recover_name))
+        for_each(parts, lambda part: for_each(self._storage.list_directory(part[0]), part[1]))
+
+    def _recover_in_tmp(self, entry: Entry) -> None:
+        path = f"{layout.TMP}/{entry.name}"
+        if _is_ours(entry) and self._is_abandoned(path):
+            self._dispose(path)
+
+    def _recover_in_trash(self, entry: Entry) -> None:
+        path = f"{layout.TRASH}/{entry.name}"
+        if _is_ours(entry):
+            self._dispose(path)
+        elif entry.is_file and path == record_path(entry.name.removesuffix(".json")):
+            recover_in_place(self._storage, path)
+        elif entry.is_file and is_unfinished_record(entry.name):
+            self._storage.remove(path)
+
+    def _recover_name(self, entry: Entry) -> None:
+        if entry.is_dir and layout.is_second_name(entry.name):
+            self._take_free_name(entry.name)
 
     def quarantine(self, directory: str) -> str:
         """Move something that is in the way, or not ours, to where nothing is ever deleted."""
@@ -128,16 +150,51 @@ class RenameCommit:
         self._storage.rename(old, new)
         self._storage.sync(new.rpartition("/")[0], old.rpartition("/")[0])
 
+    def _publish(self, attempt: Attempt, name: str) -> str:
+        """Give the attempt a name that is free: **the commit**."""
+        try:
+            self._move(attempt.directory, name)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            across = SaveError(
+                f"{self._storage.place(attempt.directory)} cannot be renamed to {self._storage.place(name)}: "
+                f"{layout.PRIVATE} and the run root lie on different file systems (one of them, or a directory in "
+                "them, is a mount, a link or a subvolume). They have to be on one; nothing was committed"
+            )
+            across.errno = errno.EXDEV
+            raise across from error
+        return name
+
+    def _publish_beside_damage(self, attempt: Attempt, name: str) -> str:
+        """Commit where a damaged checkpoint is in the way: that moves, or where it cannot be moved, keeps its name."""
+        try:
+            self.quarantine(name)
+        except OSError as error:
+            if error.errno not in _IMMOVABLE:
+                raise
+            return self._publish(attempt, layout.checkpoint_name(attempt.step, attempt.id))
+        return self._publish(attempt, name)
+
     def _replace(self, attempt: Attempt, name: str) -> str:
         """Put the attempt in the place of a committed checkpoint: at every instant one of the two is there."""
-        if self._storage.exchange(attempt.directory, name):
+        if self._exchange(attempt, name):
             self._storage.sync(ROOT, layout.TMP)
             self._tidy(lambda: self._dispose(attempt.directory))
             return name
-        second = layout.checkpoint_name(attempt.step, attempt.id)
-        self._move(attempt.directory, second)
+        second = self._publish(attempt, layout.checkpoint_name(attempt.step, attempt.id))
         self._tidy(lambda: self._make_way(name, second))
         return second if self._storage.exists(second) else name
+
+    def _exchange(self, attempt: Attempt, name: str) -> bool:
+        """Whether the two were swapped; ``False``, and nothing done, where the old one cannot be moved."""
+        try:
+            return self._storage.exchange(attempt.directory, name)
+        except OSError as error:
+            there = own_manifest(self._storage, name)
+            if error.errno not in _IMMOVABLE or there is None or there.id == attempt.id:
+                raise
+            return False
 
     def _tidy(self, work: Callable[[], object]) -> None:
         """What follows the commit point cannot fail the save any more: the next writer will do it."""
@@ -197,8 +254,7 @@ class RenameCommit:
         """Finish a replacement without exchange: the old one goes, the new one takes its name."""
         old = own_manifest(self._storage, name)
         if old is not None:
-            self._to_trash(name, old)
-            self._dispose(f"{layout.TRASH}/{old.id}")
+            self.remove(name, old)
         self._take_free_name(second)
 
     def _take_free_name(self, second: str) -> None:

@@ -1,4 +1,7 @@
-"""Time rules and signals on several ranks: their clocks differ, and a signal may come to one of them alone."""
+"""Time rules, metrics and signals on several ranks.
+
+Their clocks differ, metrics are those of the coordinator, and a signal may come to one of them alone.
+"""
 
 from __future__ import annotations
 
@@ -44,16 +47,21 @@ class SharedClock:
         self.stop = False
         """Whether all ranks know of a signal."""
 
-    def ask(self, step: int, *, signalled: bool, due: Callable[[], bool]) -> Verdict:
+    def forget(self) -> None:
+        """Ask anew even if the step is the same: every rank is in another call of ``save``."""
+        self._last = None
+
+    def ask(self, step: int, *, signalled: bool, due: Callable[[], bool], always: bool = False) -> Verdict:
         """The verdict for a step; one for all the calls that ask for the same.
 
-        ``signalled``: whether a signal has come to this rank; ``due`` is called on the coordinator.
+        ``signalled``: whether a signal has come to this rank; ``due`` is called on the coordinator. ``always``: ask in
+        this call, however short ago the last question was: what it is about does not come again.
         """
         if self._last is not None and self._last[0] == step:
             return self._last[1]
         self._calls += 1
         verdict = Verdict(due=False, stop=self.stop)
-        if self._calls >= self._next:
+        if always or self._calls >= self._next:
             verdict = self._meet(signalled=signalled, due=due)
         self._last = (step, verdict)
         return verdict

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from checkpointer import strictjson
+from checkpointer import messages, strictjson
 from checkpointer.distributed.boxes import Box, whole
 from checkpointer.distributed.division import (
     Division,
@@ -22,7 +21,7 @@ from checkpointer.distributed.division import (
     holding_to_json,
 )
 from checkpointer.distributed.ranks import Meeting, Ranks
-from checkpointer.errors import CheckpointerWarning, SaveError, UnsupportedStateError
+from checkpointer.errors import SaveError, UnsupportedStateError
 from checkpointer.index import Component, Json, TensorSpec
 from checkpointer.staging import hash_tensors
 from checkpointer.state.plan import Captured
@@ -284,12 +283,11 @@ def _warn_of_unequal(samples: Mapping[int, Mapping[str, str]]) -> None:
     for rank, found in samples.items():
         unequal = [key for key, sample in found.items() if known.get(key, sample) != sample]
         if unequal:
-            warnings.warn(
+            messages.warn(
                 f"{len(unequal)} of {len(found)} parameters and moments are not equal on ranks {first} and {rank}, for "
                 f"example {unequal[0]!r}: a manager takes them for equal, as DistributedDataParallel keeps them, and "
                 "writes those of either rank. Stages of a pipeline, or replicas that train apart, save with "
                 "checkpointer.dcp, under keys that differ over the ranks",
-                CheckpointerWarning,
                 stacklevel=2,
             )
             return

@@ -6,7 +6,6 @@ object whose ``state_dict()`` leaves it out. Where a wrapper may hold copies of 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpointer.errors import CheckpointerWarning
+from checkpointer import messages
 from checkpointer.state.classes import attributes, class_name, is_scheduler, unwrapped
 from checkpointer.state.module import ModuleComponent
 from checkpointer.state.plan import Captured
@@ -39,18 +38,18 @@ class Unregistered:
 
     def warn(self, captured: Mapping[str, Captured]) -> None:
         """Look at the components once, with what was captured of them; at every save while something is open."""
-        messages = []
+        found = []
         if not self._looked:
             self._looked = True
-            messages += [*self._parameters(captured), *self._schedulers()]
+            found += [*self._parameters(captured), *self._schedulers()]
             self._inner = list(self._inner_optimizers())
         if self._inner:
             stepped = [inner for inner in self._inner if inner.slots()]
             self._inner = [inner for inner in self._inner if inner not in stepped]
             memory = _memory_of_captured(captured) if stepped else set()
-            messages += [inner.message() for inner in stepped if not inner.saved(memory, captured[inner.component])]
-        for message in messages:
-            warnings.warn(message, CheckpointerWarning, stacklevel=3)
+            found += [inner.message() for inner in stepped if not inner.saved(memory, captured[inner.component])]
+        for message in found:
+            messages.warn(message, stacklevel=3)
 
     def _parameters(self, captured: Mapping[str, Captured]) -> Iterator[str]:
         """Of each optimizer, the parameters that no component holds."""

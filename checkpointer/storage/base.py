@@ -143,6 +143,11 @@ class Storage(Protocol):
     def sync(self, *directories: str) -> None:
         """Make the names in these directories durable."""
 
+    def obstacle(self, path: str) -> str | None:
+        """Why this file or directory, or one below it, cannot be moved or removed, and the cure, for humans; ``None``
+        where nothing shows. MUST NOT raise: it explains another error.
+        """
+
     def free_bytes(self) -> int | None:
         """Bytes that can still be written, where that can be known."""
 

@@ -228,6 +228,11 @@ class LocalStorage:
         for directory in directories:
             self._sync_path(self.place(directory))
 
+    def obstacle(self, path: str) -> str | None:
+        from checkpointer.storage.obstacles import obstacle  # for those alone who meet one
+
+        return obstacle(self.place(path))
+
     def free_bytes(self) -> int | None:
         directory = Path(self.root)
         while not directory.exists():

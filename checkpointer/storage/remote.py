@@ -220,6 +220,9 @@ class FsspecStorage:
     def sync(self, *directories: str) -> None:
         """A finished put is durable."""
 
+    def obstacle(self, path: str) -> str | None:  # noqa: ARG002  only trying tells
+        return None
+
     def free_bytes(self) -> int | None:
         return None
 

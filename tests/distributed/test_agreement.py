@@ -357,6 +357,32 @@ def test_the_coordinators_clock_decides_for_all_ranks(tmp_path):
     assert len(first) < 12
 
 
+def measured(root: str, rules: dict[str, Any]) -> list[tuple[int, bool]]:
+    """The coordinator alone evaluates, and hands in its metric at times that no other rank knows."""
+    saved = []
+    keep = {"last": 100, "best": {"monitor": "val_loss"}}
+    with CheckpointManager(root, config={"save": {"on_metric": True, **rules}, "keep": keep}, progress={"x": 1}) as mgr:
+        for step in range(1, 30):
+            mgr.should_save(step)
+            first = mgr.save(step)
+            evaluated = {"val_loss": 1 / step} if step in (3, 4, 17) and dist.get_rank() == 0 else None
+            second = mgr.save(step, metrics=evaluated)
+            saved += [(step, second is not None)] if first or second else []
+        best = mgr.best()
+        assert best is not None
+        assert best.step == 17
+    return saved
+
+
+@pytest.mark.parametrize("rules", [{}, {"every_n_steps": 10, "every": "1h", "on_signal": "SIGUSR1"}])
+def test_a_metric_that_the_coordinator_alone_is_given_makes_the_call_due_on_all_ranks(tmp_path, rules):
+    first, second = run(2, measured, str(tmp_path), rules)
+    by_metric = [(3, True), (4, True), (17, True)]
+    assert first == second
+    assert [item for item in first if item[1]] == by_metric
+    assert [step for step, _ in first] == (sorted({1, 10, 20, 3, 4, 17}) if rules else [3, 4, 17])
+
+
 def signalled(root: str) -> list[Any]:
     saved = []
     config = {"save": {"every_n_steps": 1000, "on_signal": "SIGUSR1"}}

@@ -162,6 +162,7 @@ KILLED = {
     "first save": ("mkdir runs", "mkdir runs/a"),
     "save and prune": ("rename … -> runs/a/checkpoint-3", "rename runs/a/checkpoint-1 -> … "),
     "pin and annotate": ("mkdir runs/a/.checkpointer/notes",),
+    "prune in place": ("unlink runs/a/checkpoint-1/manifest.json",),
 }
 """Where a process is killed so that the next one has to make durable what it has left."""
 

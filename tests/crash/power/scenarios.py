@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import shutil
 import warnings
@@ -196,6 +197,28 @@ def remove(run: Run) -> None:
         manager.prune()
 
 
+def immovable(act: Act) -> Act:
+    """The act where a checkpoint's directory cannot be renamed, as in a lower layer of overlayfs."""
+    rename = local_storage.rename_exclusively
+
+    def refuse(a: str, b: str) -> bool:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), a, None, b)
+
+    def rename_others(old: str, new: str) -> None:
+        if os.path.basename(old) in ("checkpoint-1", "checkpoint-2"):
+            refuse(old, new)
+        rename(old, new)
+
+    def acted(run: Run) -> None:
+        with (
+            mock.patch.object(local_storage, "rename_exclusively", rename_others),
+            mock.patch.object(local_storage, "_exchange", refuse),
+        ):
+            act(run)
+
+    return acted
+
+
 def annotate(run: Run) -> None:
     with CheckpointManager(run.root, read_only=True) as evaluator:
         ids = {info.step: info.id for info in evaluator.checkpoints()}
@@ -264,6 +287,8 @@ SCENARIOS: dict[str, Scenario] = {
     "branch": Scenario(two, branch),
     "branch beside a pinned one": Scenario(two_and_pinned, branch),
     "prune": Scenario(two, remove),
+    "prune in place": Scenario(two, immovable(remove)),
+    "overwrite in place": Scenario(two, immovable(overwrite)),
     "pin and annotate": Scenario(two, annotate),
     "share with a copy": Scenario(another_run, share_with_a_copy, damaged=True),
     "recover": Scenario(left_over, recover),

@@ -59,7 +59,8 @@ def expectations(record: Record, *, damaged: bool = False) -> Iterator[Expectati
             kept |= {bytes.fromhex(str(what[0]))}
         elif kind == "noting":
             notes.pop((what[0], what[1]), None)
-        if operation.kind != MARK and any(change.name.startswith("checkpoint-") for change in operation.changes):
+        removing = ("checkpoint-", layout.MANIFEST)  # by a rename, or in place by the manifest
+        if operation.kind != MARK and any(change.name.startswith(removing) for change in operation.changes):
             durable &= {manifest.id for manifest in _manifests(record, number)}
         known = frozenset((*key, value) for key, value in notes.items())
         yield Expectation(frozenset(values), frozenset(durable), known, frozenset(kept), damaged)
