@@ -415,7 +415,7 @@ def test_it_may_look_pin_annotate_verify_and_watch_even_while_close_waits(tmp_pa
         mgr.unpin(info.step)
         assert mgr.verify(info.step).ok
         assert mgr.latest() is not None
-        assert mgr.best("score").id == info.id
+        assert mgr.best("score", mode="max").id == info.id
         assert info.id in [item.id for item in mgr.checkpoints()]
         assert list(mgr.prune(dry_run=True).keep)
         assert [item.step for item in mgr.watch(timeout=0)] == []  # close has been called

@@ -558,7 +558,7 @@ def test_the_budget_removes_no_more_than_it_has_to(checkpoints, policy, protect)
     for usable in (True, False):
         gone = [info for info in over if info.usable is usable]
         beside = [info for info, _ in result.keep if info.damaged is None and (info.usable or not usable)]
-        if gone and without_rules and all(info.usable for info in over) is usable:
+        if gone and without_rules and all(info.usable is usable for info in over):
             assert taken([*beside, gone[-1]]) > policy.max_size
 
 
