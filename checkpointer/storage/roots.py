@@ -187,8 +187,8 @@ def _refuse_checkpoint(root: str, folder: str, outer: str, data: bytes | None, *
         )
     raise ConfigError(
         f"{root} is one checkpoint, not a run root: pass the directory that holds it, {outer}, and restore this one "
-        f"with mgr.restore({step}); restore_latest() takes the newest. (If a run was saved inside it all the same, move "
-        "its directories checkpoint-* to a directory of their own)"
+        f"with mgr.restore({step}); restore_latest() takes the newest. (If a run was saved inside it all the same, "
+        "move its directories checkpoint-* to a directory of their own)"
     )
 
 
