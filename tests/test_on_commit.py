@@ -93,8 +93,10 @@ def steps(mgr: CheckpointManager) -> list[int]:
     return [info.step for info in mgr.checkpoints()]
 
 
-def until_idle() -> None:
-    """Wait until every call has returned."""
+def until_idle(mgr: CheckpointManager | None = None) -> None:
+    """Wait until every call has returned, those after commits of ``mgr`` that have not begun yet, too."""
+    if mgr is not None:
+        mgr._saver.wait()
     until = time.monotonic() + LONG
     while callback_threads():
         assert time.monotonic() < until
@@ -219,7 +221,7 @@ def test_where_warnings_are_errors_the_next_save_raises_it_once_and_is_performed
     mgr = make(tmp_path, fails)
     saved(mgr, 0)
     fails.go_on.set()
-    until_idle()
+    until_idle(mgr)
     with pytest.raises(CheckpointerWarning, match=r"on_commit .*webhook"):
         mgr.save(1)
     mgr.wait()
@@ -580,7 +582,7 @@ def test_a_manager_that_its_own_callback_knows_can_be_collected(tmp_path: Path) 
     mgr = make(tmp_path, lambda info: [mgr.pin(info) for mgr in known])
     known.append(mgr)
     saved(mgr, 0)
-    until_idle()
+    until_idle(mgr)
     gone = weakref.ref(mgr)
     known.clear()
     del mgr
