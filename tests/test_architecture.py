@@ -53,7 +53,7 @@ LAYERS = {
         TORCH | INPUT_OUTPUT,
     ),
     "settings": layer("config yamlfile", "errors pure settings", TORCH | STORAGE),
-    "blocks": layer("direct memory threads", "errors blocks"),
+    "blocks": layer("direct memory sample threads", "errors blocks"),
     "storage": layer("storage lock notes commit", "errors pure blocks storage", TORCH),
     "repository": layer(
         "doctor reading verification repository pruning watching", "errors pure blocks storage repository", TORCH
