@@ -87,8 +87,8 @@ class StepWatch:
             self._said_so = True
             warnings.warn(
                 f"{self._changed_by_hand} was changed after a save in lazy mode, and not by Optimizer.step, so that "
-                "save failed. From now on state is copied when save is called, as with write: {mode: async}. To stay in "
-                "lazy mode, call mgr.staged() before such changes",
+                "save failed. From now on state is copied when save is called, as with write: {mode: async}. To stay "
+                "in lazy mode, call mgr.staged() before such changes",
                 CheckpointerWarning,
                 stacklevel=6,
             )

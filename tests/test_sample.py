@@ -51,9 +51,9 @@ def tensors(draw: st.DrawFn) -> list[torch.Tensor]:
     for _ in range(draw(st.integers(1, 5))):
         dtype, shape = draw(dtypes), draw(shapes)
         count, gap = int(np.prod(shape)), draw(st.integers(0, 9))
-        width = torch.empty((), dtype=dtype).element_size()
+        width = dtype.itemsize
         bits = torch.randint(0, 256, ((count + gap) * width,), dtype=torch.uint8, generator=generator)
-        made.append(bits[gap * width :].view(dtype).view(shape) if count else torch.empty(shape, dtype=dtype))
+        made.append(bits[gap * width :].view(dtype).view(shape) if count else bits[:0].view(dtype).view(shape))
     return made
 
 
