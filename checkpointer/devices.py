@@ -155,7 +155,7 @@ def _note(tensor: torch.Tensor, seed: int) -> tuple[torch.Tensor, Integers]:
         return flat.view(-1, 1), np.arange(len(flat))
     lines = comb(tensor.nbytes, seed)
     first = int(flat.storage_offset()) + lines.first
-    return flat.as_strided((lines.count, LINE), (lines.step, 1), first), lines.offsets
+    return flat.as_strided((lines.lines, LINE), (lines.step, 1), first), lines.offsets
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream:

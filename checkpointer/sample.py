@@ -141,7 +141,8 @@ class _Plan(NamedTuple):
         """Byte offsets in the spans, other ones for each seed."""
         moved = (self.phase + np.uint64(scrambled(seed) >> 32)) & np.uint64(0xFFFFFFFF)
         line = self.first + (moved * self.lines >> np.uint64(32)).astype(np.int64)
-        return np.minimum(line * self.width, self.last)
+        offsets: Integers = np.minimum(line * self.width, self.last)
+        return offsets
 
 
 def _plans(sizes: Integers) -> list[_Plan]:
@@ -186,12 +187,12 @@ class Comb(NamedTuple):
     """The byte offset of the first."""
     step: int
     """Bytes from one to the next."""
-    count: int
+    lines: int
 
     @property
     def offsets(self) -> Integers:
         """Of all lines, in bytes."""
-        return self.first + self.step * np.arange(self.count)
+        return self.first + self.step * np.arange(self.lines)
 
 
 def comb(size: int, seed: int) -> Comb:
