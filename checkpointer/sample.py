@@ -160,7 +160,8 @@ def _wanted(lines: Integers) -> Integers:
     total = int(share.sum())
     if total > MOST_LINES:
         share = (share * (MOST_LINES / total)).astype(np.int64)
-    return np.maximum(share, FEWEST_LINES)
+    wanted: Integers = np.maximum(share, FEWEST_LINES)
+    return wanted
 
 
 def _plan(width: int, lines: Integers, wanted: Integers, sizes: Integers) -> _Plan:
