@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from checkpointer.memory import Region, view_of
+from checkpointer.sample import LINE, Integers, Items, comb
 from checkpointer.state.tensors import raw
 
 BOUNCE_SIZE = 4 << 20
@@ -111,6 +113,49 @@ class Transfers:
 
     def _events(self) -> list[torch.cuda.Event]:
         return [*(copied for _, copied in self._beside), *self._in_order]
+
+
+class Noted(NamedTuple):
+    """A sample of tensors on one device, which that device has taken."""
+
+    rows: torch.Tensor
+    """uint8[items, width]."""
+    tensors: Integers
+    """The number of the tensor that each item is of."""
+    places: Integers
+
+    def items(self, address: int, *, first: int) -> Items:
+        """The same in host memory, once ``rows`` have been copied to ``address``; numbers count from ``first``."""
+        rows = np.frombuffer(view_of(address, self.rows.nbytes), dtype=np.uint8).reshape(self.rows.shape)
+        return Items(self.tensors + first, self.places, rows)
+
+
+def note_on_device(tensors: Sequence[tuple[torch.Tensor, int]], seed: int) -> Iterator[Noted]:
+    """Sample row-major tensors, each with the place of its bytes. The current streams do it; nobody waits for them."""
+    for device in dict.fromkeys(tensor.device for tensor, _ in tensors):
+        for small in (False, True):
+            chosen = [
+                (number, tensor, place)
+                for number, (tensor, place) in enumerate(tensors)
+                if tensor.device == device and tensor.nbytes and (tensor.nbytes < LINE) is small
+            ]
+            if chosen:
+                noted = [_note(tensor, seed) for _, tensor, _ in chosen]
+                yield Noted(
+                    torch.cat([rows for rows, _ in noted]),
+                    np.repeat([number for number, _, _ in chosen], [len(rows) for rows, _ in noted]),
+                    np.concatenate([item[2] + offsets for item, (_, offsets) in zip(chosen, noted, strict=True)]),
+                )
+
+
+def _note(tensor: torch.Tensor, seed: int) -> tuple[torch.Tensor, Integers]:
+    """Rows of bytes as views of ``tensor``, and the offset of each: some lines, or every byte of a small one."""
+    flat = raw(tensor).view(-1).view(torch.uint8)
+    if tensor.nbytes < LINE:
+        return flat.view(-1, 1), np.arange(len(flat))
+    lines = comb(tensor.nbytes, seed)
+    first = int(flat.storage_offset()) + lines.first
+    return flat.as_strided((lines.lines, LINE), (lines.step, 1), first), lines.offsets
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream:

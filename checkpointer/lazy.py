@@ -22,6 +22,7 @@ from checkpointer.devices import Transfers, copies_beside_training
 from checkpointer.digest import Digest
 from checkpointer.errors import SaveError
 from checkpointer.memory import Part, Ring, copy_memory, part_of_memory
+from checkpointer.sample import Sample, Span
 from checkpointer.state.optimizer import STATE
 from checkpointer.state.sharded import PLAIN_TYPES, is_sharded, local_part
 from checkpointer.tensorfile import Slot
@@ -35,10 +36,12 @@ logger = logging.getLogger("checkpointer")
 class LiveTensor:
     """A tensor that is written from live memory. ``position`` bytes of it are out already."""
 
-    __slots__ = ("address", "copy", "position", "size", "slot", "tensor", "version")
+    __slots__ = ("address", "copy", "place", "position", "size", "slot", "tensor", "version")
 
-    def __init__(self, slot: Slot, tensor: torch.Tensor) -> None:
+    def __init__(self, slot: Slot, tensor: torch.Tensor, place: int) -> None:
+        """``place``: where its bytes go in all that the save writes, one file behind the other."""
         self.slot = slot
+        self.place = place
         # An alias has the same version, and keeps the memory where somebody replaces ``parameter.data``.
         self.tensor = tensor if type(tensor) is torch.Tensor else tensor.detach()
         self.version = tensor._version  # noqa: SLF001  the one public trace of a write
@@ -51,24 +54,53 @@ class LiveTensor:
     @property
     def torn(self) -> bool:
         """Whether somebody wrote to it since: a changed version proves it, an equal one proves nothing."""
-        return self.tensor._version != self.version  # noqa: SLF001
+        return self.tensor._version != self.version or self.gone  # noqa: SLF001
+
+    @property
+    def gone(self) -> bool:
+        """Whether its memory was given back: somebody has changed the size of the storage."""
+        return self.size > 0 and self.tensor.data_ptr() != self.address
+
+    @property
+    def span(self) -> Span:
+        """What a sample is taken of."""
+        return Span(self.address, self.size, self.place)
 
 
 class LiveState:
-    """All live tensors of one save. The writer takes their bytes; ``detach`` copies what it has not taken yet."""
+    """All live tensors of one save. The writer takes their bytes; ``detach`` copies what it has not taken yet.
 
-    def __init__(self, arena: Arena, tensors: Sequence[LiveTensor], on_gpu: LiveOnGpu) -> None:
+    From the call until the writer has all bytes, or ``detach``, nobody may write to them. Versions show some writes;
+    ``sample``, noted in the call, shows the others that change more than a few values. It is compared with the bytes
+    that are written, and a block later with live memory once more: a write may have been under way while the block was
+    copied, and its first bytes elsewhere.
+    """
+
+    def __init__(self, arena: Arena, tensors: Sequence[LiveTensor], on_gpu: LiveOnGpu, sample: Sample) -> None:
+        """``tensors`` come in the order in which the writer takes them. ``sample`` numbers them, then those on GPUs."""
         self._arena = arena
         self._tensors = tensors
         self._on_gpu = on_gpu
+        self._sample = sample
         self._lock = threading.Lock()
         self._taken = threading.Event()
         self._left = sum(live.size for live in tensors)
         """Bytes that the writer has not taken yet."""
+        self._taken_to = 0
+        """The place behind the last byte that the writer has taken."""
+        self._checked_to = 0
+        """Up to this place memory was as noted when it had been copied for some time."""
+        self._unchecked = 0
+        """The first tensor that does not end before that place."""
         self._detached = False
         self._torn: str | None = None
         self.bytes_per_second: float | None = None
         """How fast ``detach`` copied, if it was enough to tell."""
+
+    @property
+    def torn(self) -> str | None:
+        """The name of a tensor that was changed when it must not be, if that was noticed."""
+        return self._torn or self._on_gpu.torn
 
     def take(self, live: LiveTensor, target: int, start: int, size: int) -> None:
         """Copy ``size`` bytes of a tensor, from ``start`` on, to the address ``target``; in order.
@@ -77,16 +109,32 @@ class LiveState:
             SaveError: somebody has changed the tensor since ``save`` was called, and not by a step.
         """
         with self._lock:
-            source = live.address if live.copy is None else live.copy
-            copy_memory(target, source + start, size)
-            if live.copy is None:
+            if live.copy is not None:
+                copy_memory(target, live.copy + start, size)
+            else:
+                if not live.gone:
+                    copy_memory(target, live.address + start, size)
                 self._note_torn(live)
             live.position = start + size
+            self._taken_to = live.place + live.position
             self._left -= size
         if not self._left:
             self._taken.set()
-        if self._torn is not None:
-            raise SaveError(_torn_message(self._torn))
+        self._raise_if_torn()
+
+    def check(self, block: memoryview, place: int) -> None:
+        """Compare the sample with a block that is about to be written; what came before, with live memory again.
+
+        ``place``: where the block begins in all that the save writes. At the end of a file it is empty.
+
+        Raises:
+            SaveError: as for ``take``.
+        """
+        changed = self._sample.differs_from(block, place)
+        with self._lock:
+            self._note_changed(changed)
+            self._check_memory(place)
+        self._raise_if_torn()
 
     def detach(self) -> None:
         """Copy what the writer has not taken yet: afterwards the live tensors may change. Never raises."""
@@ -98,6 +146,8 @@ class LiveState:
             text = "could not copy what is not saved yet: training waits for the writer"
             messages.log(logger.warning, text, error=error)
             self._taken.wait()
+            with self._lock:
+                self._detached = True
 
     def arrived(self) -> None:
         """Wait until what is copied from GPUs beside training is in the arena.
@@ -115,7 +165,8 @@ class LiveState:
     def _copy_rest(self) -> None:
         if self._detached:
             return
-        rest = [live for live in self._tensors if live.position < live.size]
+        self._check_memory(self._taken_to)
+        rest = [live for live in self._tensors if live.position < live.size and not self._note_gone(live)]
         self._arena.reserve(sum(live.size - live.position for live in rest))
         spans = []
         offset = 0
@@ -132,20 +183,50 @@ class LiveState:
         if offset >= WORTH_TIMING:
             self.bytes_per_second = offset / (time.perf_counter() - began)
 
+    def _check_memory(self, place: int) -> None:
+        """Compare the sample with live memory, up to ``place``: not once it may be changed."""
+        if self._detached:
+            return
+        begin, self._checked_to = self._checked_to, place
+        while self._unchecked < len(self._tensors):
+            live = self._tensors[self._unchecked]
+            if live.place >= place:
+                break
+            if self._note_gone(live):
+                return
+            if live.place + live.size > place:
+                break
+            self._unchecked += 1
+        self._note_changed(self._sample.differs_from_memory(begin, place))
+
+    def _note_changed(self, number: int | None) -> None:
+        if number is not None and self._torn is None:
+            tensors = (*self._tensors, *self._on_gpu.tensors)
+            self._torn = tensors[number].slot.name
+
     def _note_torn(self, live: LiveTensor) -> None:
         if live.torn and self._torn is None:
             self._torn = live.slot.name
+
+    def _note_gone(self, live: LiveTensor) -> bool:
+        if live.gone:
+            self._note_torn(live)
+        return live.gone
+
+    def _raise_if_torn(self) -> None:
+        if self._torn is not None:
+            raise SaveError(_torn_message(self._torn))
 
 
 class LiveOnGpu:
     """Tensors on GPUs whose copies are on their way to the arena, beside training."""
 
     def __init__(self, tensors: Sequence[LiveTensor], running: Transfers) -> None:
-        self._tensors = tensors
+        self.tensors = tensors
         self._running = running
         self._lock = threading.Lock()
         self._settled = False
-        self._torn: str | None = None
+        self.torn: str | None = None
 
     def detach(self) -> None:
         """From now on the current streams may be given changes: they wait for the copies. This process does not."""
@@ -164,20 +245,21 @@ class LiveOnGpu:
         with self._lock:
             if not self._settled:
                 self._settle()
-        if self._torn is not None:
-            raise SaveError(_torn_message(self._torn))
+        if self.torn is not None:
+            raise SaveError(_torn_message(self.torn))
 
     def _settle(self) -> None:
         """The last moment before changes are expected."""
         self._settled = True
-        self._torn = next((live.slot.name for live in self._tensors if live.torn), None)
+        self.torn = next((live.slot.name for live in self.tensors if live.torn), None)
 
 
 def _torn_message(name: str) -> str:
     return (
         f"{name} was changed while it was being written, and not by Optimizer.step: what was written is neither the "
         "state at the save call nor the one after, so it was not committed. In lazy mode call mgr.staged() before you "
-        "change parameters by hand, or use write: {mode: async}"
+        "change parameters by hand (weight clipping, p.data, NumPy views), or use write: {mode: async}, as this run "
+        "does from its next save on"
     )
 
 
@@ -231,9 +313,12 @@ class LazyFile:
 
     steady = True
 
-    def __init__(self, state: LiveState, slots: Sequence[LiveTensor | Copy], memory: int, ring: Ring) -> None:
-        """``memory``: the address that the offsets of copies count from."""
+    def __init__(
+        self, state: LiveState, slots: Sequence[LiveTensor | Copy], place: int, memory: int, ring: Ring
+    ) -> None:
+        """``place``: of the first byte, in all that the save writes. ``memory``: what offsets of copies count from."""
         self._state = state
+        self._place = place
         self._ring = ring
         self._slots = slots
         self._memory = memory
@@ -241,9 +326,13 @@ class LazyFile:
     def pieces(self, digest: Digest) -> Iterator[memoryview]:
         """All bytes in order, in blocks; ``digest`` sees them on the way."""
         self._state.arrived()
+        place = self._place
         for block in self._ring.gather(map(self._part, self._slots)):
+            self._state.check(block, place)
+            place += len(block)
             digest.update(block)
             yield block
+        self._state.check(memoryview(b""), place)
 
     def _part(self, slot: LiveTensor | Copy) -> Part:
         if isinstance(slot, LiveTensor):

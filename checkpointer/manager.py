@@ -519,7 +519,7 @@ class CheckpointManager:
         with collector_paused(), outside_inference_mode():
             share = self._job.cooperation.share(step, capture)
             try:
-                staged = self._saver.stage(share, mode)
+                staged = self._saver.stage(share, mode, step)
             except BaseException as error:
                 refuse(share, f"the save of step {step}", error)
                 raise

@@ -199,7 +199,7 @@ class Saver:
             messages.log(logger.info, "waiting for the save of step %d, which is still being written", handle.step)
             handle.error()
 
-    def stage(self, share: Share, mode: Mode) -> Staged:
+    def stage(self, share: Share, mode: Mode, step: int) -> Staged:
         """Make state ready for writing: by reference in ``sync`` mode, by a copy in ``async`` mode.
 
         ``lazy`` mode copies what not only a step changes; the rest is copied before a step, unless written by then.
@@ -208,7 +208,7 @@ class Saver:
             SaveError: there is no memory for the copy.
         """
         try:
-            return self._stage(share, mode)
+            return self._stage(share, mode, step)
         except (MemoryError, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.ENOMEM:
                 raise
@@ -217,7 +217,7 @@ class Saver:
                 "write: {mode: sync} needs no copy, and keeps training waiting while it writes"
             ) from error
 
-    def _stage(self, share: Share, mode: Mode) -> Staged:
+    def _stage(self, share: Share, mode: Mode, step: int) -> Staged:
         captured = share.captured
         shareable = Shareable(self._share_with, self._config.write.share)
         if mode == "sync":
@@ -226,7 +226,7 @@ class Saver:
             self._steps.save_begins()
             changes = self._stepped() if self._steps.choose() == "lazy" else None
             if changes:
-                return self._stager.lazily(captured, changes, shareable)
+                return self._stager.lazily(captured, changes, shareable, seed=step)
         return self._stager.copies(captured, shareable)
 
     def share_with(self, source: Source | None) -> None:

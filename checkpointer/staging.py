@@ -12,13 +12,14 @@ import torch
 import xxhash
 
 from checkpointer.arena import Arena, Copy, copy_threads, is_flat
-from checkpointer.devices import copy_bytes_out, is_row_major, pin, unpin
+from checkpointer.devices import Noted, copy_bytes_out, is_row_major, note_on_device, pin, unpin
 from checkpointer.digest import Digest
 from checkpointer.errors import SaveError
 from checkpointer.index import Component
 from checkpointer.lazy import LazyFile, LiveOnGpu, LiveState, LiveTensor, Stepped
 from checkpointer.manifest import FileRecord
 from checkpointer.memory import Part, Ring, cache_aligned, page_aligned, part_of_memory, view_of
+from checkpointer.sample import Items, Sample, Sampler
 from checkpointer.sharing import Source as EarlierCheckpoint
 from checkpointer.sharing import candidate
 from checkpointer.state.modes import wait_for_streams
@@ -123,6 +124,7 @@ class Stager:
         self._arena = Arena()
         self._rest = Arena()
         """For live tensors that change before they are written."""
+        self._sampler = Sampler()
         self._kept_ring: Ring | None = None
         self._ring_pinned = False
         self._parts: dict[str, ComponentTensors] = {}
@@ -160,38 +162,31 @@ class Stager:
         }
         return self._staged(captured, [shared.get(file.path) or images[file.path] for file in self._files])
 
-    def lazily(self, captured: Mapping[str, Captured], changes: Stepped, shareable: Shareable = NOTHING) -> Staged:
-        """Refer to live memory for what only ``changes`` with a step, and copy everything else."""
+    def lazily(
+        self, captured: Mapping[str, Captured], changes: Stepped, shareable: Shareable = NOTHING, seed: int = 0
+    ) -> Staged:
+        """Refer to live memory for what only ``changes`` with a step, and copy everything else.
+
+        ``seed`` decides what is noted of live memory, to see that nobody changes it otherwise: another one each time.
+        """
         shared = self._shared(captured, shareable)
-        live: list[LiveTensor] = []
-        copies: list[Copy] = []
-        on_gpu: list[LiveTensor] = []
-        beside: list[Copy] = []
-        planned: dict[str, list[LiveTensor | Copy]] = {}
-        size = 0
+        plan = _LazyPlan(changes)
         for file in self._files:
-            if file.path in shared:
-                continue
-            slots = planned[file.path] = []
-            for slot in file.slots:
-                tensor = captured[slot.component].tensors[slot.key]
-                stepped = changes.holds(slot, tensor)
-                if stepped and tensor.is_cpu:
-                    live.append(LiveTensor(slot, tensor))
-                    slots.append(live[-1])
-                    continue
-                copy = Copy(tensor, size, slot.end - slot.begin)
-                size += cache_aligned(copy.size)
-                slots.append(copy)
-                if stepped:
-                    on_gpu.append(LiveTensor(slot, tensor))
-                    beside.append(copy)
-                else:
-                    copies.append(copy)
-        self._arena.reserve(size, pinned=_on_gpu(captured))
-        running = self._arena.begin(beside, copies)
-        state = LiveState(self._rest, live, LiveOnGpu(on_gpu, running))
-        files = {path: LazyFile(state, slots, self._arena.address, self._ring) for path, slots in planned.items()}
+            if file.path not in shared:
+                plan.add(file, _tensors(file, captured))
+        try:
+            plan.note_on_gpu(seed)
+        except torch.OutOfMemoryError:  # not for a few MiB: what is copied in the call needs no sample
+            return self.copies(captured, shareable)
+        self._arena.reserve(plan.size, pinned=_on_gpu(captured))
+        running = self._arena.begin(plan.beside, plan.copies)
+        noted = self._sampler.take([live.span for live in plan.live], seed)
+        sample = Sample([*noted, *plan.noted_on_gpu(self._arena.address)])
+        state = LiveState(self._rest, plan.live, LiveOnGpu(plan.on_gpu, running), sample)
+        files = {
+            path: LazyFile(state, slots, plan.places[path], self._arena.address, self._ring)
+            for path, slots in plan.slots.items()
+        }
         return self._staged(captured, [shared.get(file.path) or files[file.path] for file in self._files], state)
 
     def close(self) -> None:
@@ -248,6 +243,57 @@ class Stager:
         files = [StagedFile(file, source) for file, source in zip(self._files, sources, strict=True)]
         learned = frozenset((name, key) for name, part in captured.items() for key in part.learned)
         return Staged(components, self._parts, files, learned, live)
+
+
+class _LazyPlan:
+    """Which tensors of a lazy save are live, which are copied, and where in the arena the copies go."""
+
+    def __init__(self, changes: Stepped) -> None:
+        self._changes = changes
+        self.slots: dict[str, list[LiveTensor | Copy]] = {}
+        """Of each file."""
+        self.places: dict[str, int] = {}
+        """Where the tensors of each file begin in all that the save writes."""
+        self.live: list[LiveTensor] = []
+        self.on_gpu: list[LiveTensor] = []
+        self.copies: list[Copy] = []
+        """Of what may change at any time."""
+        self.beside: list[Copy] = []
+        """Of ``on_gpu``, while training goes on."""
+        self.size = 0
+        """Bytes of the arena."""
+        self._written = 0
+        self._noted: list[tuple[Noted, int]] = []
+        """What is noted of ``on_gpu``, and where in the arena it goes."""
+
+    def add(self, file: TensorFile, tensors: Sequence[torch.Tensor]) -> None:
+        """Plan for one more file."""
+        slots = self.slots[file.path] = []
+        self.places[file.path] = self._written
+        for slot, tensor in zip(file.slots, tensors, strict=True):
+            stepped = self._changes.holds(slot, tensor)
+            if stepped and tensor.is_cpu:
+                self.live.append(LiveTensor(slot, tensor, self._written + slot.begin))
+                slots.append(self.live[-1])
+                continue
+            slots.append(self._copy(tensor, self.beside if stepped else self.copies))
+            if stepped:
+                self.on_gpu.append(LiveTensor(slot, tensor, self._written + slot.begin))
+        self._written += file.data_size
+
+    def note_on_gpu(self, seed: int) -> None:
+        """Let the GPUs note a sample before anything that they are given from now on."""
+        for noted in note_on_device([(live.tensor, live.place) for live in self.on_gpu], seed):
+            self._noted.append((noted, self._copy(noted.rows, self.copies).offset))
+
+    def noted_on_gpu(self, memory: int) -> list[Items]:
+        """That sample; its bytes are there when those of ``on_gpu`` are. ``memory``: the address of the arena."""
+        return [noted.items(memory + offset, first=len(self.live)) for noted, offset in self._noted]
+
+    def _copy(self, tensor: torch.Tensor, copies: list[Copy]) -> Copy:
+        copies.append(Copy(tensor, self.size, tensor.nbytes))
+        self.size += cache_aligned(tensor.nbytes)
+        return copies[-1]
 
 
 class _Image:

@@ -50,6 +50,9 @@ class StepWatch:
         self._stepping: weakref.ref[Any] | None = None
         """The optimizer whose step is running."""
         self._hooks: list[RemovableHandle] = []
+        self._changed_by_hand: str | None = None
+        """The tensor that somebody changed where only a step may."""
+        self._said_so = False
 
     def begin(self) -> None:
         """Register the hooks, which close takes away. They know this object only as long as somebody else does.
@@ -78,12 +81,20 @@ class StepWatch:
 
     def choose(self) -> Choice:
         """How the next save had better be written. In the middle of a step no hook comes before the next change."""
-        return "async" if self._in_step else self._overlap.choose()
+        return "async" if self._in_step or self._changed_by_hand is not None else self._overlap.choose()
 
     def save_begins(self) -> None:
         """``save`` was called, and none is under way."""
         self._collect()
         self._clock.save_begins(time.perf_counter())
+        if self._changed_by_hand is not None and not self._said_so:
+            self._said_so = True
+            messages.warn(
+                f"{self._changed_by_hand} was changed after a save in lazy mode, and not by Optimizer.step, so that "
+                "save failed. From now on state is copied when save is called, as with write: {mode: async}. To stay "
+                "in lazy mode, call mgr.staged() before such changes",
+                stacklevel=7,
+            )
 
     def watch(self, save: WatchedSave) -> None:
         """The save is on its way."""
@@ -130,6 +141,8 @@ class StepWatch:
     def _collect(self) -> None:
         """Measure a save that has ended."""
         if self._save is not None and self._save.done():
+            if self._save.live is not None and self._save.live.torn is not None:
+                self._changed_by_hand = self._save.live.torn
             self._measure(self._save)
             self._save = None
 

@@ -54,7 +54,7 @@ LAYERS = {
         TORCH | INPUT_OUTPUT,
     ),
     "settings": layer("config yamlfile", "errors pure settings", TORCH | STORAGE),
-    "blocks": layer("direct memory messages threads", "errors blocks"),
+    "blocks": layer("direct memory messages sample threads", "errors blocks"),
     "storage": layer("storage lock notes commit", "errors pure blocks storage", TORCH),
     "repository": layer(
         "doctor reading strangers verification repository pruning watching",

@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpointer import stepping
-from checkpointer.lazy import LiveState
+from checkpointer.arena import Arena
+from checkpointer.devices import Transfers
+from checkpointer.lazy import LiveOnGpu, LiveState
 from checkpointer.overlap import QUIET_STEPS, TRIALS, Overlap, StepClock
+from checkpointer.sample import Sample
 from checkpointer.stepping import StepWatch, WatchedSave
 
 seconds = st.floats(0, 1e6)
@@ -218,7 +221,7 @@ class Loop:
         choice = self.watch.choose()
         live = None
         if choice == "lazy":
-            live = LiveState.__new__(LiveState)
+            live = LiveState(Arena(), [], LiveOnGpu([], Transfers([])), Sample([]))
             live.bytes_per_second = speed
         done = [False]
         self.watch.watch(WatchedSave(choice, live, 1000, lambda: done[0]))
@@ -298,7 +301,7 @@ def test_a_save_that_had_ended_when_the_next_one_began_was_measured_too(loop):
         loop.watch.save_begins()
         choice = loop.watch.choose()
         chosen.append(choice)
-        live = LiveState.__new__(LiveState) if choice == "lazy" else None
+        live = LiveState(Arena(), [], LiveOnGpu([], Transfers([])), Sample([])) if choice == "lazy" else None
         done = [False]
         if live is not None:
             live.bytes_per_second = 1000.0

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from checkpointer import CheckpointManager
 from checkpointer.errors import SaveError
-from checkpointer.lazy import LiveTensor
+from checkpointer.lazy import LiveState, LiveTensor
 from checkpointer.staging import Stager
 from checkpointer.stepping import StepWatch
 from tests import gate
@@ -171,7 +171,14 @@ def test_without_the_hook_the_step_fails_the_save_where_a_version_tells(tmp_path
 def test_without_the_hook_the_step_tears_the_state_where_no_version_tells(tmp_path, monkeypatch, method):
     monkeypatch.setattr(StepWatch, method, lambda *arguments: None)
     monkeypatch.setattr(LiveTensor, "torn", False)
+    monkeypatch.setattr(LiveState, "check", lambda *arguments: None)
     assert torn(tmp_path, "lazy", fused=False) == "other bits"
+
+
+def test_without_the_hook_a_step_that_no_version_tells_fails_the_save_by_the_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(StepWatch, "detach", lambda *arguments: None)
+    monkeypatch.setattr(LiveTensor, "torn", False)
+    assert "was changed while it was being written" in torn(tmp_path, "lazy", fused=True)
 
 
 def test_without_the_copy_of_async_mode_a_step_tears_the_state(tmp_path, monkeypatch):
