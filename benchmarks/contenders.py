@@ -32,7 +32,7 @@ from benchmarks.pagecache import sync
 from benchmarks.workloads import Training
 from checkpointer import CheckpointManager
 from checkpointer.errors import ConfigError
-from tests.vision import make_importable
+from tests.support.vision import make_importable
 
 Restore = Callable[[], object]
 

@@ -13,24 +13,24 @@ from checkpointer.version import __version__
 if TYPE_CHECKING:
     from checkpointer import data, dcp, errors, migration, retention, testing
     from checkpointer.config import Config
-    from checkpointer.info import CheckpointInfo
+    from checkpointer.format.info import CheckpointInfo
     from checkpointer.manager import CheckpointManager
-    from checkpointer.restored import Restored
-    from checkpointer.saving import PendingSave
+    from checkpointer.restore.restored import Restored
+    from checkpointer.restore.whole_model import load_whole_model
+    from checkpointer.save.saver import PendingSave
     from checkpointer.state import Gradients, ModuleComponent, Stateful, WholeModel, register_codec
-    from checkpointer.whole_model import load_whole_model
 
 _HOMES = {
-    "CheckpointInfo": "checkpointer.info",
+    "CheckpointInfo": "checkpointer.format.info",
     "CheckpointManager": "checkpointer.manager",
     "Config": "checkpointer.config",
     "Gradients": "checkpointer.state",
     "ModuleComponent": "checkpointer.state",
-    "PendingSave": "checkpointer.saving",
-    "Restored": "checkpointer.restored",
+    "PendingSave": "checkpointer.save.saver",
+    "Restored": "checkpointer.restore.restored",
     "Stateful": "checkpointer.state",
     "WholeModel": "checkpointer.state",
-    "load_whole_model": "checkpointer.whole_model",
+    "load_whole_model": "checkpointer.restore.whole_model",
     "register_codec": "checkpointer.state",
 }
 _MODULES = ("data", "dcp", "errors", "migration", "retention", "testing")

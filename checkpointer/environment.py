@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from checkpointer.index import Json
-from checkpointer.threads import room_for_a_thread
+from checkpointer.format.index import Json
+from checkpointer.system.threads import room_for_a_thread
 from checkpointer.version import __version__
 
 GIT_TIMEOUT = 2.0

@@ -11,8 +11,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from checkpointer import messages
-from checkpointer.arguments import (
+from checkpointer.config.arguments import (
     Extras,
     check_component_names,
     check_extras,
@@ -21,31 +20,29 @@ from checkpointer.arguments import (
     check_step,
     check_tags,
 )
-from checkpointer.commit_callbacks import PATIENCE
-from checkpointer.config import Config, Mode, load_config
+from checkpointer.config.settings import Config, Mode, load_config
 from checkpointer.distributed.job import Job
-from checkpointer.due import DueSaves
 from checkpointer.environment import environment, inspect_repository
-from checkpointer.errors import (
-    CheckpointerError,
-    CheckpointerWarning,
-    CheckpointNotFoundError,
-    SaveError,
-)
-from checkpointer.index import collector_paused
-from checkpointer.info import CheckpointInfo
-from checkpointer.lazy import stepped
-from checkpointer.monitoring import Mode as MetricMode
-from checkpointer.monitoring import listed, nearest_name
-from checkpointer.notes import Note
-from checkpointer.position import Position
-from checkpointer.preemption import Preemption
-from checkpointer.repository import Repository
-from checkpointer.restored import Restored, RestoreKeywords, RestoreRequest, restore_request
-from checkpointer.restoring import RNG, Restorer
-from checkpointer.retention import BestRule, RetentionPlan, best_rule, rank
-from checkpointer.saving import PendingSave, Saver, finished
-from checkpointer.snapshot import Snapshot
+from checkpointer.errors import CheckpointerError, CheckpointerWarning, CheckpointNotFoundError, SaveError
+from checkpointer.format.index import collector_paused
+from checkpointer.format.info import CheckpointInfo
+from checkpointer.policy.monitoring import Mode as MetricMode
+from checkpointer.policy.monitoring import listed, nearest_name
+from checkpointer.policy.retention import BestRule, RetentionPlan, best_rule, rank
+from checkpointer.repository.notes import Note
+from checkpointer.repository.repository import Repository
+from checkpointer.repository.verify import VerifyReport
+from checkpointer.repository.watch import watch
+from checkpointer.restore.restored import Restored, RestoreKeywords, RestoreRequest, restore_request
+from checkpointer.restore.restorer import RNG, Restorer
+from checkpointer.save.commit_callbacks import PATIENCE
+from checkpointer.save.due import DueSaves
+from checkpointer.save.preemption import Preemption
+from checkpointer.save.saver import PendingSave, Saver, finished
+from checkpointer.save.snapshot import Snapshot
+from checkpointer.save.tip import Position
+from checkpointer.save.writer import refuse
+from checkpointer.staging.live import stepped
 from checkpointer.state import (
     Adapter,
     Captured,
@@ -58,9 +55,7 @@ from checkpointer.state import (
 )
 from checkpointer.state.modes import outside_inference_mode
 from checkpointer.storage import open_storage
-from checkpointer.verification import VerifyReport
-from checkpointer.watching import watch
-from checkpointer.writing import refuse
+from checkpointer.system import messages
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack

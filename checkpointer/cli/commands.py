@@ -11,15 +11,15 @@ import click
 
 from checkpointer.cli import output
 from checkpointer.cli.base import FINE, PROBLEM, cli, common, metrics_option, step_argument
-from checkpointer.cli.comparing import diff_command
-from checkpointer.cli.doctoring import doctor_command
-from checkpointer.cli.migrating import consolidate_command, export_command, import_command
+from checkpointer.cli.convert import consolidate_command, export_command, import_command
+from checkpointer.cli.diff import diff_command
+from checkpointer.cli.doctor import doctor_command
 from checkpointer.cli.output import complain, emit, emit_json
 
 if TYPE_CHECKING:
     from checkpointer.cli.gather import Row
     from checkpointer.cli.render import Table
-    from checkpointer.notes import Note
+    from checkpointer.repository.notes import Note
 
 
 for _command in (consolidate_command, diff_command, doctor_command, export_command, import_command):
@@ -138,7 +138,7 @@ def prune_command(
       "remove": [the same]}
     """
     from checkpointer.cli import gather, render
-    from checkpointer.config import Config
+    from checkpointer.config.settings import Config
 
     policy = Config.from_yaml(config)
     with gather.opened(root, storage_options, durable=policy.write.durable) as repository:
@@ -161,7 +161,7 @@ def pin_command(*, root: str, step: int, as_json: bool, storage_options: Mapping
 
     --json: as one of the checkpoints of "ls".
     """
-    from checkpointer.notes import Note
+    from checkpointer.repository.notes import Note
 
     return _note(root, storage_options, step, Note(pinned=True), "pinned", as_json=as_json)
 
@@ -175,7 +175,7 @@ def unpin_command(*, root: str, step: int, as_json: bool, storage_options: Mappi
 
     --json: as one of the checkpoints of "ls".
     """
-    from checkpointer.notes import Note
+    from checkpointer.repository.notes import Note
 
     return _note(root, storage_options, step, Note(pinned=False), "unpinned", as_json=as_json)
 
@@ -208,8 +208,8 @@ def annotate_command(
 
     --json: as one of the checkpoints of "ls".
     """
-    from checkpointer.arguments import check_tags
-    from checkpointer.notes import Note
+    from checkpointer.config.arguments import check_tags
+    from checkpointer.repository.notes import Note
 
     if not metrics and not tags and text is None:
         raise click.UsageError("nothing to add: give --metric, --tag or --note", click.get_current_context())

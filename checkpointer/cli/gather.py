@@ -16,16 +16,16 @@ from checkpointer.errors import (
     RunLockedError,
     UnreadableCheckpointError,
 )
-from checkpointer.index import Component
-from checkpointer.info import CheckpointInfo
-from checkpointer.manifest import Manifest, metric_to_json
-from checkpointer.notes import Note
-from checkpointer.repository import Listing, Repository, Unreadable
+from checkpointer.format.index import Component
+from checkpointer.format.info import CheckpointInfo
+from checkpointer.format.manifest import Manifest, metric_to_json
+from checkpointer.repository.notes import Note
+from checkpointer.repository.repository import Listing, Repository, Unreadable
 from checkpointer.storage import ReadFile, Storage, open_storage
 
 if TYPE_CHECKING:
-    from checkpointer.doctor import Diagnosis
-    from checkpointer.retention import KeepPolicy, RetentionPlan
+    from checkpointer.policy.retention import KeepPolicy, RetentionPlan
+    from checkpointer.repository.doctor import Diagnosis
 
 Json: TypeAlias = "dict[str, Any]"
 Status: TypeAlias = Literal["ok", "damaged", "unreadable", "unsupported", "removed"]
@@ -217,7 +217,7 @@ def _check(repository: Repository, row: Row, info: CheckpointInfo) -> Checked:
 
 def pruned(repository: Repository, policy: KeepPolicy, *, dry_run: bool) -> tuple[RetentionPlan, list[Row]]:
     """Plan, and unless ``dry_run`` carry it out under the writer's lock. Also the checkpoints that no plan covers."""
-    from checkpointer.pruning import prune  # only this command needs retention
+    from checkpointer.repository.prune import prune  # only this command needs retention
 
     unreadable = [row for row in listing(repository) if row.info is None]
     plan = prune(repository, policy, dry_run=True) if dry_run else _prune_locked(repository, policy)
@@ -226,7 +226,7 @@ def pruned(repository: Repository, policy: KeepPolicy, *, dry_run: bool) -> tupl
 
 def diagnosed(repository: Repository, count: Callable[[int], object], *, fix: bool, deep: bool) -> Diagnosis:
     """Look the run root over, and with ``fix`` mend what is safe."""
-    from checkpointer.doctor import Doctor  # only this command needs it
+    from checkpointer.repository.doctor import Doctor  # only this command needs it
 
     doctor = Doctor(repository, deep=deep, progress=count)
     return doctor.mend() if fix else doctor.examine()
@@ -271,7 +271,7 @@ def note(repository: Repository, step: int, addition: Note) -> Row:
 
 
 def _prune_locked(repository: Repository, policy: KeepPolicy) -> RetentionPlan:
-    from checkpointer.pruning import prune
+    from checkpointer.repository.prune import prune
 
     try:
         repository.lock.acquire()

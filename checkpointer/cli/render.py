@@ -8,17 +8,17 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
 
 from checkpointer.cli.output import clean, color_system, one_line
-from checkpointer.cost import SaveCost
-from checkpointer.units import roughly
+from checkpointer.policy.cost import SaveCost
+from checkpointer.policy.values import roughly
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
     from checkpointer.cli.gather import Checked, Details, Row
-    from checkpointer.doctor import Diagnosis
-    from checkpointer.index import TensorSpec
-    from checkpointer.readable import Node
-    from checkpointer.retention import RetentionPlan
+    from checkpointer.format.index import TensorSpec
+    from checkpointer.format.tree_text import Node
+    from checkpointer.policy.retention import RetentionPlan
+    from checkpointer.repository.doctor import Diagnosis
 
 NOTHING = "-"
 STYLES = {
@@ -231,7 +231,7 @@ def _joined(value: Any) -> str:
 
 def components(details: Details) -> Iterator[tuple[str, tuple[Node, ...]]]:
     """A title and the content of each component."""
-    from checkpointer.readable import outline
+    from checkpointer.format.tree_text import outline
 
     for name, component in details.components.items():
         size = human_size(sum(spec.nbytes for spec in component.tensors.values()))
@@ -280,7 +280,7 @@ def plain_details(details: Details, now: datetime) -> str:
 
 
 def _plain_leaves(nodes: Iterable[Node]) -> Iterator[str]:
-    from checkpointer.readable import leaves
+    from checkpointer.format.tree_text import leaves
 
     found = [(clean(path), node) for path, node in leaves(nodes)]
     names = max((len(path) for path, _ in found), default=0)

@@ -23,8 +23,8 @@ from checkpointer.data.checks import (
     persists,
     worker_starts_anew,
 )
-from checkpointer.data.elsewhere import carried_over
 from checkpointer.data.replay import Indices, Replay
+from checkpointer.data.resharding import carried_over
 from checkpointer.data.sources import Sources
 from checkpointer.errors import CheckpointerWarning, IncompatibleStateError, UnsupportedStateError
 from checkpointer.state.modes import outside_inference_mode

@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from checkpointer.data.checks import NAME, is_stateful
 from checkpointer.errors import CorruptCheckpointError, IncompatibleStateError
-from checkpointer.index import Component
+from checkpointer.format.index import Component
 from checkpointer.state import Adapter, RestoreOptions, RestorePlan, RngState, SavedState
-from checkpointer.state.codec import encode
-from checkpointer.state.decoding import decode
 from checkpointer.state.modes import outside_inference_mode
 from checkpointer.state.rng import GENERATORS, GeneratorAdapter, generator_state
 from checkpointer.state.tensors import spec_of
+from checkpointer.state.tree.decode import decode
+from checkpointer.state.tree.encode import encode
 
 _SAMPLER_LINKS = ("batch_sampler", "sampler")
 _DATA_LINKS = ("dataset", "transform")

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple, TypeAlias
 
-from checkpointer.dcp.places import MODEL, OBJECTS, is_plugin_made, paths_of
+from checkpointer.dcp.checkpoint_id import MODEL, OBJECTS, is_plugin_made, paths_of
 from checkpointer.errors import CorruptCheckpointError
-from checkpointer.index import Component, Index, Json
-from checkpointer.state.decoding import decode
+from checkpointer.format.index import Component, Index, Json
+from checkpointer.state.tree.decode import decode
 
 Path: TypeAlias = tuple[str | int, ...]
 

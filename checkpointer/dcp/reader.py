@@ -23,19 +23,19 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from checkpointer.commit import read_manifest
+from checkpointer.dcp.checkpoint_id import Place, is_place, parse_place
 from checkpointer.dcp.contents import Contents, Held, TensorAt, ValueAt
-from checkpointer.dcp.places import Place, is_place, parse_place
 from checkpointer.distributed.boxes import Box, reads_of_box
-from checkpointer.distributed.reads import Reads
+from checkpointer.distributed.read_plan import Reads
 from checkpointer.errors import CheckpointNotFoundError, ConfigError
-from checkpointer.index import Chunk, Index, TensorSpec
-from checkpointer.reading import CheckpointReader, ChunkRead
-from checkpointer.state.decoding import decode, outline
+from checkpointer.format.index import Chunk, Index, TensorSpec
+from checkpointer.repository.checkpoint_reader import CheckpointReader, ChunkRead
+from checkpointer.repository.commit import read_manifest
+from checkpointer.staging.read_targets import TensorTarget
 from checkpointer.state.modes import outside_inference_mode, refuse_to_restore, wait_for_devices, writing_to
 from checkpointer.state.tensors import DTYPES, empty_for
+from checkpointer.state.tree.decode import decode, outline
 from checkpointer.storage import open_storage
-from checkpointer.targets import TensorTarget
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -16,15 +16,15 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from checkpointer.commit import Attempt
-from checkpointer.commit.base import occupant
-from checkpointer.dcp.part import Part, RankPart, index_of, namings, size_of
-from checkpointer.dcp.places import Place, is_place, parse_place
-from checkpointer.distributed.report import write_index
+from checkpointer.dcp.checkpoint_id import Place, is_place, parse_place
+from checkpointer.dcp.rank_writer import Part, RankPart, index_of, namings, size_of
+from checkpointer.distributed.rank_report import write_index
 from checkpointer.environment import environment
 from checkpointer.errors import ConfigError, SaveError
-from checkpointer.manifest import Manifest
-from checkpointer.repository import Repository
+from checkpointer.format.manifest import Manifest
+from checkpointer.repository.commit import Attempt
+from checkpointer.repository.commit.base import occupant
+from checkpointer.repository.repository import Repository
 from checkpointer.state.modes import refuse_to_save
 from checkpointer.storage import open_storage
 

@@ -1,1 +1,1 @@
-"""Tensors in pieces: which rank writes which box of them, and reading boxes out of chunks of another layout."""
+"""How the ranks of a job agree: on what is saved, by which rank, and on errors."""

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from checkpointer.index import Chunk
-from checkpointer.reading import ChunkRead
+from checkpointer.format.index import Chunk
+from checkpointer.repository.checkpoint_reader import ChunkRead
+from checkpointer.staging.read_targets import TensorTarget
 from checkpointer.state.modes import writing_to
 from checkpointer.state.tensors import contiguous_strides, host_bytes, raw
-from checkpointer.targets import TensorTarget
 
 WORTH_A_READ = 64 << 10
 """Bytes in a row from which on a read of their own is cheaper than to read, and drop, what lies between them."""

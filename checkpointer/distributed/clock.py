@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from checkpointer.distributed.ranks import AS_JSON, Meeting, Ranks
-from checkpointer.index import Json
+from checkpointer.distributed.exchange import AS_JSON, Meeting, Ranks
+from checkpointer.format.index import Json
 
 EVERY = 1.0
 """Seconds between two questions, about: a rule of minutes needs no better, and a fast loop pays next to nothing."""

@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import TypeVar
 
 from checkpointer.distributed.clock import SharedClock
-from checkpointer.distributed.cooperation import Cooperation
+from checkpointer.distributed.exchange import AS_JSON, Meeting, Ranks, ranks_of_job
 from checkpointer.distributed.opening import open_run
-from checkpointer.distributed.ranks import AS_JSON, Meeting, Ranks, ranks_of_job
-from checkpointer.index import Json
+from checkpointer.distributed.save_plan import Cooperation
+from checkpointer.format.index import Json
 from checkpointer.storage import Storage
 
 T = TypeVar("T")

@@ -7,10 +7,10 @@ import secrets
 import socket
 from collections.abc import Callable, Sequence
 
-from checkpointer import layout
-from checkpointer.distributed.ranks import AS_JSON, Meeting, Ranks
+from checkpointer.distributed.exchange import AS_JSON, Meeting, Ranks
 from checkpointer.errors import ConfigError
-from checkpointer.index import Json
+from checkpointer.format import paths
+from checkpointer.format.index import Json
 from checkpointer.storage import Storage
 
 
@@ -23,7 +23,7 @@ def open_run(ranks: Ranks, storage: Storage, take: Callable[[], None]) -> None:
         RunLockedError: on all ranks, if another job writes to the run.
         ConfigError: on all ranks, if one does not see the coordinator's files.
     """
-    probe = f"{layout.TMP}/probe-{secrets.token_hex(8)}"
+    probe = f"{paths.TMP}/probe-{secrets.token_hex(8)}"
 
     def begin(roots: Sequence[Json]) -> Json:
         take()

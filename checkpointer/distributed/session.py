@@ -17,11 +17,11 @@ from typing import Any, Protocol
 
 from torch.distributed.distributed_c10d import Store
 
-from checkpointer.distributed.board import Board
-from checkpointer.distributed.mail import Mail
-from checkpointer.distributed.neighbours import Neighbours, this_process
+from checkpointer.distributed.liveness import Neighbours, this_process
+from checkpointer.distributed.mismatch import Board
+from checkpointer.distributed.store import Mail
 from checkpointer.errors import CheckpointerError, ConfigError
-from checkpointer.threads import room_for_a_thread
+from checkpointer.system.threads import room_for_a_thread
 
 SHORTEST_NAP, LONGEST_NAP = 0.0002, 0.05
 """Seconds between two looks for a key. To block instead would keep the training thread, and torch itself, from using

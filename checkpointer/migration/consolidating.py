@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from checkpointer import layout
 from checkpointer.distributed.boxes import Box, narrowed, overlap, reads_of_box
 from checkpointer.errors import ConfigError, SaveError
-from checkpointer.index import Chunk, Component, TensorSpec
-from checkpointer.reading import CheckpointReader
-from checkpointer.repository import Repository
+from checkpointer.format import paths
+from checkpointer.format.index import Chunk, Component, TensorSpec
+from checkpointer.format.tensor_files import ComponentTensors, TensorFile, plan_files, shard_indexes
+from checkpointer.policy.values import did_you_mean
+from checkpointer.repository.checkpoint_reader import CheckpointReader
+from checkpointer.repository.repository import Repository
 from checkpointer.state.tensors import DTYPES, host_bytes
 from checkpointer.storage import Buffer, LocalStorage, open_storage
-from checkpointer.tensorfile import ComponentTensors, TensorFile, plan_files, shard_indexes
-from checkpointer.units import did_you_mean
 
 SAFETENSORS = ".safetensors"
 
@@ -157,7 +157,7 @@ class _Consolidation:
         return Consolidated(path, self._name, tuple(written), tensors, sum(sizes), self._left_out)
 
     def _attachments(self) -> dict[str, bytes]:
-        manifest, prefix = self._reader.manifest, f"{layout.ATTACHMENTS}/"
+        manifest, prefix = self._reader.manifest, f"{paths.ATTACHMENTS}/"
         return {
             path.removeprefix(prefix): self._reader.whole(path, 0, record.size)
             for path, record in manifest.files.items()

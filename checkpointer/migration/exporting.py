@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from checkpointer import layout
 from checkpointer.errors import (
     CheckpointerError,
     CheckpointNotFoundError,
@@ -21,19 +20,20 @@ from checkpointer.errors import (
     SaveError,
     UnsupportedStateError,
 )
-from checkpointer.index import Component
-from checkpointer.info import CheckpointInfo
-from checkpointer.reading import CheckpointReader, ChunkRead
-from checkpointer.repository import Repository
+from checkpointer.format import paths
+from checkpointer.format.index import Component
+from checkpointer.format.info import CheckpointInfo
+from checkpointer.policy.values import did_you_mean
+from checkpointer.repository.checkpoint_reader import CheckpointReader, ChunkRead
+from checkpointer.repository.repository import Repository
+from checkpointer.staging.read_targets import TensorTarget
 from checkpointer.state import SavedState
-from checkpointer.state.decoding import decode, outline
-from checkpointer.state.module import check_meta
-from checkpointer.state.module_match import saved_entries
-from checkpointer.state.places import Places
+from checkpointer.state.destinations import Places
+from checkpointer.state.module.adapter import check_meta
+from checkpointer.state.module.match import saved_entries
 from checkpointer.state.tensors import is_plain
+from checkpointer.state.tree.decode import decode, outline
 from checkpointer.storage import open_storage
-from checkpointer.targets import TensorTarget
-from checkpointer.units import did_you_mean
 
 SAFETENSORS = ".safetensors"
 FORMATS = (SAFETENSORS, ".pt", ".pth")
@@ -161,8 +161,8 @@ def _read(reader: CheckpointReader, name: str, keys: Iterable[str]) -> dict[str,
 def _versions(component: Component, keys: Iterable[str]) -> OrderedDict[str, dict[str, Any]]:
     """``_metadata`` as torch writes it, for every module that has an entry."""
     known: Any = component.meta.get("versions", {})
-    paths = {parent.replace("/", ".") for key in keys for parent in layout.parents(key.replace(".", "/"))}
-    return OrderedDict((path, {"version": known.get(path, 1)}) for path in sorted({"", *paths, *known}))
+    prefixes = {parent.replace("/", ".") for key in keys for parent in paths.parents(key.replace(".", "/"))}
+    return OrderedDict((path, {"version": known.get(path, 1)}) for path in sorted({"", *prefixes, *known}))
 
 
 def _check_target(place: str, *, overwrite: bool) -> str:

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpointer import strictjson
-from checkpointer.arguments import check_component_names, check_metrics, check_step
+from checkpointer.config.arguments import check_component_names, check_metrics, check_step
 from checkpointer.errors import (
     CheckpointerError,
     CheckpointNotFoundError,
@@ -27,17 +26,18 @@ from checkpointer.errors import (
     SaveError,
     UnsupportedStateError,
 )
-from checkpointer.info import CheckpointInfo
+from checkpointer.format import strict_json
+from checkpointer.format.info import CheckpointInfo
 from checkpointer.migration.naming import ImportPlan, Naming, Part, plan_import
-from checkpointer.repository import Repository
-from checkpointer.snapshot import Snapshot
-from checkpointer.staging import Stager
+from checkpointer.repository.repository import Repository
+from checkpointer.save.snapshot import Snapshot
+from checkpointer.save.writer import write_checkpoint
+from checkpointer.staging.stager import Stager
 from checkpointer.state import Captured
-from checkpointer.state.codec import encode
-from checkpointer.state.module import ModuleAdapter
+from checkpointer.state.module.adapter import ModuleAdapter
+from checkpointer.state.tree.encode import encode
 from checkpointer.storage import open_storage
 from checkpointer.version import __version__
-from checkpointer.writing import write_checkpoint
 
 VALUES = "imported.json"
 """The attachment that holds what is no component's state, as a tree."""
@@ -204,7 +204,7 @@ def _check_room(repository: Repository, step: int, *, append: bool) -> None:
 def _snapshot(plan: ImportPlan, name: str, metrics: Mapping[str, float]) -> Snapshot:
     assert plan.step is not None
     captured = {part.name: capture(part) for part in plan.parts.values()}
-    values = strictjson.dumps(plan.values, indent=2).encode("ascii")
+    values = strict_json.dumps(plan.values, indent=2).encode("ascii")
     return Snapshot(
         step=plan.step,
         epoch=plan.epoch,

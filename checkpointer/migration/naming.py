@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from checkpointer.errors import ConfigError
-from checkpointer.state.optimizer_misfits import has_usual_form
-from checkpointer.units import did_you_mean
+from checkpointer.policy.values import did_you_mean
+from checkpointer.state.optimizer.misfits import has_usual_form
 
 Naming: TypeAlias = "Mapping[str, str | None] | Callable[[str], str | None]"
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from checkpointer.state.adapters import adapter_for, capture_all, modules_of, optimizers_of
 from checkpointer.state.gradients import Gradients
-from checkpointer.state.module import ModuleComponent
-from checkpointer.state.plan import Adapter, Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
-from checkpointer.state.registry import register_codec
+from checkpointer.state.module.adapter import ModuleComponent
+from checkpointer.state.module.whole import WholeModel, WholeModelLoader
+from checkpointer.state.protocol import Adapter, Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.rng import RngState
 from checkpointer.state.stateful import Stateful
+from checkpointer.state.tree.codecs import register_codec
 from checkpointer.state.unregistered import Unregistered, inner_optimizers
-from checkpointer.state.whole import WholeModel, WholeModelLoader
 
 __all__ = [
     "Adapter",

@@ -13,12 +13,12 @@ from checkpointer.errors import UnsupportedStateError
 from checkpointer.state.containers import COMPONENT_TYPES, ContainerAdapter
 from checkpointer.state.gradients import Gradients, GradientsAdapter
 from checkpointer.state.modes import refuse_to_save
-from checkpointer.state.module import ModuleAdapter, ModuleComponent
-from checkpointer.state.optimizer import OptimizerAdapter
-from checkpointer.state.plan import Adapter, Captured
+from checkpointer.state.module.adapter import ModuleAdapter, ModuleComponent
+from checkpointer.state.module.whole import WholeModel, WholeModelAdapter
+from checkpointer.state.optimizer.adapter import OptimizerAdapter
+from checkpointer.state.protocol import Adapter, Captured
 from checkpointer.state.rng import GENERATORS, GeneratorAdapter, RngState
 from checkpointer.state.stateful import Stateful, StatefulAdapter
-from checkpointer.state.whole import WholeModel, WholeModelAdapter
 
 _IMMUTABLE = (bool, int, float, complex, str, bytes, tuple, frozenset, range)
 

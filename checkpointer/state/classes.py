@@ -12,8 +12,8 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from checkpointer.errors import CorruptCheckpointError
-from checkpointer.index import Json
-from checkpointer.state.plan import RestoreOptions, SavedState
+from checkpointer.format.index import Json
+from checkpointer.state.protocol import RestoreOptions, SavedState
 
 CLASS = "class"
 """The member of a component's meta that holds the name; absent where it is not known (imported files)."""

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from checkpointer.errors import IncompatibleStateError
-from checkpointer.state.codec import encode
-from checkpointer.state.decoding import Leaf, decode, outline
+from checkpointer.state.destinations import Places, check_kind
 from checkpointer.state.modes import writing_to
-from checkpointer.state.places import Places, check_kind
-from checkpointer.state.plan import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.protocol import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.tensors import is_ordinary, is_plain, memory_key
+from checkpointer.state.tree.decode import Leaf, decode, outline
+from checkpointer.state.tree.encode import encode
 
 MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 CONTAINERS: tuple[type, ...] = (*MAPPINGS, list, set, deque, bytearray)

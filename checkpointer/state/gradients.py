@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from checkpointer.errors import ConfigError, CorruptCheckpointError, IncompatibleStateError
-from checkpointer.index import Json
-from checkpointer.state.codec import Encoder
+from checkpointer.format.index import Json
 from checkpointer.state.containers import merge, place_leaves
-from checkpointer.state.decoding import Decoder, Leaf, outline
-from checkpointer.state.module_match import refusal
-from checkpointer.state.names import Names, unwrap
-from checkpointer.state.places import Places, check_kind, nearest
-from checkpointer.state.plan import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.destinations import Places, check_kind, nearest
+from checkpointer.state.module.match import refusal
+from checkpointer.state.module.names import Names, unwrap
+from checkpointer.state.protocol import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.tensors import dtype_name
+from checkpointer.state.tree.decode import Decoder, Leaf, outline
+from checkpointer.state.tree.encode import Encoder
 
 
 class Gradients:

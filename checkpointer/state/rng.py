@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from checkpointer.errors import CorruptCheckpointError, IncompatibleStateError, UnsupportedStateError
-from checkpointer.state.codec import encode
-from checkpointer.state.decoding import Leaf, decode, outline
-from checkpointer.state.places import Places, check_kind
-from checkpointer.state.plan import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.destinations import Places, check_kind
+from checkpointer.state.protocol import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.tree.decode import Leaf, decode, outline
+from checkpointer.state.tree.encode import encode
 
 GENERATORS: tuple[type, ...] = (
     torch.Generator,

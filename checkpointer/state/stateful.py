@@ -7,10 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, IncompatibleStateError
 from checkpointer.state.classes import CLASS, class_change, class_name, is_scheduler, refused_class, unwrapped
-from checkpointer.state.codec import encode
-from checkpointer.state.decoding import decode, outline
-from checkpointer.state.places import Places, check_kind
-from checkpointer.state.plan import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.destinations import Places, check_kind
+from checkpointer.state.protocol import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.tree.decode import decode, outline
+from checkpointer.state.tree.encode import encode
 
 
 @runtime_checkable

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from checkpointer.index import ITEM_SIZES, TensorSpec, is_dense
-from checkpointer.state.plan import MapLocation
-from checkpointer.state.sharded import PLAIN_TYPES, is_sharded, local_part
+from checkpointer.format.index import ITEM_SIZES, TensorSpec, is_dense
+from checkpointer.state.dtensor import PLAIN_TYPES, is_sharded, local_part
+from checkpointer.state.protocol import MapLocation
 
 #: Every torch dtype by its name without ``torch.``.
 DTYPES: Mapping[str, torch.dtype] = {str(v)[6:]: v for v in vars(torch).values() if isinstance(v, torch.dtype)}

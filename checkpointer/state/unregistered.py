@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpointer import messages
 from checkpointer.state.classes import attributes, class_name, is_scheduler, unwrapped
-from checkpointer.state.module import ModuleComponent
-from checkpointer.state.plan import Captured
-from checkpointer.state.sharded import is_sharded, local_part
-from checkpointer.state.unsaved import LARGEST_CONTAINER, memory_of
+from checkpointer.state.dtensor import is_sharded, local_part
+from checkpointer.state.module.adapter import ModuleComponent
+from checkpointer.state.module.unsaved import LARGEST_CONTAINER, memory_of
+from checkpointer.state.protocol import Captured
+from checkpointer.system import messages
 
 SHOWN = 10
 DEPTH = 3

@@ -7,19 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
-from checkpointer import layout
 from checkpointer.errors import ConfigError
+from checkpointer.format import paths
 from checkpointer.storage import roots
-from checkpointer.storage.base import (
-    Buffer,
-    Entry,
-    ReadFile,
-    Storage,
-    blocks,
-    is_refusal,
-    refusals_typed,
-    unreadable,
-)
+from checkpointer.storage.base import Buffer, Entry, ReadFile, Storage, blocks, is_refusal, refusals_typed, unreadable
 from checkpointer.storage.local import LocalStorage
 
 _wrapper: ContextVar[Callable[[Storage], Storage] | None] = ContextVar("wrapper", default=None)
@@ -90,7 +81,7 @@ def _open_remote(url: str, options: dict[str, object]) -> Storage:
         roots.check_url(
             storage.url,
             path,
-            read=lambda folder: at(folder).read(layout.MANIFEST, layout.MANIFEST_LIMIT),
+            read=lambda folder: at(folder).read(paths.MANIFEST, paths.MANIFEST_LIMIT),
             is_run=lambda folder: _holds_a_run(at(folder)),
         )
     return storage
@@ -99,8 +90,8 @@ def _open_remote(url: str, options: dict[str, object]) -> Storage:
 def _holds_a_run(storage: Storage) -> bool:
     """Whether checkpoints lie here. In a bucket a run has a private directory only while there is something in it."""
     names = [entry.name for entry in storage.list_directory("") if entry.is_dir]
-    checkpoints = [name for name in names if layout.parse_checkpoint_name(name) is not None]
-    return layout.PRIVATE in names or any(storage.exists(f"{name}/{layout.MANIFEST}") for name in checkpoints[:3])
+    checkpoints = [name for name in names if paths.parse_checkpoint_name(name) is not None]
+    return paths.PRIVATE in names or any(storage.exists(f"{name}/{paths.MANIFEST}") for name in checkpoints[:3])
 
 
 __all__ = [

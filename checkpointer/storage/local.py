@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpointer import layout
 from checkpointer.errors import CorruptCheckpointError
+from checkpointer.format import paths
 from checkpointer.storage.base import Buffer, Entry
 
 PREFETCHED = 128 << 10
@@ -60,7 +60,7 @@ class LocalStorage:
 
     @property
     def lock_path(self) -> str | None:
-        return self.place(layout.LOCK)
+        return self.place(paths.LOCK)
 
     def place(self, path: str) -> str:
         return os.path.join(self.root, *path.split("/")) if path else self.root
@@ -108,9 +108,9 @@ class LocalStorage:
         finally:
             file.close()
 
-    def read_many(self, paths: Sequence[str], limit: int) -> list[bytes | Exception]:
+    def read_many(self, files: Sequence[str], limit: int) -> list[bytes | Exception]:
         results: list[bytes | Exception] = []
-        for path in paths:
+        for path in files:
             try:
                 results.append(self.read(path, limit))
             except OSError as error:
@@ -132,10 +132,10 @@ class LocalStorage:
             fd = os.open(self.place(path), flags, 0o666)
             write = _write_in_turn
         else:
-            from checkpointer import direct  # numpy's import is for those who write tensors
+            from checkpointer.system import direct_io  # numpy's import is for those who write tensors
 
-            fd = direct.open_direct(self.place(path), flags)
-            write = functools.partial(direct.write_blocks, steady=steady, threads=self.threads)
+            fd = direct_io.open_direct(self.place(path), flags)
+            write = functools.partial(direct_io.write_blocks, steady=steady, threads=self.threads)
         try:
             written = write(fd, pieces, size)
             if written != size:

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit, urlunsplit
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
-from checkpointer import layout
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError
+from checkpointer.format import paths
 from checkpointer.storage.base import Buffer, Entry, blocks
 
 READ_BLOCK = 16 << 20
@@ -107,12 +107,12 @@ class FsspecStorage:
             return self._empty(path, error)
 
     @_as_os_errors
-    def read_many(self, paths: Sequence[str], limit: int) -> list[bytes | Exception]:
-        full = [self._full(path) for path in paths]
+    def read_many(self, files: Sequence[str], limit: int) -> list[bytes | Exception]:
+        full = [self._full(path) for path in files]
         self.fs.invalidate_cache()
         found = self.fs.cat_ranges(full, [0] * len(full), [limit + 1] * len(full), on_error="return")
         results: list[bytes | Exception] = []
-        for path, data in zip(paths, found, strict=True):
+        for path, data in zip(files, found, strict=True):
             try:
                 whole = self._empty(path, data) if isinstance(data, Exception) else data
                 results.append(self._within(path, whole, limit))
@@ -280,7 +280,7 @@ class FsspecStorage:
         """Create the same key twice. Some servers ignore the condition; some clients only look before they write."""
         if not _creates_natively(self.fs):
             return False
-        path = f"{layout.TMP}/probe-{secrets.token_hex(8)}"
+        path = f"{paths.TMP}/probe-{secrets.token_hex(8)}"
         try:
             self._pipe(path, b"1", mode="create")
             try:

@@ -10,9 +10,9 @@ import stat
 from collections.abc import Callable
 from pathlib import Path, PurePath
 
-from checkpointer import layout
 from checkpointer.errors import CheckpointerError, ConfigError, FormatVersionError
-from checkpointer.manifest import FORMAT, parse_manifest
+from checkpointer.format import paths
+from checkpointer.format.manifest import FORMAT, parse_manifest
 
 _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.*)", re.DOTALL)
 """A protocol of two letters or more (``C:/run`` is a drive) and one slash in place of two."""
@@ -22,8 +22,7 @@ _VARIABLE = re.compile(r"\$[A-Za-z_]\w*|\$\{[^}/]*\}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _EXPLICIT = ("./", "../", ".\\", "..\\")
 _PRIVATE_NAMES = frozenset(
-    path.rpartition("/")[2]
-    for path in (layout.LOCK, layout.OWNER, layout.NOTES, layout.TMP, layout.TRASH, layout.QUARANTINE)
+    path.rpartition("/")[2] for path in (paths.LOCK, paths.OWNER, paths.NOTES, paths.TMP, paths.TRASH, paths.QUARANTINE)
 )
 
 
@@ -125,12 +124,12 @@ def check_place(root: str) -> None:
     for place in dict.fromkeys((root, os.path.realpath(root))):
         folders = [Path(place), *Path(place).parents]
         for folder in folders:
-            if folder.name == layout.PRIVATE and any(map(os.path.lexists, map(folder.joinpath, _PRIVATE_NAMES))):
+            if folder.name == paths.PRIVATE and any(map(os.path.lexists, map(folder.joinpath, _PRIVATE_NAMES))):
                 raise _inside_private(place, str(folder.parent))
         for folder in folders:
             name = folder.name if folder == folders[0] or _is_checkpoint_name(folder.name) else None
             if name is not None:
-                in_a_run = _is_checkpoint_name(name) and os.path.isdir(folder.parent / layout.PRIVATE)
+                in_a_run = _is_checkpoint_name(name) and os.path.isdir(folder.parent / paths.PRIVATE)
                 _refuse_checkpoint(place, str(folder), str(folder.parent), _local_manifest(folder), in_a_run=in_a_run)
 
 
@@ -146,7 +145,7 @@ def check_url(url: str, path: str, read: Callable[[str], bytes], is_run: Callabl
     for count, name in enumerate(parts, 1):
         above = len(parts) - count
         outer = url.rsplit("/", above + 1)[0]
-        if name == layout.PRIVATE and (not above or parts[count] in _PRIVATE_NAMES):
+        if name == paths.PRIVATE and (not above or parts[count] in _PRIVATE_NAMES):
             raise _inside_private(url, outer)
         if _is_checkpoint_name(name):
             folder, parent = "/".join(parts[:count]), "/".join(parts[: count - 1])
@@ -170,7 +169,7 @@ def check_content(url: str, data: bytes) -> None:
 
 def _refuse_checkpoint(root: str, folder: str, outer: str, data: bytes | None, *, in_a_run: bool) -> None:
     name = folder.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    step = layout.parse_checkpoint_name(name)
+    step = paths.parse_checkpoint_name(name)
     ours, written = _step_in(data)
     if not (ours or in_a_run):
         return
@@ -194,7 +193,7 @@ def _refuse_checkpoint(root: str, folder: str, outer: str, data: bytes | None, *
 
 def _inside_private(root: str, outer: str) -> ConfigError:
     return ConfigError(
-        f"the run root {root} lies inside {layout.PRIVATE}, which belongs to the run in {outer}: what is there is "
+        f"the run root {root} lies inside {paths.PRIVATE}, which belongs to the run in {outer}: what is there is "
         f"removed without asking. Pass {outer} for that run, or a directory outside of it for another one"
     )
 
@@ -204,7 +203,7 @@ def _step_in(data: bytes | None) -> tuple[bool, int | None]:
     if data is None:
         return False, None
     try:
-        return True, parse_manifest(data, layout.MANIFEST).step
+        return True, parse_manifest(data, paths.MANIFEST).step
     except FormatVersionError:
         return True, None
     except CheckpointerError:
@@ -214,13 +213,13 @@ def _step_in(data: bytes | None) -> tuple[bool, int | None]:
 def _local_manifest(folder: Path) -> bytes | None:
     """The manifest in a directory; ``None`` where there is none, or none that can be read."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    if not os.path.lexists(folder / layout.MANIFEST):
+    if not os.path.lexists(folder / paths.MANIFEST):
         return None
     try:
-        with open(os.open(folder / layout.MANIFEST, flags), "rb") as file:  # a pipe must not make it wait
+        with open(os.open(folder / paths.MANIFEST, flags), "rb") as file:  # a pipe must not make it wait
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return None
-            return file.read(layout.MANIFEST_LIMIT + 1)
+            return file.read(paths.MANIFEST_LIMIT + 1)
     except OSError:
         return None
 
@@ -247,4 +246,4 @@ def _refuse_what_is_no_directory(root: str) -> None:
 
 
 def _is_checkpoint_name(name: str) -> bool:
-    return layout.parse_checkpoint_name(name) is not None
+    return paths.parse_checkpoint_name(name) is not None

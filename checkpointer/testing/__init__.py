@@ -38,6 +38,6 @@ optimizer.
 from __future__ import annotations
 
 from checkpointer.testing.faults import OPERATIONS, Fault, Kind, faulty, faulty_storage
-from checkpointer.testing.resume import assert_resume_exact
+from checkpointer.testing.resume.check import assert_resume_exact
 
 __all__ = ["OPERATIONS", "Fault", "Kind", "assert_resume_exact", "faulty", "faulty_storage"]

@@ -1,0 +1,7 @@
+"""What the user says: the configuration file and the arguments of calls."""
+
+from __future__ import annotations
+
+from checkpointer.config.settings import Config
+
+__all__ = ["Config"]

@@ -1,0 +1,109 @@
+"""Where ranks see that they wait for different managers: each would wait for the others until its time is over."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch.distributed.distributed_c10d import Store
+
+from checkpointer.distributed.store import Mail
+from checkpointer.errors import ConfigError
+
+LOOKS = 3
+"""In a row that have to find the same: what a rank has said may be about to change."""
+
+MOST = 16
+"""Ranks that are looked at: to find one is enough."""
+
+
+class Purpose(NamedTuple):
+    """What the ranks that make the same manager agree on by themselves."""
+
+    components: str
+    """Names, one behind the other."""
+    number: int
+    """Of this process's managers of these components."""
+
+
+class Board:
+    """What this rank waits for to begin with, and what the other ranks wait for meanwhile."""
+
+    def __init__(self, store: Store, rank: int, purpose: Purpose) -> None:
+        self._mail = Mail(store, "checkpointer/managers")
+        self._rank = rank
+        self._purpose = purpose
+        self._beats: dict[int, int] = {}
+        self._found: dict[int, int] = {}
+        """For each rank, how many looks in a row have found that it waits for others alone."""
+
+    def begin(self) -> None:
+        """This rank waits from now on."""
+        with _guard:
+            _waits.append(self._purpose)
+
+    def end(self) -> None:
+        """It does so no more."""
+        with _guard:
+            _waits.remove(self._purpose)
+
+    def look(self, silent: Sequence[int]) -> None:
+        """Tell the others what this rank waits for, and see what the ``silent`` ones wait for.
+
+        Raises:
+            ConfigError: one of them waits for another manager, and so will never come.
+        """
+        self._say(None)
+        for rank in silent[:MOST]:
+            if self._mail.there(str(rank)):
+                said = self._mail.hear(str(rank))
+                if self._alive(rank, said):
+                    self._compare(rank, said)
+
+    def _compare(self, rank: int, said: dict[str, Any]) -> None:
+        refused = said["refused"]
+        if refused is not None and (list(self._purpose) in refused["purposes"] or self._found.get(rank)):
+            self._say(refused)  # to those that wait for this rank
+            raise ConfigError(str(refused["why"]))
+        others = [Purpose(*item) for item in said["waits"]]
+        apart = bool(others) and self._purpose not in others
+        self._found[rank] = self._found.get(rank, 0) + 1 if apart else 0
+        if self._found[rank] >= LOOKS:
+            told = self._told(rank, others[0])
+            self._say({"purposes": [list(self._purpose), *map(list, others)], "why": told})
+            raise ConfigError(told)
+
+    def _alive(self, rank: int, said: dict[str, Any]) -> bool:
+        """Whether it has said something since the last look: a rank of an earlier life of this job has not."""
+        before, self._beats[rank] = self._beats.get(rank), said["beat"]
+        return before is not None and before != said["beat"]
+
+    def _say(self, refused: dict[str, Any] | None) -> None:
+        """``refused``: the purposes that cannot meet, and why: who waits for this rank with one of them gives up."""
+        with _guard:
+            waits: list[Any] = [list(purpose) for purpose in _waits]
+        self._mail.say(str(self._rank), {"beat": next(_beats), "waits": waits, "refused": refused})
+
+    def _told(self, rank: int, other: Purpose) -> str:
+        mine = self._purpose
+        if other.components != mine.components:
+            return (
+                f"rank {rank} has a manager of the components {_names(other)}, and rank {self._rank} one of "
+                f"{_names(mine)}: register the same components, in the same order, on every rank"
+            )
+        return (
+            f"rank {rank} uses manager number {other.number} of the components {_names(mine)}, and rank {self._rank} "
+            f"number {mine.number}: make the same managers, and call them, in the same order on every rank"
+        )
+
+
+def _names(purpose: Purpose) -> str:
+    return purpose.components.replace(",", ", ")
+
+
+_guard = threading.Lock()
+_waits: list[Purpose] = []
+"""What the threads of this process wait for."""
+_beats = itertools.count(1)

@@ -1,0 +1,66 @@
+"""What a rank reads of a checkpoint: whole tensors, or its boxes of them out of chunks of any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from checkpointer.distributed.boxes import Box, narrowed, overlap, reads_of_box
+from checkpointer.format.index import Chunk
+from checkpointer.repository.checkpoint_reader import CheckpointReader, ChunkRead
+from checkpointer.staging.read_targets import TensorTarget
+from checkpointer.state.dtensor import is_sharded, local_box, local_part
+from checkpointer.state.protocol import RestorePlan
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The reads of one restore."""
+
+    whole: Sequence[ChunkRead]
+    """Chunks that are read from end to end, and can be checked on the way."""
+    parts: Sequence[ChunkRead]
+    """Parts of others, which have no hash of their own."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether some of what is read cannot be checked by itself."""
+        return bool(self.parts)
+
+    @classmethod
+    def of(cls, reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> Reads:
+        """What fills the destinations of ``plans``."""
+        return cls.split(
+            read
+            for name, plan in plans.items()
+            for key, tensor in plan.reads.items()
+            for read in _reads(f"{name}.{key}", reader.index.chunks[name, key], tensor)
+        )
+
+    @classmethod
+    def split(cls, reads: Iterable[ChunkRead]) -> Reads:
+        """What reads whole chunks, and what reads parts."""
+        found = list(reads)
+        return cls([read for read in found if read.chunk.xxh3], [read for read in found if not read.chunk.xxh3])
+
+    def carry_out(self, reader: CheckpointReader, *, verify: bool) -> None:
+        """Read everything."""
+        reader.read(self.whole, verify=verify)
+        if self.parts:
+            reader.read(self.parts, verify=False)
+
+
+def _reads(name: str, chunks: Sequence[Chunk], tensor: torch.Tensor) -> Iterator[ChunkRead]:
+    if not is_sharded(tensor):
+        yield from (ChunkRead(name, chunk, TensorTarget(tensor, chunk)) for chunk in chunks)
+        return
+    found = local_box(tensor)
+    if found is None:
+        return
+    mine, local = Box(*found), local_part(tensor)
+    for chunk in chunks:
+        common = overlap(Box(chunk.offsets, chunk.lengths), mine)
+        if common is not None:
+            yield from reads_of_box(name, chunk, common, narrowed(local, mine, common))

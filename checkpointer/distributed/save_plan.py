@@ -1,0 +1,303 @@
+"""One save by all ranks: what each of them writes is agreed on before anything is copied."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from checkpointer.distributed.boxes import Box, whole
+from checkpointer.distributed.exchange import Meeting, Ranks
+from checkpointer.distributed.partition import (
+    Division,
+    Held,
+    Holding,
+    divide,
+    division_from_json,
+    division_to_json,
+    holding_from_json,
+    holding_to_json,
+)
+from checkpointer.errors import SaveError, UnsupportedStateError
+from checkpointer.format import strict_json
+from checkpointer.format.index import Component, Json, TensorSpec
+from checkpointer.format.tensor_files import Naming
+from checkpointer.staging.stager import hash_tensors
+from checkpointer.state.dtensor import is_sharded, local_box, local_part
+from checkpointer.state.protocol import Captured
+from checkpointer.state.tensors import dtype_name, spec_of
+from checkpointer.system import messages
+
+OWN = "own/"
+"""How a rank calls, to itself, what it has of a component otherwise than the coordinator."""
+
+SAMPLE = 32
+"""Elements of a tensor that are compared over the ranks."""
+
+SAMPLE_DIGITS = 8
+"""Of their hash: a chance in four billion to miss a tensor that differs."""
+
+_DEVICES = "devices"
+"""A member of an optimizer's meta: it names this rank's own device, which says nothing about the state."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this rank writes of one save."""
+
+    ranks: Ranks
+    """For what the writer has to say to the others."""
+    captured: Mapping[str, Captured]
+    """This rank's parts of the components; and under names that begin with ``OWN`` what differs here."""
+    components: Mapping[str, Component]
+    """The components as the index describes them: with the coordinator's trees, and all tensors as a whole."""
+    boxes: Mapping[tuple[str, str], Box]
+    """What each tensor of ``captured`` is of the whole one, where it is a part."""
+
+    @property
+    def coordinator(self) -> bool:
+        """Whether this rank commits."""
+        return self.ranks.rank == 0
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What a rank says before a save."""
+
+    step: int
+    names: tuple[str, ...]
+    digests: Mapping[str, str]
+    """Of what a component holds beside the tensors that are shared out."""
+    holding: Holding | None
+    """``None``: as at the last save."""
+    samples: Mapping[str, str] = field(default_factory=dict)
+    """With a holding: a hash of some elements of each plain tensor that should be equal on all ranks."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the coordinator makes of it."""
+
+    division: Division | None
+    """``None``: as at the last save."""
+    own: Sequence[Sequence[str]]
+    """For each rank, the components that it has otherwise than the coordinator."""
+
+
+class _OfferForm:
+    def pack(self, value: _Offer) -> Json:
+        holding = None if value.holding is None else holding_to_json(value.holding)
+        return {
+            "step": value.step,
+            "names": list(value.names),
+            "digests": dict(value.digests),
+            "holding": holding,
+            "samples": dict(value.samples),
+        }
+
+    def unpack(self, raw: Json) -> _Offer:
+        part = strict_json.mapping(raw, "offer")
+        holding = None if part["holding"] is None else holding_from_json(part["holding"])
+        return _Offer(part["step"], tuple(part["names"]), part["digests"], holding, part["samples"])
+
+
+class _AnswerForm:
+    def pack(self, value: _Answer) -> Json:
+        division = None if value.division is None else division_to_json(value.division)
+        return {"division": division, "own": [list(names) for names in value.own]}
+
+    def unpack(self, raw: Json) -> _Answer:
+        part = strict_json.mapping(raw, "answer")
+        division = None if part["division"] is None else division_from_json(part["division"])
+        return _Answer(division, part["own"])
+
+
+class Cooperation:
+    """The saves of one manager. What has not changed since the last one is not said again."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._writers = ranks.beside("writer")
+        self._holding: Holding | None = None
+        self._holdings: list[Holding] = []
+        """Of all ranks; known to the coordinator alone."""
+        self._division: Division | None = None
+
+    def share(self, step: int, capture: Callable[[], Mapping[str, Captured]]) -> Share:
+        """Capture, and agree with the other ranks on who writes what.
+
+        Raises:
+            CheckpointerError: on all ranks, if one of them cannot take part.
+        """
+        if self._ranks.size == 1:
+            return _everything(self._ranks, capture())
+        captured: dict[str, Captured] = {}
+        holding: Holding | None = None
+
+        def offer() -> _Offer:
+            nonlocal holding
+            captured.update(capture())
+            holding = _holding_of(captured)
+            digests = {name: _digest(part, holding.components[name]) for name, part in captured.items()}
+            if holding == self._holding:
+                return _Offer(step, tuple(captured), digests, None)
+            return _Offer(step, tuple(captured), digests, holding, _samples(captured, holding))
+
+        meeting = Meeting(f"the save of step {step}", _OfferForm(), _AnswerForm())
+        answer = self._ranks.meet(meeting, offer, self._answer)
+        assert holding is not None
+        self._holding, self._division = holding, answer.division or self._division
+        assert self._division is not None
+        return self._part(captured, holding, self._division, answer.own[self._ranks.rank])
+
+    def _answer(self, offers: Sequence[_Offer]) -> _Answer:
+        """On the coordinator."""
+        first = offers[0]
+        for rank, offer in enumerate(offers):
+            if (offer.step, offer.names) != (first.step, first.names):
+                raise SaveError(
+                    f"rank {rank} saves step {offer.step} of {', '.join(offer.names)}, and rank 0 saves step "
+                    f"{first.step} of {', '.join(first.names)}: every rank has to make the same calls, in one order"
+                )
+        known = self._holdings or [Holding({}, {}) for _ in offers]
+        changed = any(offer.holding is not None for offer in offers)
+        self._holdings = [offer.holding or last for offer, last in zip(offers, known, strict=True)]
+        if changed:
+            self._division = divide(self._holdings)
+            _warn_of_unequal({rank: offer.samples for rank, offer in enumerate(offers) if offer.holding is not None})
+        own = [[name for name in first.names if offer.digests[name] != first.digests[name]] for offer in offers]
+        return _Answer(self._division if changed else None, own)
+
+    def _part(
+        self, captured: Mapping[str, Captured], holding: Holding, division: Division, own: Iterable[str]
+    ) -> Share:
+        rank = self._ranks.rank
+        parts: dict[str, Captured] = {}
+        boxes: dict[tuple[str, str], Box] = {}
+        for name, part in captured.items():
+            keys = division.writes[rank].get(name, ())
+            for key in keys:
+                box = holding.components[name][key].box
+                if box is not None:
+                    boxes[name, key] = box
+            parts[name] = _narrowed(part, keys, division.naming(name, rank))
+        for name in own:
+            keys = [key for key, held in holding.components[name].items() if not held.spread]
+            parts[OWN + name] = _narrowed(captured[name], keys, Naming(rank, own=True))
+        components = {}
+        if rank == 0:
+            specs = division.specs
+            components = {
+                name: Component(part.kind, part.tree, specs.get(name, {}), part.meta) for name, part in captured.items()
+            }
+        return Share(self._writers, parts, components, boxes)
+
+
+def _everything(ranks: Ranks, captured: Mapping[str, Captured]) -> Share:
+    """The share of a process that is alone; a DTensor on a mesh of one is a whole tensor."""
+    parts = {
+        name: _narrowed(part, part.tensors, None) if any(map(is_sharded, part.tensors.values())) else part
+        for name, part in captured.items()
+    }
+    return Share(ranks, parts, {}, {})
+
+
+def _narrowed(part: Captured, keys: Iterable[str], naming: Naming | None) -> Captured:
+    """What is in this process of the tensors under ``keys``."""
+    tensors = {key: local_part(part.tensors[key]) for key in keys}
+    aliases = {alias: key for alias, key in part.aliases.items() if key in tensors}
+    return replace(
+        part,
+        tensors=tensors,
+        aliases=aliases,
+        frozen=part.frozen & tensors.keys(),
+        learned=part.learned & tensors.keys(),
+        naming=naming,
+    )
+
+
+def _holding_of(captured: Mapping[str, Captured]) -> Holding:
+    components = {
+        name: {
+            key: _held(f"{name}.{key}", tensor, spread=key in part.learned, frozen=key in part.frozen)
+            for key, tensor in part.tensors.items()
+        }
+        for name, part in captured.items()
+    }
+    parameters = {name: found for name, part in captured.items() if (found := _parameters_of(part))}
+    return Holding(components, {name: part.kind for name, part in captured.items()}, parameters)
+
+
+def _parameters_of(part: Captured) -> list[str]:
+    """What the parameters of an optimizer are called, group by group, and their shapes."""
+    names, shapes = part.meta.get("params"), part.meta.get("shapes")
+    if part.kind != "optimizer" or not isinstance(names, list) or not isinstance(shapes, list):
+        return []
+    found: list[str] = []
+    for group, (of_group, their_shapes) in enumerate(zip(names, shapes, strict=True)):
+        assert isinstance(of_group, list)
+        assert isinstance(their_shapes, list)
+        found += [
+            f"{name or 'unnamed'} {shape}, parameter {number} of group {group}"
+            for number, (name, shape) in enumerate(zip(of_group, their_shapes, strict=True))
+        ]
+    return found
+
+
+def _held(name: str, tensor: torch.Tensor, *, spread: bool, frozen: bool) -> Held:
+    if not is_sharded(tensor):
+        spec = spec_of(tensor)
+        return Held(spec, whole(spec.shape), spread, frozen)
+    try:
+        found = local_box(tensor)
+    except UnsupportedStateError as error:
+        raise UnsupportedStateError(f"{name}: {error}") from error
+    spec = TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape), device=str(tensor.device))
+    return Held(spec, None if found is None else Box(*found), spread=True, frozen=frozen, sharded=True)
+
+
+def _samples(captured: Mapping[str, Captured], holding: Holding) -> dict[str, str]:
+    """A hash of some elements of each plain parameter and moment."""
+    keys = [
+        (name, key)
+        for name, tensors in holding.components.items()
+        for key, held in tensors.items()
+        if held.spread and not held.sharded
+    ]
+    hashes = hash_tensors([_some_of(captured[name].tensors[key]) for name, key in keys])
+    return {f"{name}.{key}": found[:SAMPLE_DIGITS] for (name, key), found in zip(keys, hashes, strict=True)}
+
+
+def _some_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The first elements of the row in the middle."""
+    row = tensor
+    while row.ndim > 1 and row.numel():
+        row = row[len(row) // 2]
+    return row[:SAMPLE] if row.ndim else row
+
+
+def _warn_of_unequal(samples: Mapping[int, Mapping[str, str]]) -> None:
+    """On the coordinator: ranks may hold the same keys, and not the same tensors."""
+    first, known = next(iter(samples.items()))
+    for rank, found in samples.items():
+        unequal = [key for key, sample in found.items() if known.get(key, sample) != sample]
+        if unequal:
+            messages.warn(
+                f"{len(unequal)} of {len(found)} parameters and moments are not equal on ranks {first} and {rank}, for "
+                f"example {unequal[0]!r}: a manager takes them for equal, as DistributedDataParallel keeps them, and "
+                "writes those of either rank. Stages of a pipeline, or replicas that train apart, save with "
+                "checkpointer.dcp, under keys that differ over the ranks",
+                stacklevel=2,
+            )
+            return
+
+
+def _digest(part: Captured, held: Mapping[str, Held]) -> str:
+    """Equal on two ranks that have the same of a component, beside what is shared out."""
+    meta = {name: value for name, value in part.meta.items() if name != _DEVICES}
+    keys = [key for key, tensor in held.items() if not tensor.spread]
+    hashes = hash_tensors([part.tensors[key] for key in keys])
+    told = strict_json.dumps([part.tree, meta, keys, hashes])
+    return hashlib.sha256(told.encode("ascii")).hexdigest()

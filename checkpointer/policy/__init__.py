@@ -1,0 +1,1 @@
+"""Decisions that give reasons: what is due, what stays, what is written how. Pure functions."""

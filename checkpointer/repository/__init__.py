@@ -1,0 +1,1 @@
+"""One run root: list, write, commit, read, verify, watch, remove. Knows no torch."""

@@ -1,0 +1,402 @@
+"""Reading one checkpoint back, trusting nothing: sizes first, then bytes against their hashes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import xxhash
+
+from checkpointer.errors import CorruptCheckpointError, UnreadableCheckpointError
+from checkpointer.format import paths
+from checkpointer.format.index import Chunk, Index, parse_index
+from checkpointer.format.manifest import Manifest
+from checkpointer.storage import ReadFile, Storage, refusals_typed
+from checkpointer.system.threads import Pool
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+READ_BLOCK = 512 * 1024
+"""Bytes read and hashed at a time: small enough that the hash finds them in the processor's cache."""
+
+RUN_LENGTH = 256
+"""Small chunks that one request fills at most; every system takes so many buffers."""
+
+LARGE = 16 << 20
+"""Bytes. Several threads share a larger chunk, so that none is left alone with it at the end."""
+
+PREFETCH = 64 << 20
+"""Bytes that the system is asked to read while a restore is prepared: what a fast disk reads in that time."""
+
+SPAN = 4 << 20
+"""Bytes of a large chunk that one thread reads at a time: few huge pages are touched by two threads at once."""
+
+READ_THREADS = min(8, max(4, os.cpu_count() or 1))
+"""More than cores where those are few: some wait for the disk."""
+
+
+class Target(Protocol):
+    """Where the bytes of one chunk go. Called on a reader's thread."""
+
+    def memory(self) -> memoryview | None:
+        """Contiguous unsigned bytes, just the chunk's, or ``None`` where bytes cannot go straight into memory."""
+
+    def blocks(self) -> Iterator[memoryview]:
+        """Where they cannot: buffers to fill, one after the other. Each is carried on when the next is asked for."""
+
+
+class ChunkRead(NamedTuple):
+    """A chunk, and where it is read to."""
+
+    name: str
+    """Component and key, for errors."""
+    chunk: Chunk
+    target: Target
+
+
+class Reader(NamedTuple):
+    """Who reads."""
+
+    rank: int
+    size: int
+
+
+ONE_PROCESS = Reader(0, 1)
+
+_OWN_AT_ANY_SIZE = frozenset({"rng", "generator"})
+"""Kinds of components of which a rank takes its own state also where the number of ranks has changed: no two ranks are
+to draw the same numbers."""
+
+
+class CheckpointReader:
+    """An open checkpoint. Use as a context manager.
+
+    Opening reads the index and compares the size of every file with the manifest, so that whoever allocates memory
+    for tensors afterwards can trust their shapes.
+
+    Raises:
+        CorruptCheckpointError: a file is missing, has another size, or fails its check.
+        UnreadableCheckpointError: the system does not let a file be read.
+        FileNotFoundError: the whole checkpoint has vanished (a writer pruned it).
+    """
+
+    def __init__(self, storage: Storage, directory: str, manifest: Manifest, reader: Reader = ONE_PROCESS) -> None:
+        """``reader``: one of several ranks finds its own state in ``index``, where it differs from the others'."""
+        self._storage = storage
+        self._reader = reader
+        self._directory = directory
+        self.manifest = manifest
+        self._stack = ExitStack()
+        try:
+            self._files: dict[str, ReadFile] = {}
+            self.index = self._with_own(self._read_index(paths.INDEX))
+            for path in manifest.files:
+                self._check_size(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every file."""
+        self._stack.close()
+
+    def check_metadata(self) -> None:
+        """Check what is not tensor data: whole small files, and the headers of safetensors files."""
+        for path, record in self.manifest.files.items():
+            header = self.index.headers.get(path)
+            length, expected = header or (record.size, record.xxh3)
+            if self._hash(path, 0, length) != expected:
+                what = "the header of " if header else ""
+                raise CorruptCheckpointError(f"{what}{self._place(path)} is damaged: its bytes do not match its hash")
+
+    def read(self, reads: Iterable[ChunkRead], *, verify: bool) -> None:
+        """Fill every target, from several threads, in the order of the files."""
+        _share(self._tasks(sorted(reads, key=_order), verify=verify))
+
+    def prefetch(self, components: Iterable[str]) -> None:
+        """Let the system begin to read the files of ``components``, while the caller prepares. Only a hint."""
+        if self._reader.size > 1:  # which parts of them this rank needs is not known yet
+            return
+        keys = set(components)
+        wanted = {parts[0].file for (name, _), parts in self.index.chunks.items() if name in keys and parts}
+        left = PREFETCH
+        for path in sorted(wanted & self._files.keys()):
+            file = self._files[path]
+            file.prefetch(0, min(left, file.size))
+            left -= min(left, file.size)
+
+    def check_chunks(self, chunks: Iterable[tuple[str, Chunk]]) -> None:
+        """Check the hash of each ``(name, chunk)`` without keeping its bytes."""
+        _share(partial(self._check_chunk, name, chunk) for name, chunk in chunks)
+
+    def _open(self, path: str) -> ReadFile:
+        record = self.manifest.files[path]
+        place = f"{self._directory}/{self.manifest.place(path)}"
+        try:
+            with refusals_typed(self._storage, place):
+                file = self._storage.open(place)
+        except FileNotFoundError as error:
+            if not self._storage.exists(f"{self._directory}/{paths.MANIFEST}"):
+                raise  # the whole checkpoint is gone, not one file of it
+            raise CorruptCheckpointError(f"{self._place(path)} is missing") from error
+        if file.size != record.size:
+            file.close()
+            raise CorruptCheckpointError(f"{self._place(path)} has {file.size} bytes, {record.size} were written")
+        return file
+
+    def _check_size(self, path: str) -> None:
+        """Open a file, which compares its size; those with tensors stay open, there are few of them."""
+        file = self._open(path)
+        if path in self.index.headers:
+            self._files[path] = file
+            self._stack.callback(file.close)
+        else:
+            file.close()
+
+    @property
+    def has_own_state(self) -> bool:
+        """Whether this rank's own state was saved, or is the same as rank 0's."""
+        return self._reader.rank < self.manifest.world_size
+
+    def _with_own(self, index: Index) -> Index:
+        """``index`` with what this rank had otherwise than rank 0."""
+        path = paths.rank_index(self._reader.rank)
+        if self._reader.size == 1 or path not in self.manifest.files:
+            return index
+        own = self._read_index(path)
+        same_size = self._reader.size == self.manifest.world_size
+        names = {name for name, part in own.components.items() if same_size or part.kind in _OWN_AT_ANY_SIZE}
+        components = {
+            name: replace(own.components[name], tensors={**part.tensors, **own.components[name].tensors})
+            if name in names
+            else part
+            for name, part in index.components.items()
+        }
+        mine = {place: chunks for place, chunks in own.chunks.items() if place[0] in names}
+        return Index(components, {**index.chunks, **mine}, {**index.headers, **own.headers})
+
+    def _read_index(self, path: str) -> Index:
+        if path not in self.manifest.files:
+            raise CorruptCheckpointError(f"{self._storage.place(self._directory)} lists no {path}")
+        size = self.manifest.files[path].size
+        if size > paths.INDEX_LIMIT:
+            raise CorruptCheckpointError(f"{self._place(path)} is larger than {paths.INDEX_LIMIT} bytes")
+        data = self.whole(path, 0, size)
+        if xxhash.xxh3_128_hexdigest(data) != self.manifest.files[path].xxh3:
+            raise CorruptCheckpointError(f"{self._place(path)} is damaged: its bytes do not match its hash")
+        sizes = {file: record.size for file, record in self.manifest.files.items()}
+        return parse_index(data, sizes, self._place(path))
+
+    def _tasks(self, reads: Iterable[ChunkRead], *, verify: bool) -> Iterator[Callable[[], None]]:
+        """What one thread does at a time. Small chunks next to each other are one request, large ones are several."""
+        run = _Run()
+        for read in reads:
+            size = read.chunk.end - read.chunk.begin
+            view = read.target.memory()
+            if view is not None and size <= READ_BLOCK:
+                if not run.takes(read.chunk):
+                    yield partial(self._read_run, run, verify=verify)
+                    run = _Run()
+                run.add(read, view)
+            elif view is None:
+                yield partial(self._read_blocks, read, verify=verify)
+            elif size <= LARGE:
+                yield partial(self._read_span, read, view, _Hash(), 0, size, verify=verify)
+            else:
+                shared = _Hash()
+                for start in range(0, size, SPAN):
+                    end = min(start + SPAN, size)
+                    yield partial(self._read_span, read, view, shared, start, end, verify=verify)
+        if run.reads:
+            yield partial(self._read_run, run, verify=verify)
+
+    def _read_run(self, run: _Run, *, verify: bool) -> None:
+        first = run.reads[0].chunk
+        with self._disk_errors(first.file):
+            self._files[first.file].read_many(first.begin, run.views)
+        if verify:
+            for read, view in zip(run.reads, run.views, strict=True):
+                self._compare(read, xxhash.xxh3_128_hexdigest(view))
+
+    def _read_span(
+        self, read: ChunkRead, view: memoryview, hashed: _Hash, begin: int, end: int, *, verify: bool
+    ) -> None:
+        for start in range(begin, end, READ_BLOCK):
+            block = view[start : min(start + READ_BLOCK, end)]
+            self._read_into(self._files[read.chunk.file], read.chunk.file, read.chunk.begin + start, block)
+            if verify and hashed.add(start, block) == len(view):
+                self._compare(read, hashed.hexdigest())
+
+    def _read_blocks(self, read: ChunkRead, *, verify: bool) -> None:
+        hasher = xxhash.xxh3_128()
+        offset = read.chunk.begin
+        for block in read.target.blocks():
+            self._read_into(self._files[read.chunk.file], read.chunk.file, offset, block)
+            offset += len(block)
+            if verify:
+                hasher.update(block)
+        if verify:
+            self._compare(read, hasher.hexdigest())
+
+    def _compare(self, read: ChunkRead, xxh3: str) -> None:
+        if xxh3 != read.chunk.xxh3:
+            raise self._damaged(read.name, read.chunk)
+
+    def _check_chunk(self, name: str, chunk: Chunk) -> None:
+        if self._hash(chunk.file, chunk.begin, chunk.end) != chunk.xxh3:
+            raise self._damaged(name, chunk)
+
+    def _damaged(self, name: str, chunk: Chunk) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"{self._place(chunk.file)} is damaged: bytes {chunk.begin} to {chunk.end}, which hold {name}, "
+            "do not match their hash"
+        )
+
+    def _hash(self, path: str, begin: int, end: int) -> str:
+        hasher = xxhash.xxh3_128()
+        for block in self.blocks(path, begin, end):
+            hasher.update(block)
+        return hasher.hexdigest()
+
+    def blocks(self, path: str, begin: int, end: int) -> Iterator[memoryview]:
+        """The bytes of a file from ``begin`` to ``end``, in one buffer that is used again for each block."""
+        buffer = memoryview(bytearray(min(READ_BLOCK, end - begin)))
+        file = self._files.get(path) or self._open(path)
+        try:
+            for start in range(begin, end, READ_BLOCK):
+                block = buffer[: min(READ_BLOCK, end - start)]
+                self._read_into(file, path, start, block)
+                yield block
+        finally:
+            if path not in self._files:
+                file.close()
+
+    def whole(self, path: str, begin: int, end: int) -> bytes:
+        """The bytes of a file from ``begin`` to ``end`` at once."""
+        return b"".join([bytes(block) for block in self.blocks(path, begin, end)])  # the blocks are one buffer
+
+    def _read_into(self, file: ReadFile, path: str, offset: int, view: memoryview) -> None:
+        with self._disk_errors(path):
+            file.read_into(offset, view)
+
+    @contextmanager
+    def _disk_errors(self, path: str) -> Iterator[None]:
+        """A bad sector is damage of the checkpoint; other failures are not."""
+        try:
+            with refusals_typed(self._storage, f"{self._directory}/{self.manifest.place(path)}"):
+                yield
+        except UnreadableCheckpointError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise CorruptCheckpointError(f"{self._place(path)} cannot be read: {error.__cause__}") from error.__cause__
+
+    def _place(self, path: str) -> str:
+        return self._storage.place(f"{self._directory}/{self.manifest.place(path)}")
+
+
+class _Run:
+    """Small chunks that lie one behind the other in a file."""
+
+    def __init__(self) -> None:
+        self.reads: list[ChunkRead] = []
+        self.views: list[memoryview] = []
+        self._size = 0
+
+    def takes(self, chunk: Chunk) -> bool:
+        """Whether ``chunk`` can be added."""
+        if not self.reads:
+            return True
+        last = self.reads[-1].chunk
+        fits = len(self.reads) < RUN_LENGTH and self._size + chunk.end - chunk.begin <= READ_BLOCK
+        return fits and last.file == chunk.file and last.end == chunk.begin
+
+    def add(self, read: ChunkRead, view: memoryview) -> None:
+        self.reads.append(read)
+        self.views.append(view)
+        self._size += len(view)
+
+
+class _Hash:
+    """The hash of one chunk. Its blocks may come from several threads and out of order."""
+
+    def __init__(self) -> None:
+        self._hasher = xxhash.xxh3_128()
+        self._lock = threading.Lock()
+        self._waiting: dict[int, memoryview] = {}
+        self._done = 0
+        self._busy = False
+
+    def add(self, start: int, block: memoryview) -> int:
+        """Take the block that begins at ``start``. Returns how many bytes are hashed by now; the whole size only once.
+
+        Whoever brings the block that is due hashes it, and those behind it that wait; nobody waits for another.
+        """
+        with self._lock:
+            self._waiting[start] = block
+            if self._busy or self._done not in self._waiting:
+                return -1
+            self._busy = True
+        while True:
+            with self._lock:
+                due = self._waiting.pop(self._done, None)
+                if due is None:
+                    self._busy = False
+                    return self._done
+            self._hasher.update(due)
+            self._done += len(due)
+
+    def hexdigest(self) -> str:
+        return self._hasher.hexdigest()
+
+
+def _order(read: ChunkRead) -> tuple[bool, str, int]:
+    """That of the files, which disks read fastest; but what one thread has to read alone, and takes long, at first."""
+    chunk = read.chunk
+    alone = chunk.end - chunk.begin > LARGE and read.target.memory() is None
+    return (not alone, chunk.file, chunk.begin)
+
+
+def _share(tasks: Iterator[Callable[[], None]]) -> None:
+    """Carry out ``tasks`` on a few threads. The first error is raised and no task begun after it; none runs on."""
+    lock = threading.Lock()
+    failed = threading.Event()
+
+    def work() -> None:
+        try:
+            while not failed.is_set():
+                with lock:
+                    task = next(tasks, None)
+                if task is None:
+                    return
+                task()
+        except BaseException:
+            failed.set()
+            raise
+
+    with Pool(READ_THREADS, thread_name_prefix="checkpointer-read") as pool:
+        workers: list[Future[None]] = []
+        try:
+            with suppress(RuntimeError):  # no further thread can be started
+                while len(workers) < READ_THREADS:
+                    workers.append(pool.submit(work))
+            if not workers:
+                work()
+            for worker in workers:
+                worker.result()
+        except BaseException:
+            failed.set()
+            raise

@@ -1,0 +1,29 @@
+"""How a checkpoint becomes visible, and how it goes: by rename where there is one, else by its manifest."""
+
+from __future__ import annotations
+
+from checkpointer.repository.commit.base import STALE_AFTER, Attempt, CommitProtocol, for_each, read_manifest, walk
+from checkpointer.repository.commit.by_manifest import MarkerCommit, owner_is_dead
+from checkpointer.repository.commit.by_rename import RenameCommit
+from checkpointer.repository.commit.removal import is_unfinished_record, recorded_removal
+from checkpointer.repository.lock import WriterLock
+from checkpointer.storage import Storage
+
+
+def protocol_for(storage: Storage, lock: WriterLock) -> CommitProtocol:
+    """The protocol that fits what the storage can do."""
+    return RenameCommit(storage, lock) if storage.can_rename else MarkerCommit(storage, lock)
+
+
+__all__ = [
+    "STALE_AFTER",
+    "Attempt",
+    "CommitProtocol",
+    "for_each",
+    "is_unfinished_record",
+    "owner_is_dead",
+    "protocol_for",
+    "read_manifest",
+    "recorded_removal",
+    "walk",
+]

@@ -1,0 +1,205 @@
+"""What both commit protocols share."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import xxhash
+
+from checkpointer.errors import (
+    CheckpointerError,
+    CorruptCheckpointError,
+    FormatVersionError,
+    UnreadableCheckpointError,
+)
+from checkpointer.format import paths
+from checkpointer.format.manifest import FileRecord, Manifest, parse_manifest
+from checkpointer.repository.notes import annotated, read_notes
+from checkpointer.storage import Buffer, Storage, refusals_typed
+
+_T = TypeVar("_T")
+
+STALE_AFTER = 24 * 3600.0
+"""Seconds without a sign of life after which another writer's attempt counts as abandoned where no lock proves it."""
+
+
+def new_id() -> str:
+    """A new checkpoint's (and its attempt's) id: 32 random hexadecimal digits."""
+    return secrets.token_hex(16)
+
+
+@dataclass
+class Attempt:
+    """A checkpoint while it is being written: invisible to every reader."""
+
+    storage: Storage
+    step: int
+    id: str
+    directory: str
+    """Where its files go."""
+    data: str | None
+    """The manifest's ``data``."""
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    fsync_seconds: float = 0.0
+    """Spent so far in making its files durable."""
+
+    def write(self, path: str, pieces: Iterable[Buffer], size: int, *, steady: bool = False) -> FileRecord:
+        """Write one durable file of ``size`` bytes and record its hash; ``steady`` as for :meth:`Storage.write`."""
+        hasher = xxhash.xxh3_128()
+        hashed = _hashed(pieces, hasher)
+        self.fsync_seconds += self.storage.write(f"{self.directory}/{path}", hashed, size, steady=steady)
+        record = self.files[path] = FileRecord(size, hasher.hexdigest())
+        return record
+
+    def share(self, path: str, source: str, record: FileRecord) -> bool:
+        """Let ``path`` be what ``source`` is, a file of a committed checkpoint, instead of writing it.
+
+        ``source`` is relative to the run root, ``record`` what the manifest will say. ``False``, and nothing done,
+        where that cannot be: it is gone, or has another size, or the file system has no links.
+        """
+        target = f"{self.directory}/{path}"
+        try:
+            if not self.storage.link(source, target):
+                return False
+            file = self.storage.open(target)
+        except (FileNotFoundError, CorruptCheckpointError):
+            return False
+        file.close()
+        if file.size != record.size:
+            self.storage.remove(target)
+            return False
+        self.files[path] = record
+        return True
+
+    @property
+    def bytes_shared(self) -> int:
+        """Of its files so far."""
+        return sum(record.size for record in self.files.values() if record.origin is not None)
+
+
+def _hashed(pieces: Iterable[Buffer], hasher: xxhash.xxh3_128) -> Iterator[Buffer]:
+    for piece in pieces:
+        hasher.update(piece)
+        yield piece
+
+
+class CommitProtocol(Protocol):
+    """One way to commit and remove. ``recover`` finishes or undoes whatever a dead writer left half done."""
+
+    def begin(self, step: int) -> Attempt: ...
+
+    def join(self, step: int, id: str) -> Attempt:
+        """The attempt that another rank of this job has begun: to write files of it, never to commit or abandon."""
+
+    def commit(self, attempt: Attempt, manifest: Manifest) -> str:
+        """Make the attempt visible; returns its name. Durable, or an error and nothing changed."""
+
+    def abandon(self, attempt: Attempt) -> None:
+        """Remove what an attempt that failed has written."""
+
+    def remove(self, name: str, manifest: Manifest) -> bool:
+        """Remove a committed checkpoint; ``False`` if it turned out to be pinned and stays.
+
+        Raises OSError where that is not possible: it is still there, or what is left of it is finished later.
+        """
+
+    def finish_removal(self, id: str) -> None:
+        """Try once more what ``remove`` of this checkpoint has begun and not ended."""
+
+    def recover(self) -> None:
+        """Finish or undo what dead writers have left. What fails does not keep it from the rest; then it raises."""
+
+    def quarantine(self, name: str) -> str | None:
+        """Move a damaged checkpoint to where nothing is ever deleted; ``None`` where nothing can be moved."""
+
+
+def read_manifest(storage: Storage, directory: str) -> Manifest | None:
+    """The manifest in a directory; ``None`` if there is none, so that it is no checkpoint.
+
+    Raises:
+        CorruptCheckpointError, FormatVersionError: there is one, but it cannot be used.
+        UnreadableCheckpointError: the system does not let it be read.
+    """
+    path = f"{directory}/{paths.MANIFEST}"
+    try:
+        with refusals_typed(storage, path):
+            data = storage.read(path, paths.MANIFEST_LIMIT)
+    except FileNotFoundError:
+        return None
+    return parse_manifest(data, storage.place(path))
+
+
+@dataclass(frozen=True)
+class Occupant:
+    """What lies where a checkpoint wants to go."""
+
+    manifest: Manifest | None
+    damaged: bool = False
+    keep: bool = False
+    """Pinned, of a newer format, or not to be read by this user: it must not be replaced."""
+
+
+def occupant(storage: Storage, name: str) -> Occupant | None:
+    """Who holds ``name``; ``None`` if it is free."""
+    try:
+        manifest = read_manifest(storage, name)
+    except CorruptCheckpointError:
+        entries = storage.list_directory(name)  # none where the name belongs to a file, or to a link
+        return Occupant(None, damaged=any(entry.name == paths.MANIFEST for entry in entries))
+    except (FormatVersionError, UnreadableCheckpointError):
+        return Occupant(None, keep=True)
+    if manifest is None:
+        return Occupant(None) if storage.exists(name) else None
+    info = annotated(manifest.info(name), read_notes(storage, manifest.id))
+    return Occupant(manifest, damaged=info.damaged is not None, keep=info.pinned)
+
+
+def is_pinned(storage: Storage, manifest: Manifest) -> bool:
+    """Whether the notes pin this checkpoint right now."""
+    return annotated(manifest.info(""), read_notes(storage, manifest.id)).pinned
+
+
+def own_manifest(storage: Storage, directory: str) -> Manifest | None:
+    """The manifest in a directory that is being removed; an unusable one counts as none.
+
+    Raises:
+        UnreadableCheckpointError: it cannot be read, so nobody knows whose the directory is.
+    """
+    try:
+        return read_manifest(storage, directory)
+    except UnreadableCheckpointError:
+        raise
+    except CheckpointerError:
+        return None
+
+
+def for_each(items: Iterable[_T], work: Callable[[_T], object]) -> None:
+    """Do ``work`` on every item, whichever of them fail; then raise the first error."""
+    errors: list[OSError | CheckpointerError] = []
+    for item in items:
+        try:
+            work(item)
+        except (OSError, CheckpointerError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def walk(storage: Storage, directory: str) -> Iterator[str]:
+    """Every non-directory below ``directory``, relative to it."""
+    for entry in storage.list_directory(directory):
+        if entry.is_dir:
+            yield from (f"{entry.name}/{inner}" for inner in walk(storage, f"{directory}/{entry.name}"))
+        else:
+            yield entry.name
+
+
+def remove_empty_directories(storage: Storage, directory: str) -> bool:
+    """Remove ``directory`` and all below it that holds no file; whether it is gone."""
+    for entry in storage.list_directory(directory):
+        if entry.is_dir:
+            remove_empty_directories(storage, f"{directory}/{entry.name}")
+    return storage.remove_directory(directory)

@@ -1,0 +1,285 @@
+"""Commit by rename: file systems with an atomic directory rename and a lock that proves its owner alive.
+
+Everything is written under ``.checkpointer/tmp/<id>``, made durable, and renamed. Removal is a rename to
+``.checkpointer/trash/<id>`` followed by the deletion there. So a name in the root is always a whole checkpoint, and a
+directory that cannot be moved is one up to the moment that its manifest is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+
+from checkpointer.errors import SaveError, UnreadableCheckpointError
+from checkpointer.format import paths
+from checkpointer.format.manifest import Manifest
+from checkpointer.repository.commit.base import (
+    STALE_AFTER,
+    Attempt,
+    for_each,
+    is_pinned,
+    new_id,
+    occupant,
+    own_manifest,
+    remove_empty_directories,
+    walk,
+)
+from checkpointer.repository.commit.removal import (
+    is_unfinished_record,
+    record_path,
+    recover_in_place,
+    remove_in_place,
+)
+from checkpointer.repository.lock import WriterLock
+from checkpointer.repository.notes import remove_notes
+from checkpointer.storage import Entry, Storage
+from checkpointer.system import messages
+
+logger = logging.getLogger("checkpointer")
+
+ROOT = ""
+
+_IMMOVABLE = (errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES)
+"""Of a rename: this very directory cannot be moved. It lies in a lower layer of overlayfs, is a mount or a subvolume,
+is immutable, or belongs to somebody else in a sticky directory."""
+
+
+class RenameCommit:
+    """The protocol for :class:`~checkpointer.storage.LocalStorage`."""
+
+    def __init__(self, storage: Storage, lock: WriterLock) -> None:
+        self._storage = storage
+        self._lock = lock
+
+    def begin(self, step: int) -> Attempt:
+        attempt = self.join(step, new_id())
+        self._storage.make_directory(attempt.directory)
+        return attempt
+
+    def join(self, step: int, id: str) -> Attempt:
+        return Attempt(self._storage, step, id, f"{paths.TMP}/{id}", data=None)
+
+    def commit(self, attempt: Attempt, manifest: Manifest) -> str:
+        data = manifest.to_bytes()
+        self._storage.write(f"{attempt.directory}/{paths.MANIFEST}", [data], len(data))
+        self._storage.sync(*_directories_bottom_up(attempt))
+        self._lock.check()
+        name = paths.checkpoint_name(attempt.step)
+        there = occupant(self._storage, name)
+        if there is None:
+            return self._publish(attempt, name)
+        if there.keep:
+            return self._publish(attempt, paths.checkpoint_name(attempt.step, attempt.id))
+        if there.damaged:
+            return self._publish_beside_damage(attempt, name)
+        if there.manifest is None:
+            raise self._in_the_way(name)
+        return self._replace(attempt, name)
+
+    def _in_the_way(self, name: str) -> SaveError:
+        """What to say of a name that is taken by something that is no checkpoint, and that is nobody's to move."""
+        link = next((entry.link for entry in self._storage.list_directory(ROOT) if entry.name == name), None)
+        why = f"it has no {paths.MANIFEST}" if link is None else f"it is a link to {link}, and links are not followed"
+        return SaveError(
+            f"{self._storage.place(name)} exists but is not a checkpoint ({why}); "
+            "nothing in it was touched: move it away, then save again"
+        )
+
+    def abandon(self, attempt: Attempt) -> None:
+        there = own_manifest(self._storage, attempt.directory)
+        if there is None or there.id == attempt.id:  # else the commit failed after an exchange: it is the old one
+            self._delete_everything(attempt.directory)
+
+    def remove(self, name: str, manifest: Manifest) -> bool:
+        try:
+            self._to_trash(name, manifest)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            return remove_in_place(self._storage, name, manifest)
+        return self._dispose(f"{paths.TRASH}/{manifest.id}")
+
+    def finish_removal(self, id: str) -> None:
+        if self._storage.exists(record_path(id)):
+            recover_in_place(self._storage, record_path(id))
+        if self._storage.exists(f"{paths.TRASH}/{id}"):
+            self._dispose(f"{paths.TRASH}/{id}")
+
+    def recover(self) -> None:
+        self._settle()
+        parts = ((paths.TMP, self._recover_in_tmp), (paths.TRASH, self._recover_in_trash), (ROOT, self._recover_name))
+        for_each(parts, lambda part: for_each(self._storage.list_directory(part[0]), part[1]))
+
+    def _recover_in_tmp(self, entry: Entry) -> None:
+        path = f"{paths.TMP}/{entry.name}"
+        if _is_ours(entry) and self._is_abandoned(path):
+            self._dispose(path)
+
+    def _recover_in_trash(self, entry: Entry) -> None:
+        path = f"{paths.TRASH}/{entry.name}"
+        if _is_ours(entry):
+            self._dispose(path)
+        elif entry.is_file and path == record_path(entry.name.removesuffix(".json")):
+            recover_in_place(self._storage, path)
+        elif entry.is_file and is_unfinished_record(entry.name):
+            self._storage.remove(path)
+
+    def _recover_name(self, entry: Entry) -> None:
+        if entry.is_dir and paths.is_second_name(entry.name):
+            self._take_free_name(entry.name)
+
+    def quarantine(self, directory: str) -> str:
+        """Move something that is in the way, or not ours, to where nothing is ever deleted."""
+        self._storage.make_directory(paths.QUARANTINE)
+        place = f"{paths.QUARANTINE}/{directory.rpartition('/')[2]}-{new_id()[:8]}"
+        self._move(directory, place)
+        messages.warn(
+            f"moved {self._storage.place(directory)} to {self._storage.place(place)}: it is damaged, or holds files "
+            "that this library did not write. Nothing there is ever deleted: look at it, then remove it by hand",
+            stacklevel=2,
+        )
+        return place
+
+    def _settle(self) -> None:
+        """Make durable what a dead writer has renamed: its next step was to be that, and ours builds upon it."""
+        self._storage.sync(*(folder for folder in (ROOT, paths.TMP, paths.TRASH) if self._storage.exists(folder)))
+
+    def _is_abandoned(self, directory: str) -> bool:
+        """Holding the OS lock proves every other attempt's owner dead; without it only time tells."""
+        if self._lock.proven:
+            return True
+        age = self._storage.age(directory)
+        return age is not None and age > STALE_AFTER
+
+    def _move(self, old: str, new: str) -> None:
+        self._storage.rename(old, new)
+        self._storage.sync(new.rpartition("/")[0], old.rpartition("/")[0])
+
+    def _publish(self, attempt: Attempt, name: str) -> str:
+        """Give the attempt a name that is free: **the commit**."""
+        try:
+            self._move(attempt.directory, name)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            across = SaveError(
+                f"{self._storage.place(attempt.directory)} cannot be renamed to {self._storage.place(name)}: "
+                f"{paths.PRIVATE} and the run root lie on different file systems (one of them, or a directory in "
+                "them, is a mount, a link or a subvolume). They have to be on one; nothing was committed"
+            )
+            across.errno = errno.EXDEV
+            raise across from error
+        return name
+
+    def _publish_beside_damage(self, attempt: Attempt, name: str) -> str:
+        """Commit where a damaged checkpoint is in the way: that moves, or where it cannot be moved, keeps its name."""
+        try:
+            self.quarantine(name)
+        except OSError as error:
+            if error.errno not in _IMMOVABLE:
+                raise
+            return self._publish(attempt, paths.checkpoint_name(attempt.step, attempt.id))
+        return self._publish(attempt, name)
+
+    def _replace(self, attempt: Attempt, name: str) -> str:
+        """Put the attempt in the place of a committed checkpoint: at every instant one of the two is there."""
+        if self._exchange(attempt, name):
+            self._storage.sync(ROOT, paths.TMP)
+            self._tidy(lambda: self._dispose(attempt.directory))
+            return name
+        second = self._publish(attempt, paths.checkpoint_name(attempt.step, attempt.id))
+        self._tidy(lambda: self._make_way(name, second))
+        return second if self._storage.exists(second) else name
+
+    def _exchange(self, attempt: Attempt, name: str) -> bool:
+        """Whether the two were swapped; ``False``, and nothing done, where the old one cannot be moved."""
+        try:
+            return self._storage.exchange(attempt.directory, name)
+        except OSError as error:
+            there = own_manifest(self._storage, name)
+            if error.errno not in _IMMOVABLE or there is None or there.id == attempt.id:
+                raise
+            return False
+
+    def _tidy(self, work: Callable[[], object]) -> None:
+        """What follows the commit point cannot fail the save any more: the next writer will do it."""
+        try:
+            work()
+        except OSError as error:
+            text = "could not clear away leftovers in %s; the next writer will: %s"
+            messages.log(logger.warning, text, self._storage.url, error)
+
+    def _to_trash(self, directory: str, manifest: Manifest) -> None:
+        self._storage.make_directory(paths.TRASH)
+        self._move(directory, f"{paths.TRASH}/{manifest.id}")
+
+    def _dispose(self, directory: str) -> bool:
+        """Delete a directory in tmp or trash, but not what is pinned, and no file that a checkpoint does not list."""
+        manifest = own_manifest(self._storage, directory)
+        never_committed = directory.startswith(paths.TMP) and (
+            manifest is None or directory == f"{paths.TMP}/{manifest.id}"
+        )
+        if never_committed:
+            self._delete_everything(directory)
+            return True
+        if manifest is not None:
+            if is_pinned(self._storage, manifest):
+                self._bring_back(directory, manifest)
+                return False
+            self._delete_listed(directory, manifest)
+        if any(path != paths.MANIFEST or manifest is None for path in walk(self._storage, directory)):
+            directory = self.quarantine(directory)  # before the manifest goes: without one, all in tmp would be ours
+        if manifest is not None:
+            self._storage.remove(f"{directory}/{paths.MANIFEST}")
+            remove_notes(self._storage, manifest.id)
+        remove_empty_directories(self._storage, directory)
+        return True
+
+    def _delete_listed(self, directory: str, manifest: Manifest) -> None:
+        """Delete what the manifest lists; durably in trash, where a file that came back without it would be foreign."""
+        written = [f"{directory}/{path}" for path in map(manifest.place, manifest.files)]
+        for path in written:
+            self._storage.remove(path)
+        if directory.startswith(paths.TRASH):
+            folders = sorted({path.rpartition("/")[0] for path in written})
+            self._storage.sync(*filter(self._storage.exists, folders))
+
+    def _bring_back(self, directory: str, manifest: Manifest) -> None:
+        name = paths.checkpoint_name(manifest.step)
+        if self._storage.exists(name):
+            name = paths.checkpoint_name(manifest.step, manifest.id)
+        self._move(directory, name)
+
+    def _delete_everything(self, directory: str) -> None:
+        for path in list(walk(self._storage, directory)):
+            self._storage.remove(f"{directory}/{path}")
+        remove_empty_directories(self._storage, directory)
+
+    def _make_way(self, name: str, second: str) -> None:
+        """Finish a replacement without exchange: the old one goes, the new one takes its name."""
+        old = own_manifest(self._storage, name)
+        if old is not None:
+            self.remove(name, old)
+        self._take_free_name(second)
+
+    def _take_free_name(self, second: str) -> None:
+        """Give a checkpoint with a second name the plain one if it is free; else both stay, for retention to judge."""
+        try:
+            manifest = own_manifest(self._storage, second)
+        except UnreadableCheckpointError:
+            return  # it can be restored under this name, once it can be read
+        if manifest is not None and not self._storage.exists(paths.checkpoint_name(manifest.step)):
+            self._move(second, paths.checkpoint_name(manifest.step))
+
+
+def _is_ours(entry: Entry) -> bool:
+    """Whether this is a directory that this library made in tmp or trash: whatever else lies there is left alone."""
+    return entry.is_dir and paths.is_id(entry.name)
+
+
+def _directories_bottom_up(attempt: Attempt) -> list[str]:
+    """Every directory that the attempt's files made, inner ones first, the attempt's own last."""
+    inner = {parent for path in attempt.files for parent in paths.parents(path)}
+    ordered = sorted(inner, key=lambda path: (-path.count("/"), path))
+    return [*(f"{attempt.directory}/{path}" for path in ordered), attempt.directory]

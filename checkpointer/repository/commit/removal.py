@@ -1,0 +1,121 @@
+"""Removal in place: where a checkpoint's directory cannot be moved away.
+
+Its manifest goes first, and then it is no checkpoint any more; a record tells the next writer to go on with the rest.
+Object stores know nothing else. Local file systems rename, but for directories that they cannot: of a lower layer of
+overlayfs, or on another file system than ``trash``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import Any
+
+from checkpointer.errors import CheckpointerError, CorruptCheckpointError
+from checkpointer.format import paths, strict_json
+from checkpointer.format.manifest import Manifest, parse_manifest
+from checkpointer.repository.commit.base import is_pinned, own_manifest, remove_empty_directories, walk
+from checkpointer.repository.notes import remove_notes
+from checkpointer.storage import Storage
+from checkpointer.system import messages
+
+RECORD_LIMIT = 2 * paths.MANIFEST_LIMIT
+"""Bytes."""
+
+
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.json\.[0-9a-f]{16}")
+"""What a process that died while it wrote a record leaves."""
+
+
+def is_unfinished_record(name: str) -> bool:
+    """Whether this is a record that was never written to its end, so that nothing was removed by it."""
+    return _UNFINISHED.fullmatch(name) is not None
+
+
+def record_path(id: str) -> str:
+    """Where the record of a removal lies."""
+    return f"{paths.TRASH}/{id}.json"
+
+
+def record_removal(storage: Storage, name: str, manifest: bytes, id: str) -> None:
+    """Write down, durably, that the checkpoint ``name`` is about to be removed or replaced."""
+    record = {"name": name, "manifest": manifest.decode("utf-8")}
+    storage.put(record_path(id), strict_json.seal(record))
+
+
+def read_record(storage: Storage, path: str) -> dict[str, Any] | None:
+    """A record, or ``None`` if it is gone or not one: then nothing is touched."""
+    with contextlib.suppress(FileNotFoundError, CorruptCheckpointError):
+        return strict_json.unseal(storage.read(path, RECORD_LIMIT), path)
+    return None
+
+
+def recorded_removal(storage: Storage, path: str) -> tuple[str, Manifest] | None:
+    """Which checkpoint a record lets go, and its manifest; ``None`` if it is gone or makes no sense."""
+    record = read_record(storage, path)
+    name, text = (record.get("name"), record.get("manifest")) if record else (None, None)
+    if not isinstance(name, str) or not isinstance(text, str) or paths.parse_checkpoint_name(name) is None:
+        return None
+    with contextlib.suppress(CheckpointerError):  # one of a newer format, too: its writer knows what to do
+        return name, parse_manifest(text.encode("utf-8", "replace"), storage.place(path))
+    return None
+
+
+def remove_in_place(storage: Storage, name: str, manifest: Manifest) -> bool:
+    """Remove a local checkpoint without moving it; ``False`` if it is pinned, and stays."""
+    if is_pinned(storage, manifest):
+        return False
+    record_removal(storage, name, manifest.to_bytes(), manifest.id)
+    storage.remove(f"{name}/{paths.MANIFEST}")
+    storage.sync(name)  # before any data goes: after a power cut it would be a checkpoint with holes
+    return _finish(storage, name, manifest)
+
+
+def recover_in_place(storage: Storage, path: str) -> None:
+    """Finish the local removal that a record tells of, unless it has not begun, or is over."""
+    recorded = recorded_removal(storage, path)
+    if recorded is None:
+        return
+    name, manifest = recorded
+    if not storage.exists(f"{name}/{paths.MANIFEST}"):
+        storage.sync(*[name] if storage.exists(name) else [])  # whoever unlinked the manifest may have died before this
+        _finish(storage, name, manifest)
+        return
+    # A manifest with this id: it died before anything was removed. Another one: a later save has the name, under which
+    # its files are called as those of the old one were. Neither may be touched. An unreadable one: that is unknown.
+    if own_manifest(storage, name) is not None:
+        storage.remove(path)
+
+
+def _finish(storage: Storage, name: str, manifest: Manifest) -> bool:
+    """Delete what an unlinked manifest lists; ``False`` if somebody pinned it meanwhile, and it is back."""
+    pinned = is_pinned(storage, manifest)
+    if pinned:
+        storage.create(f"{name}/{paths.MANIFEST}", manifest.to_bytes())
+    else:
+        files = [f"{name}/{manifest.place(path)}" for path in manifest.files]
+        for path in files:
+            storage.remove(path)
+        # Durably, and before the record goes: without it, a file that came back would be foreign, and in the way.
+        storage.sync(*filter(storage.exists, sorted({path.rpartition("/")[0] for path in files})))
+        warn_of_foreign_files(storage, name)
+        storage.sync("")
+        remove_notes(storage, manifest.id)
+    storage.remove(record_path(manifest.id))
+    storage.sync(paths.TRASH)  # before a save may take the name
+    return not pinned
+
+
+def warn_of_foreign_files(storage: Storage, name: str) -> None:
+    """Remove what is left of a directory that was a checkpoint, if that is nothing; else say what there is."""
+    if storage.exists(f"{name}/{paths.MANIFEST}"):
+        return
+    left = sorted(walk(storage, name))
+    if not left:
+        remove_empty_directories(storage, name)
+        return
+    messages.warn(
+        f"{storage.place(name)} was removed, but {len(left)} files that this library did not write are left there: "
+        f"{', '.join(left[:5])}",
+        stacklevel=2,
+    )

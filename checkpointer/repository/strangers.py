@@ -1,0 +1,171 @@
+"""Names of checkpoints that hold none: whose they look like, what they keep from being saved, and what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from checkpointer.format import paths
+from checkpointer.repository.commit import walk
+from checkpointer.storage import Storage
+
+Kind: TypeAlias = Literal[
+    "ours", "hugging-face", "accelerate", "lightning", "deepspeed", "dcp", "torch", "empty", "other"
+]
+
+EXAMINED = 5
+"""Strange names that are looked into when a run is opened, the highest steps first: each costs a listing."""
+
+_HUGGING_FACE = frozenset({"trainer_state.json", "training_args.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt"})
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
+_ACCELERATE = re.compile(r"random_states_\d+\.pkl|sampler(_\d+)?\.bin|custom_checkpoint_\d+\.pkl")
+_ACCELERATE_NAME = re.compile(r"checkpoint_\d+")
+
+_NAMES: dict[Kind, str] = {
+    "hugging-face": "Hugging Face's Trainer",
+    "accelerate": "Accelerate",
+    "lightning": "Lightning",
+    "deepspeed": "DeepSpeed",
+    "dcp": "torch.distributed.checkpoint",
+    "torch": "torch.save",
+}
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """Something in a run root that has the name of a checkpoint, and is none that can be listed."""
+
+    name: str
+    path: str
+    step: int
+    is_dir: bool = True
+    link: str | None = None
+    """Where it leads, if it is a symbolic link."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a stranger turned out to be."""
+
+    stranger: Stranger
+    kind: Kind
+    files: tuple[str, ...]
+    """The files in it, relative to it."""
+
+    @property
+    def what(self) -> str:
+        """Its kind, as the rest of a sentence that begins with its name."""
+        if self.stranger.link is not None:
+            return f"is a link to {self.stranger.link}, which holds no checkpoint, and links are not followed"
+        if not self.stranger.is_dir:
+            return "is no directory"
+        if self.kind == "ours":
+            found = next(path for path in self.files if _is_ours(path))
+            return f"holds files of a checkpoint ({found}) without {paths.MANIFEST}: it was copied or deleted in part"
+        if self.kind == "empty":
+            return "is empty"
+        if self.kind == "other":
+            return f"holds no checkpoint but {self.files[0]}"
+        return f"looks like a checkpoint of {_NAMES[self.kind]} ({self.files[0]})"
+
+    @property
+    def cure(self) -> str:
+        """What to do."""
+        if self.kind == "ours" and self.stranger.is_dir:
+            return (
+                f"copy it again as a whole, {paths.MANIFEST} last, or put {paths.MANIFEST} back from a copy; the "
+                "tensors can be read without it, as safetensors"
+            )
+        weights = next((path for path in self.files if path in _WEIGHTS), None)
+        if self.kind == "hugging-face" and weights is not None:
+            return (
+                "move it away, or choose another run root; 'checkpointer import "
+                f"{self.stranger.path}/{weights} NEW_ROOT --step {self.stranger.step}' takes the weights over"
+            )
+        if self.kind in _NAMES:
+            return (
+                "move it away, or choose another run root; 'checkpointer import FILE NEW_ROOT --step "
+                f"{self.stranger.step}' takes over what torch.save wrote"
+            )
+        return "move it away"
+
+
+def examine(storage: Storage, stranger: Stranger) -> Examined | None:
+    """Look into it; ``None`` where it is gone, has been committed meanwhile, or is the unfinished work of a writer."""
+    if not stranger.is_dir:
+        return Examined(stranger, "other", ()) if storage.exists(stranger.name) else None
+    entries = storage.list_directory(stranger.name)
+    if any(entry.name == paths.MANIFEST for entry in entries):
+        return None
+    if not entries:
+        there = storage.can_rename and storage.exists(stranger.name)
+        return Examined(stranger, "empty", ()) if there else None
+    files: list[str] = []
+    for entry in sorted(entries):
+        if not entry.is_dir:
+            files.append(entry.name)
+        elif not on_record(storage, entry.name):
+            inner = sorted(walk(storage, f"{stranger.name}/{entry.name}"))
+            files += [f"{entry.name}/{path}" for path in inner]
+    if not files:
+        return Examined(stranger, "empty", ()) if storage.can_rename else None
+    kind, telling = _kind_of(files)
+    return Examined(stranger, kind, tuple(sorted(files, key=lambda path: (path not in telling, path))))
+
+
+def on_record(storage: Storage, id: str) -> bool:
+    """Whether a directory in a checkpoint's is that of an attempt, or of a removal, that has not ended."""
+    if storage.can_rename or not paths.is_id(id):
+        return False
+    return any(map(storage.exists, (f"{paths.TMP}/{id}.json", f"{paths.TRASH}/{id}.json")))
+
+
+def _kind_of(files: Collection[str]) -> tuple[Kind, Collection[str]]:
+    """What the files in a directory say about who wrote them, and which of them say it."""
+    tests: Sequence[tuple[Kind, Collection[str]]] = (
+        ("hugging-face", _HUGGING_FACE.intersection(files)),
+        ("accelerate", [path for path in files if _ACCELERATE.fullmatch(path)]),
+        ("deepspeed", [path for path in files if path == "zero_to_fp32.py" or "zero_pp_rank_" in path]),
+        ("dcp", [path for path in files if path.rpartition("/")[2] == ".metadata" or path.endswith(".distcp")]),
+        ("ours", [path for path in files if _is_ours(path)]),
+        ("hugging-face", [path for path in files if path in _WEIGHTS or path.startswith("pytorch_model")]),
+        ("lightning", [path for path in files if path.endswith(".ckpt")]),
+        ("torch", [path for path in files if path.endswith((".pt", ".pth", ".bin"))]),
+    )
+    return next(((kind, telling) for kind, telling in tests if telling), ("other", ()))
+
+
+def _is_ours(path: str) -> bool:
+    return path.endswith((".safetensors", paths.INDEX)) and path.rpartition("/")[2] != "adapter_model.safetensors"
+
+
+def warning_of(storage: Storage, strangers: Sequence[Stranger], others: Sequence[str]) -> str | None:
+    """What to say of them when a run is opened; ``None``: nothing. ``others``: of a root without checkpoints."""
+    newest = sorted(strangers, key=lambda item: item.step, reverse=True)
+    looks = [examine(storage, item) for item in newest[:EXAMINED]]
+    # Where a commit is a put, what others have left under a name is in nobody's way.
+    found = [look for look in looks if look is not None and (storage.can_rename or look.kind != "other")]
+    said = [f"{item.stranger.path} {item.what}; {item.cure}" for item in found]
+    if found and storage.can_rename:
+        steps = ", ".join(map(str, sorted({item.stranger.step for item in found})))
+        said.append(f"Until then saving step {steps} fails")
+    if len(newest) > EXAMINED and found:
+        said.append(f"and {len(newest) - EXAMINED} more such names ('checkpointer doctor {storage.url}' has them all)")
+    said += [f"{storage.place(name)} {what}" for name, what in _foreign_names(others)]
+    if not said:
+        return None
+    return f"not all that looks like a checkpoint in {storage.url} can be restored: {'. '.join(said)}"
+
+
+def _foreign_names(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The first name of each other library's habit."""
+    for test, whose in ((_ACCELERATE_NAME.fullmatch, "Accelerate"), (lambda name: name.endswith(".ckpt"), "Lightning")):
+        first = next((name for name in sorted(names) if test(name)), None)
+        if first is not None:
+            what = f"looks like a checkpoint of {whose}, which this library does not read in place"
+            yield first, f"{what}: 'checkpointer import' makes one of a file that torch.save wrote"
+
+
+__all__ = ["EXAMINED", "Examined", "Kind", "Stranger", "examine", "on_record", "warning_of"]

@@ -1,0 +1,1 @@
+"""What ``restore`` does: which checkpoint, what fits, and reading it into live objects."""

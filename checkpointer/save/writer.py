@@ -1,0 +1,349 @@
+"""Writing one checkpoint: tensor files, small files, index, manifest, commit. Nothing is visible before the last."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from checkpointer.distributed.boxes import whole
+from checkpointer.distributed.exchange import AS_JSON, Meeting
+from checkpointer.distributed.rank_report import (
+    NoRoom,
+    PartForm,
+    Places,
+    RankFiles,
+    all_finite_over_ranks,
+    joined_index,
+    no_room_from_json,
+    no_room_to_json,
+    separated,
+    write_index,
+)
+from checkpointer.distributed.save_plan import OWN, Share
+from checkpointer.errors import SaveError
+from checkpointer.format import paths, strict_json
+from checkpointer.format.index import Chunk, Index, Json
+from checkpointer.format.info import CheckpointInfo
+from checkpointer.format.manifest import Manifest, parse_manifest
+from checkpointer.policy.reuse import Source
+from checkpointer.repository.commit import Attempt
+from checkpointer.repository.repository import Repository
+from checkpointer.save.snapshot import Snapshot, bytes_to_write
+from checkpointer.save.tensor_writer import chunks_of, header_of, write_file
+from checkpointer.staging.stager import SharedFile, Staged, StagedFile
+from checkpointer.system import messages
+
+logger = logging.getLogger("checkpointer")
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a lack of space or an exceeded quota."""
+    return isinstance(error, OSError) and (error.errno in _FULL or is_full(error.__cause__))
+
+
+def no_room_is_made() -> bool:
+    """For whom nothing may be removed to make room."""
+    return False
+
+
+def write_checkpoint(
+    repository: Repository, snapshot: Snapshot, make_room: Callable[[], bool] = no_room_is_made
+) -> tuple[CheckpointInfo, Source]:
+    """Write and commit; durable when this returns. On any error nothing is visible and what was written is removed.
+
+    Returns the checkpoint, and what a later one needs to share the files that this rank has written. Every rank calls
+    this; each writes its own files, and the coordinator commits once all have. Where any of them has no room the
+    coordinator calls ``make_room``, and if that has freed some all ranks write once more.
+    """
+    began = time.perf_counter()
+    done = _Writing(repository, snapshot, make_room, began).carried_out()
+    if done is None:
+        done = _Writing(repository, snapshot, no_room_is_made, began).carried_out()
+    assert done is not None, "only what was made room for is tried again"
+    return done
+
+
+class _Writing:
+    """One attempt of all ranks."""
+
+    def __init__(self, repository: Repository, snapshot: Snapshot, make_room: Callable[[], bool], began: float) -> None:
+        self._repository = repository
+        self._snapshot = snapshot
+        self._make_room = make_room
+        self._began = began
+        self._ranks = snapshot.share.ranks
+        self._what = f"the save of step {snapshot.step} to {repository.url}"
+        self._repeatable = False
+        """Whether every rank could write its files once more. Known to the coordinator."""
+        self._written: RankFiles | None = None
+        self._full: OSError | None = None
+        """What told this rank that there is no room."""
+
+    def carried_out(self) -> tuple[CheckpointInfo, Source] | None:
+        """The checkpoint, and what may be shared of it; ``None`` where there was no room, and now there is some."""
+        attempt = self._begin()
+        meeting = Meeting(self._what, PartForm(), _ReplyForm())
+        try:
+            reply = self._ranks.meet(meeting, partial(self._write, attempt), partial(self._finish, attempt))
+        except BaseException:
+            if self._ranks.rank == 0:
+                _abandon(self._repository, attempt)
+            raise
+        if isinstance(reply, NoRoom):
+            raise self._error(reply)
+        if reply is None:
+            return None
+        mine = self._written
+        assert mine is not None
+        return reply.info, Source(reply.info, reply.manifest.data, mine.files, mine.headers, mine.chunks)
+
+    def _begin(self) -> Attempt:
+        """A new attempt, of which every rank knows."""
+        begun: list[Attempt] = []
+        step, live = self._snapshot.step, self._snapshot.staged.live
+
+        def begin(parts: Sequence[Json]) -> Json:
+            pairs = [part for part in parts if isinstance(part, list)]
+            self._repeatable = all(pair[1] for pair in pairs)
+            begun.append(self._begun(sum(pair[0] for pair in pairs if isinstance(pair[0], int))))
+            return begun[0].id
+
+        def offer() -> Json:  # what is read from live memory is read once
+            return [bytes_to_write(self._repository, self._snapshot), live is None]
+
+        id = self._ranks.meet(Meeting(self._what, AS_JSON, AS_JSON), offer, begin)
+        return begun[0] if begun else self._repository.join(step, str(id))
+
+    def _begun(self, size: int) -> Attempt:
+        """On the coordinator."""
+        try:
+            return self._repository.begin(self._snapshot.step, size)
+        except OSError as error:
+            if not (is_full(error) and self._make_room()):
+                raise
+        return self._repository.begin(self._snapshot.step, size)
+
+    def _write(self, attempt: Attempt) -> RankFiles | NoRoom:
+        try:
+            self._written = _write_files(self._repository, attempt, self._snapshot)
+        except OSError as error:
+            return self._no_room(error)
+        return self._written
+
+    def _finish(self, attempt: Attempt, parts: Sequence[RankFiles | NoRoom]) -> _Committed | NoRoom | None:
+        """On the coordinator, once every rank has written, or has no room."""
+        lacking = {rank: part for rank, part in enumerate(parts) if isinstance(part, NoRoom)}
+        if not lacking:
+            written = [part for part in parts if isinstance(part, RankFiles)]
+            try:
+                return _commit(self._repository, self._snapshot, attempt, written, self._began)
+            except OSError as error:
+                lacking = {0: self._no_room(error)}
+        _abandon(self._repository, attempt)
+        if self._make_room() and self._repeatable:  # else there is room for the next save
+            return None
+        told = "; ".join(f"rank {rank} of {self._ranks.size}: {part.text}" for rank, part in lacking.items())
+        return NoRoom(told, next(iter(lacking.values())).errno)
+
+    def _no_room(self, error: OSError) -> NoRoom:
+        if not is_full(error):
+            raise error
+        self._full = error
+        return NoRoom(self._repository.storage.redact(f"{type(error).__name__}: {error}"), error.errno)
+
+    def _error(self, lacking: NoRoom) -> OSError:
+        """The same on every rank, but for its cause."""
+        if self._ranks.size == 1 and self._full is not None:
+            return self._full
+        error = SaveError(
+            f"{self._what} failed, there is no room for it: {lacking.text}. Nothing was committed. "
+            "Free some space, or keep fewer checkpoints (keep: in the configuration)"
+        )
+        error.errno, error.__cause__ = lacking.errno, self._full
+        return error
+
+
+def refuse(share: Share, what: str, error: BaseException) -> None:
+    """Let the other ranks know that this one cannot write its part: they are waiting for it."""
+
+    def fail() -> Json:
+        raise error
+
+    def begin(sizes: Sequence[Json]) -> Json:
+        raise AssertionError(sizes)
+
+    with contextlib.suppress(BaseException):  # ``error`` itself, which the caller raises
+        share.ranks.meet(Meeting(what, AS_JSON, AS_JSON), fail, begin)
+
+
+def _write_files(repository: Repository, attempt: Attempt, snapshot: Snapshot) -> RankFiles:
+    """All files of this rank but the index of the checkpoint."""
+    tensors = _TensorFiles(repository, attempt, snapshot)
+    for item in snapshot.staged.files:
+        tensors.write(item)
+    for path, data in snapshot.small_files.items():
+        attempt.write(path, [data], len(data))
+    shared, own = separated(tensors.chunks, _headers(snapshot.staged))
+    if any(name.startswith(OWN) for name in snapshot.staged.components):
+        data = _own_index(snapshot.staged, own).to_bytes()
+        attempt.write(paths.rank_index(snapshot.share.ranks.rank), [data], len(data))
+    return RankFiles(
+        files=dict(attempt.files),
+        headers=shared.headers,
+        chunks=shared.chunks,
+        finite=tensors.finite,
+        learned=bool(snapshot.staged.learned),
+        fsync_seconds=attempt.fsync_seconds,
+    )
+
+
+@dataclass(frozen=True)
+class _Committed:
+    info: CheckpointInfo
+    manifest: Manifest
+
+
+class _ReplyForm:
+    """What the coordinator makes of it; ``None``: there is room now, try again."""
+
+    def pack(self, value: _Committed | NoRoom | None) -> Json:
+        if value is None:
+            return None
+        if isinstance(value, NoRoom):
+            return no_room_to_json(value)
+        return {"path": value.info.path, "manifest": value.manifest.to_bytes().decode("ascii")}
+
+    def unpack(self, raw: Json) -> _Committed | NoRoom | None:
+        if raw is None:
+            return None
+        lacking = no_room_from_json(raw)
+        if lacking is not None:
+            return lacking
+        part = strict_json.mapping(raw, "commit")
+        manifest = parse_manifest(part["manifest"].encode("ascii"), "the manifest of the coordinator")
+        return _Committed(manifest.info(part["path"]), manifest)
+
+
+def _commit(
+    repository: Repository, snapshot: Snapshot, attempt: Attempt, parts: Sequence[RankFiles], began: float
+) -> _Committed:
+    """On the coordinator, after every rank has written."""
+    index = _index(snapshot, parts)
+    for part in parts:
+        attempt.files.update(part.files)
+    write_index(attempt, index, joined=len(parts) > 1)
+    seconds = time.perf_counter() - began
+    manifest = _manifest(repository, snapshot, attempt, seconds, finite=all_finite_over_ranks(parts), ranks=len(parts))
+    return _Committed(repository.commit(attempt, manifest), manifest)
+
+
+def _abandon(repository: Repository, attempt: Attempt) -> None:
+    """Tidy up after a failure, whose own error matters more than one met here."""
+    try:
+        repository.abandon(attempt)
+    except OSError as error:
+        text = "could not remove the unfinished %s; the next writer will"
+        messages.log(logger.warning, text, attempt.directory, error=error)
+
+
+class _TensorFiles:
+    """The tensor files of one checkpoint, and what is learned of them while they are written."""
+
+    def __init__(self, repository: Repository, attempt: Attempt, snapshot: Snapshot) -> None:
+        self._repository = repository
+        self._attempt = attempt
+        self._learned = snapshot.staged.learned
+        self._boxes = snapshot.share.boxes
+        self._not_finite: list[str] = []
+        self._unseen = False
+        self.chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {}
+
+    @property
+    def finite(self) -> bool | None:
+        """Whether parameters and moments are free of NaN and infinities; ``None`` where nobody has looked at all."""
+        if self._not_finite:
+            return False
+        return None if self._unseen or not self._learned else True
+
+    def write(self, item: StagedFile) -> None:
+        """Write one file, or share it with an earlier checkpoint."""
+        file, source = item
+        hashes: Sequence[str]
+        if isinstance(source, SharedFile) and self._share(file.path, source):
+            hashes = source.hashes
+            self._unseen = self._unseen or source.earlier.info.finite is None
+        else:
+            digest = write_file(self._attempt, item, self._learned)
+            hashes = digest.hashes
+            self._not_finite += digest.not_finite
+        boxes = [
+            self._boxes.get((slot.component, slot.key)) or whole(spec.shape)
+            for slot, spec in zip(file.slots, file.specs, strict=True)
+        ]
+        chunks = chunks_of(file, hashes, (box.offsets for box in boxes))
+        self.chunks.update(
+            {(slot.component, slot.key): (chunk,) for slot, chunk in zip(file.slots, chunks, strict=True)}
+        )
+
+    def _share(self, path: str, source: SharedFile) -> bool:
+        return self._repository.share(self._attempt, path, source.earlier, source.record)
+
+
+def _headers(staged: Staged) -> dict[str, tuple[int, str]]:
+    return {file.path: header_of(file) for file, _ in staged.files}
+
+
+def _own_index(staged: Staged, own: Places) -> Index:
+    """What this rank has otherwise than the coordinator."""
+    components = {name.removeprefix(OWN): part for name, part in staged.components.items() if name.startswith(OWN)}
+    return Index(components, own.chunks, own.headers)
+
+
+def _index(snapshot: Snapshot, parts: Sequence[RankFiles]) -> Index:
+    """Of all ranks. Where there is one, as it stands."""
+    components = snapshot.share.components or snapshot.staged.components
+    if len(parts) == 1:
+        return Index(dict(components), parts[0].chunks, parts[0].headers)
+    return joined_index(components, parts)
+
+
+def _manifest(
+    repository: Repository, snapshot: Snapshot, attempt: Attempt, seconds: float, *, finite: bool | None, ranks: int
+) -> Manifest:
+    return Manifest(
+        id=attempt.id,
+        parent=snapshot.parent,
+        sequence=repository.next_sequence(),
+        step=snapshot.step,
+        epoch=snapshot.epoch,
+        created=snapshot.created,
+        metrics=snapshot.metrics,
+        tags=snapshot.tags,
+        finite=finite,
+        world_size=ranks,
+        data=attempt.data,
+        files=dict(attempt.files),
+        environment=snapshot.environment,
+        statistics=_statistics(snapshot, attempt, seconds),
+    )
+
+
+def _statistics(snapshot: Snapshot, attempt: Attempt, seconds: float) -> dict[str, Json]:
+    """What the save has cost; where it is written before ``save`` returns, that holds training too."""
+    held = seconds if snapshot.mode == "sync" else 0.0
+    return {
+        "mode": snapshot.mode,
+        "wait_seconds": round(snapshot.wait_seconds, 6),
+        "stall_seconds": round(snapshot.stall_seconds + held, 6),
+        "write_seconds": round(seconds, 6),
+        "fsync_seconds": round(attempt.fsync_seconds, 6),
+        "bytes_written": sum(record.size for record in attempt.files.values()) - attempt.bytes_shared,
+        "bytes_shared": attempt.bytes_shared,
+    }

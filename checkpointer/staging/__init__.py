@@ -1,0 +1,1 @@
+"""Tensors to bytes in host memory, and back."""

@@ -1,0 +1,1 @@
+"""Modules: their state, what ``state_dict()`` leaves out, and whole models."""

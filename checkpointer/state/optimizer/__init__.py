@@ -1,0 +1,1 @@
+"""Optimizers: their state, matched by the names of parameters."""

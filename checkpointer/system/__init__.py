@@ -1,0 +1,1 @@
+"""The operating system: direct I/O, memory, threads, signals."""

@@ -1,0 +1,1 @@
+"""``assert_resume_exact``: a run, the same run interrupted, and what differs."""
