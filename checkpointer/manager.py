@@ -23,8 +23,12 @@ from checkpointer.config.arguments import (
 from checkpointer.config.settings import Config, Mode, load_config
 from checkpointer.distributed.job import Job
 from checkpointer.environment import environment, inspect_repository
-from checkpointer.errors import CheckpointerError, CheckpointerWarning, CheckpointNotFoundError, SaveError
-from checkpointer.format.index import collector_paused
+from checkpointer.errors import (
+    CheckpointerError,
+    CheckpointerWarning,
+    CheckpointNotFoundError,
+    SaveError,
+)
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.policy.monitoring import Mode as MetricMode
 from checkpointer.policy.monitoring import listed, nearest_name
@@ -56,6 +60,7 @@ from checkpointer.state import (
 from checkpointer.state.modes import outside_inference_mode
 from checkpointer.storage import open_storage
 from checkpointer.system import messages
+from checkpointer.system.gc import collector_paused
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack

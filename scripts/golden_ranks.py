@@ -1,7 +1,7 @@
 """The golden checkpoint that two ranks have written with FSDP2: what ``make_golden.py`` saves, and what is expected.
 
-``tests/integration/format/test_golden_ranks.py`` restores it into one process and into two ranks, and compares the outcome with
-``expected.json``, which holds the plain hexadecimal bits of whole tensors.
+``tests/integration/format/test_golden_ranks.py`` restores it into one process and into two ranks, and compares
+the outcome with ``expected.json``, which holds the plain hexadecimal bits of whole tensors.
 """
 
 from __future__ import annotations

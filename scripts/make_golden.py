@@ -5,8 +5,9 @@ Golden files prove that checkpoints written once stay readable for ever, so they
 format and never again in silence: without ``--force`` existing ones are left alone. Ids, times and the environment are
 fixed, so that two runs of one version of the code write the same bytes.
 
-``tests/integration/format/test_golden.py`` imports the objects below, restores the files into them, and compares the outcome with
-``expected.json``, which holds plain hexadecimal bits: nothing of this library takes part in making it.
+``tests/integration/format/test_golden.py`` imports the objects below, restores the files into them, and compares
+the outcome with ``expected.json``, which holds plain hexadecimal bits: nothing of this library takes part in making
+it.
 """
 
 from __future__ import annotations

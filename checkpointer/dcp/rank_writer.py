@@ -12,9 +12,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 
 from checkpointer.dcp.checkpoint_id import MODEL, OBJECTS, PATHS
-from checkpointer.distributed.boxes import Box, whole
 from checkpointer.distributed.rank_report import RankFiles, joined_index
 from checkpointer.errors import UnsupportedStateError
+from checkpointer.format.boxes import Box, whole
 from checkpointer.format.index import Chunk, Component, Index, Json, TensorSpec
 from checkpointer.format.tensor_files import Naming
 from checkpointer.repository.commit import Attempt

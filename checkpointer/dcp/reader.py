@@ -25,9 +25,10 @@ from torch.futures import Future
 
 from checkpointer.dcp.checkpoint_id import Place, is_place, parse_place
 from checkpointer.dcp.contents import Contents, Held, TensorAt, ValueAt
-from checkpointer.distributed.boxes import Box, reads_of_box
+from checkpointer.distributed.box_reads import reads_of_box
 from checkpointer.distributed.read_plan import Reads
 from checkpointer.errors import CheckpointNotFoundError, ConfigError
+from checkpointer.format.boxes import Box
 from checkpointer.format.index import Chunk, Index, TensorSpec
 from checkpointer.repository.checkpoint_reader import CheckpointReader, ChunkRead
 from checkpointer.repository.commit import read_manifest

@@ -101,8 +101,6 @@ class Ranks(Protocol):
     def beside(self, channel: str) -> Ranks:
         """The same ranks, for exchanges that may overlap these."""
 
-    def close(self) -> None: ...
-
 
 class Alone:
     """A process without others."""
@@ -121,9 +119,6 @@ class Alone:
     def beside(self, channel: str) -> Ranks:
         del channel
         return self
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 class StoreRanks:
@@ -159,9 +154,6 @@ class StoreRanks:
 
     def beside(self, channel: str) -> Ranks:
         return StoreRanks(self._session, timeout=self._timeout, channel=channel)
-
-    def close(self) -> None:
-        """Nothing is held: keys that are left over go with the job."""
 
     @property
     def _limit(self) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import secrets
+import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cached_property
@@ -9,8 +12,9 @@ from typing import TypeVar
 
 from checkpointer.distributed.clock import SharedClock
 from checkpointer.distributed.exchange import AS_JSON, Meeting, Ranks, ranks_of_job
-from checkpointer.distributed.opening import open_run
 from checkpointer.distributed.save_plan import Cooperation
+from checkpointer.errors import ConfigError
+from checkpointer.format import paths
 from checkpointer.format.index import Json
 from checkpointer.storage import Storage
 
@@ -79,5 +83,48 @@ class Job:
         if self.ranks.size == 1:
             take()
         elif not self._opened:
-            open_run(self.ranks, self._storage, take)
+            _open_run(self.ranks, self._storage, take)
             self._opened = True
+
+
+def _open_run(ranks: Ranks, storage: Storage, take: Callable[[], None]) -> None:
+    """Call ``take`` on the coordinator, and let every rank look for a file that it has written.
+
+    Found out now, and not by a restore that finds a part of the checkpoints only.
+
+    Raises:
+        RunLockedError: on all ranks, if another job writes to the run.
+        ConfigError: on all ranks, if one does not see the coordinator's files.
+    """
+    probe = f"{paths.TMP}/probe-{secrets.token_hex(8)}"
+
+    def begin(roots: Sequence[Json]) -> Json:
+        take()
+        storage.put(probe, str(roots[0]).encode())
+        return [probe, socket.gethostname()]
+
+    def look() -> Json:
+        if not storage.exists(path):
+            raise ConfigError(
+                f"this rank, on {socket.gethostname()}, does not see what rank 0, on {host}, has written to "
+                f"{storage.url}: the run root has to be one directory for all ranks. Choose a path on a shared file "
+                "system (NFS, Lustre, …), the same on every host, or the URL of an object store"
+            )
+        return None
+
+    def end(seen: Sequence[Json]) -> Json:
+        del seen
+        storage.remove(probe)
+        return None
+
+    where = f"opening {storage.url}"
+    told = ranks.meet(Meeting(where, AS_JSON, AS_JSON), lambda: storage.url, begin)
+    assert isinstance(told, list)
+    path, host = map(str, told)
+    try:
+        ranks.meet(Meeting(where, AS_JSON, AS_JSON), look, end)
+    except BaseException:
+        if ranks.rank == 0:
+            with contextlib.suppress(OSError):
+                storage.remove(probe)
+        raise

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from checkpointer.distributed.boxes import Box, whole
 from checkpointer.errors import UnsupportedStateError
 from checkpointer.format import strict_json
+from checkpointer.format.boxes import Box, whole
 from checkpointer.format.index import ITEM_SIZES, Json, TensorSpec
 from checkpointer.format.tensor_files import ComponentTensors, Naming, count_files
 
@@ -39,7 +39,7 @@ class Holding:
 
 
 class Numbers(NamedTuple):
-    """Of one rank's files of one component, where they are shards: see :class:`~checkpointer.format.tensor_files.Naming`."""
+    """Of one rank's files of one component, where they are shards: see ``Naming`` in ``format/tensor_files``."""
 
     first: int
     total: int

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpointer.distributed.boxes import Box, narrowed, overlap, reads_of_box
+from checkpointer.distributed.box_reads import narrowed, reads_of_box
+from checkpointer.format.boxes import Box, overlap
 from checkpointer.format.index import Chunk
 from checkpointer.repository.checkpoint_reader import CheckpointReader, ChunkRead
 from checkpointer.staging.read_targets import TensorTarget

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from checkpointer.distributed.boxes import Box, whole
 from checkpointer.distributed.exchange import Meeting, Ranks
 from checkpointer.distributed.partition import (
     Division,
@@ -22,6 +21,7 @@ from checkpointer.distributed.partition import (
 )
 from checkpointer.errors import SaveError, UnsupportedStateError
 from checkpointer.format import strict_json
+from checkpointer.format.boxes import Box, whole
 from checkpointer.format.index import Component, Json, TensorSpec
 from checkpointer.format.tensor_files import Naming
 from checkpointer.staging.stager import hash_tensors

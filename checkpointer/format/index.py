@@ -7,10 +7,8 @@ that the manifest gives. See FORMAT.md, "index.json".
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -18,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from checkpointer.errors import CorruptCheckpointError, FormatVersionError
 from checkpointer.format import paths, strict_json
+from checkpointer.system.gc import collector_paused
 
 FORMAT = "checkpointer-index"
 VERSION = 1
@@ -108,18 +107,6 @@ class Index:
     def _component_to_json(self, name: str, component: Component) -> dict[str, object]:
         tensors = {key: _tensor_to_json(spec, self.chunks[name, key]) for key, spec in component.tensors.items()}
         return {"kind": component.kind, "meta": dict(component.meta), "tree": component.tree, "tensors": tensors}
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Make many objects that stay: the garbage collector would look at all of them, again and again, for nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def parse_index(data: bytes, sizes: Mapping[str, int], where: str) -> Index:

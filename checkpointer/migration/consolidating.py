@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from checkpointer.distributed.boxes import Box, narrowed, overlap, reads_of_box
+from checkpointer.distributed.box_reads import narrowed, reads_of_box
 from checkpointer.errors import ConfigError, SaveError
 from checkpointer.format import paths
+from checkpointer.format.boxes import Box, overlap
 from checkpointer.format.index import Chunk, Component, TensorSpec
 from checkpointer.format.tensor_files import ComponentTensors, TensorFile, plan_files, shard_indexes
 from checkpointer.policy.values import did_you_mean

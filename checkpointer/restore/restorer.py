@@ -21,7 +21,7 @@ from checkpointer.errors import (
     IncompatibleStateError,
     UnreadableCheckpointError,
 )
-from checkpointer.format.index import Chunk, Component, Json, collector_paused
+from checkpointer.format.index import Chunk, Component, Json
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.policy.reuse import Source
 from checkpointer.repository.checkpoint_reader import CheckpointReader, Reader
@@ -31,6 +31,7 @@ from checkpointer.restore.restored import Restored, RestoreReport, RestoreReques
 from checkpointer.state import Adapter, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.dtensor import local_part
 from checkpointer.state.modes import outside_inference_mode, refuse_to_restore, wait_for_devices
+from checkpointer.system.gc import collector_paused
 
 RNG = "rng"
 MAX_RELISTS = 10

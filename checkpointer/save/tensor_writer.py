@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 import xxhash
 
-from checkpointer.distributed.boxes import Box
 from checkpointer.format import tensor_files
+from checkpointer.format.boxes import Box
 from checkpointer.format.index import Chunk, TensorSpec
 from checkpointer.format.tensor_files import Naming, TensorFile
 from checkpointer.repository.commit import Attempt

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from checkpointer.distributed.boxes import whole
 from checkpointer.distributed.exchange import AS_JSON, Meeting
 from checkpointer.distributed.rank_report import (
     NoRoom,
@@ -27,6 +26,7 @@ from checkpointer.distributed.rank_report import (
 from checkpointer.distributed.save_plan import OWN, Share
 from checkpointer.errors import SaveError
 from checkpointer.format import paths, strict_json
+from checkpointer.format.boxes import whole
 from checkpointer.format.index import Chunk, Index, Json
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest, parse_manifest

@@ -1,4 +1,4 @@
-"""Where the bytes of a restore go: tensors as targets of :meth:`checkpointer.repository.checkpoint_reader.CheckpointReader.read`."""
+"""Where the bytes of a restore go: tensors as targets of ``CheckpointReader.read``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Kills processes before each operation on an object store, and says what the next process finds.
 
-A program: ``python -m tests.campaign.crash.kill_operations SCENARIO URL OPTIONS FIRST STRIDE``. It imports torch once, and forks
-for each point: a child that is killed with SIGKILL before its n-th operation, then one that checks.
+A program: ``python -m tests.campaign.crash.kill_operations SCENARIO URL OPTIONS FIRST STRIDE``. It imports torch
+once, and forks for each point: a child that is killed with SIGKILL before its n-th operation, then one that checks.
 """
 
 from __future__ import annotations

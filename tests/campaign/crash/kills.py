@@ -1,6 +1,6 @@
 """Kills a training process with SIGKILL at random moments, over and over, and looks at what it has left each time.
 
-A program: ``python -m tests.campaign.crash.kills`` (``scripts/crash`` is the same with the environment set up; ``--help``).
+A program: ``python -m tests.campaign.crash.kills`` (``scripts/crash`` is the same in the environment; ``--help``).
 
 Torch is imported once. This process forks lanes, each of which has run roots of its own and forks one training process
 after another: none of them starts a thread before it forks, so nothing that a fork would leave behind is ever held.

@@ -112,7 +112,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     if persistence != "answer lost" or kind == "EIO"
     if kind not in ("slow", "hang")
 }
-"""Every kind of fault that is an error or a lie; tests/integration/testing/test_faults.py lets saves take their time, and hang."""
+"""Every kind of fault that is an error or a lie; ``test_faults.py`` lets saves take their time, and hang."""
 
 
 def every_how_many(stride: int, fault: str) -> int:

@@ -1,7 +1,7 @@
 """Two hosts on one machine: network namespaces, joined by a link, with names, mounts and a clock of their own.
 
-A program: ``unshare --mount --net python -m tests.integration.distributed.hosts FOLDER [CASE…]``, as root; with ``--user
---map-root-user`` as anybody whom the kernel lets. A job of ``torchrun --nnodes 2`` runs the cases, and each is
+A program: ``unshare --mount --net python -m tests.integration.distributed.hosts FOLDER [CASE…]``, as root; with
+``--user --map-root-user`` as anybody whom the kernel lets. A job of ``torchrun --nnodes 2`` runs the cases, and each is
 one line of JSON.
 """
 

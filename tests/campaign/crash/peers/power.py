@@ -1,7 +1,7 @@
 """What a power cut may leave of a peer's run: its operations are recorded, and states made of them.
 
-The persistence model is that of ``tests.campaign.crash.power``. What is written by code that is not Python's is written by
-Python instead, with the same bytes and as many fsyncs; a record that still lacks anything is refused.
+The persistence model is that of ``tests.campaign.crash.power``. What is written by code that is not Python's is
+written by Python instead, with the same bytes and as many fsyncs; a record that still lacks anything is refused.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What is done inside a guest of User-Mode Linux: ``python -m tests.campaign.crash.power.uml_guest PART``, for its PID 1.
+"""What is done inside a guest of User-Mode Linux, for its PID 1.
 
+A program: ``python -m tests.campaign.crash.power.uml_guest PART``.
 The host hears of it by files in ``/run/share``, a folder of its own: what is written there survives the guest.
 """
 

@@ -1,17 +1,12 @@
-"""Boxes of tensors: where two of them meet, and reading one out of a chunk that holds more.
-
-A box is given by its ``offsets`` in a tensor and its ``lengths``, one number for each dimension. A chunk is a box that
-lies, row-major, in a file.
-"""
+"""Reading a box of a tensor out of a chunk that holds more of it. A chunk is a box that lies, row-major, in a file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import prod
-from typing import NamedTuple
 
 import torch
 
+from checkpointer.format.boxes import Box
 from checkpointer.format.index import Chunk
 from checkpointer.repository.checkpoint_reader import ChunkRead
 from checkpointer.staging.read_targets import TensorTarget
@@ -23,34 +18,6 @@ WORTH_A_READ = 64 << 10
 
 SPAN = 4 << 20
 """Bytes that one read takes at most of which a part is dropped."""
-
-
-class Box(NamedTuple):
-    """A part of a tensor."""
-
-    offsets: tuple[int, ...]
-    lengths: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Elements."""
-        return prod(self.lengths)
-
-
-def whole(shape: tuple[int, ...]) -> Box:
-    """The box of all elements."""
-    return Box((0,) * len(shape), shape)
-
-
-def overlap(a: Box, b: Box) -> Box | None:
-    """What both hold; ``None`` where that is no element."""
-    begins = tuple(max(pair) for pair in zip(a.offsets, b.offsets, strict=True))
-    ends = (
-        min(start + length, other_start + other_length)
-        for start, length, other_start, other_length in zip(*a, *b, strict=True)
-    )
-    lengths = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
-    return Box(begins, lengths) if all(length > 0 for length in lengths) else None
 
 
 def narrowed(tensor: torch.Tensor, outer: Box, inner: Box) -> torch.Tensor:
