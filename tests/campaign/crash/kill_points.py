@@ -1,7 +1,7 @@
 """Kills processes at every event on the file system, and says what the next process finds.
 
-A program: ``python -m tests.campaign.crash.kill_points SCENARIO FOLDER FIRST STRIDE [no-exchange]``. It imports
-torch once, and forks: a child that is killed with SIGKILL at its n-th event, then one that checks. Prints ``ok COUNT`` at the
+A program: ``python -m tests.campaign.crash.kill_points SCENARIO FOLDER FIRST STRIDE [no-exchange]``. It imports torch
+once, and forks: a child that is killed with SIGKILL at its n-th event, then one that checks. Prints ``ok COUNT`` at the
 end.
 """
 

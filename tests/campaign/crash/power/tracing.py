@@ -1,7 +1,8 @@
 """The same run, heard by ``strace`` from outside: what a recorder has missed shows here.
 
 A program, too: ``python -m tests.campaign.crash.power.tracing OUTPUT FOLDER SCENARIO…`` carries scenarios out,
-recorded, whose beginnings lie in folders of their names below ``FOLDER``, and writes what the recorders heard to ``OUTPUT``.
+recorded, whose beginnings lie in folders of their names below ``FOLDER``, and writes what the recorders
+heard to ``OUTPUT``.
 """
 
 from __future__ import annotations
