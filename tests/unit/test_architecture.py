@@ -34,7 +34,7 @@ ROOMS = {
     "staging": "errors system format policy state",
     "distributed": "errors system format storage repository state staging",
     "save": "errors system format policy storage config repository state staging distributed",
-    "restore": "errors format policy storage repository environment state distributed",
+    "restore": "errors system format policy storage repository environment state distributed",
     "manager": "errors system format policy storage config repository environment state staging distributed save"
     " restore",
     "retention": "policy",

@@ -1,8 +1,8 @@
-"""The file that a first guess opens is the one that defines the behaviour: the table of ARCHITECTURE.md, held by imports."""
+"""The file that a first guess opens defines the behaviour: the table of ARCHITECTURE.md, held by imports."""
 
 from __future__ import annotations
 
-import inspect
+import ast
 from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
@@ -51,7 +51,10 @@ def test_the_file_of_the_first_guess_defines_the_behaviour(behaviour):
     value = import_module("checkpointer." + file.removesuffix(".py").replace("/", "."))
     for part in name.split("."):
         value = getattr(value, part)
-    assert Path(inspect.getsourcefile(value) or "").relative_to(REPOSITORY / "checkpointer") == Path(file)
+    assert callable(value)
+    first = name.partition(".")[0]
+    tree = ast.parse((REPOSITORY / "checkpointer" / file).read_text("utf-8"))
+    assert first in {node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
 
 
 def table() -> str:
