@@ -242,7 +242,7 @@ class LocalStorage:
     def age(self, path: str) -> float | None:
         try:
             return time.time() - os.lstat(self.place(path)).st_mtime
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     @contextlib.contextmanager

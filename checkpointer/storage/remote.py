@@ -30,18 +30,37 @@ _COPYING = frozenset({"s3", "s3a", "gs", "gcs", "memory"})
 (arrow), or the copy may go on in the background (azure)."""
 _MODIFIED_FIELDS = ("LastModified", "last_modified", "mtime", "updated", "created")
 
+_NUMBERS = {
+    FileNotFoundError: errno.ENOENT,
+    FileExistsError: errno.EEXIST,
+    IsADirectoryError: errno.EISDIR,
+    NotADirectoryError: errno.ENOTDIR,
+    PermissionError: errno.EACCES,
+}
+
 P = ParamSpec("P")
 R = TypeVar("R")
+E = TypeVar("E", bound=Exception)
+
+
+def _numbered(error: E) -> E:
+    """The error with its ``errno``: most file systems raise one that has only a text."""
+    if isinstance(error, OSError) and error.errno is None:
+        error.errno = next((number for kind, number in _NUMBERS.items() if isinstance(error, kind)), None)
+    return error
 
 
 def _as_os_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """File systems raise their libraries' own exceptions; callers of a storage handle OSError alone."""
+    """File systems raise their libraries' own exceptions; callers of a storage handle OSError, by its number too."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except (OSError, CheckpointerError, AssertionError):
+        except OSError as error:
+            _numbered(error)
+            raise
+        except (CheckpointerError, AssertionError):
             raise
         except Exception as error:
             storage: Any = args[0]
@@ -117,7 +136,7 @@ class FsspecStorage:
                 whole = self._empty(path, data) if isinstance(data, Exception) else data
                 results.append(self._within(path, whole, limit))
             except (OSError, CheckpointerError) as error:
-                results.append(error)
+                results.append(_numbered(error))
             except Exception as error:  # noqa: BLE001 - it takes the place of the result
                 results.append(_as_os_error(self, error))
         return results

@@ -33,11 +33,31 @@ that it names) and that is *not* a component, such as a forgotten average of the
 optimizer.
 
 ``Fault`` and ``faulty`` let the storage below a manager fail: see :class:`Fault`.
+
+``StorageContract`` tests a file system, which somebody wrote for fsspec, or a server: see :class:`StorageContract`. It
+alone needs pytest, which is imported when it is asked for.
 """
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING, Any
+
 from checkpointer.testing.faults import OPERATIONS, Fault, Kind, faulty, faulty_storage
 from checkpointer.testing.resume.check import assert_resume_exact
 
-__all__ = ["OPERATIONS", "Fault", "Kind", "assert_resume_exact", "faulty", "faulty_storage"]
+if TYPE_CHECKING:
+    from checkpointer.testing.storage_contract import StorageContract
+
+__all__ = ["OPERATIONS", "Fault", "Kind", "StorageContract", "assert_resume_exact", "faulty", "faulty_storage"]
+
+if "pytest" in sys.modules:  # it shows the values in the contract's assertions, as in those of a test file
+    sys.modules["pytest"].register_assert_rewrite(f"{__name__}.storage_contract", f"{__name__}.contract_run")
+
+
+def __getattr__(name: str) -> Any:
+    if name != "StorageContract":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from checkpointer.testing.storage_contract import StorageContract
+
+    return StorageContract
