@@ -1,15 +1,15 @@
-"""One contract that every storage fulfils, and what each promises beyond it."""
+"""What each storage promises beyond the contract that all of them keep (``test_contract.py``)."""
 
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,25 +20,12 @@ import pytest
 from checkpointer import CheckpointManager
 from checkpointer.errors import CheckpointerError, ConfigError, CorruptCheckpointError, SaveError
 from checkpointer.format import paths
-from checkpointer.storage import Entry, LocalStorage, Storage, open_storage
+from checkpointer.storage import LocalStorage, Storage, open_storage
 from checkpointer.storage import local as local_storage
 from tests.conftest import SECRET, Root, S3Server
-from tests.support import processes, training
+from tests.support import training
 
 LIMIT = 1 << 20
-
-
-@pytest.fixture(params=["local", "not durable", "memory", "s3"])
-def root(request: pytest.FixtureRequest) -> Root:
-    name = "local" if request.param == "not durable" else request.param
-    made: Root = request.getfixturevalue(name)
-    return made
-
-
-@pytest.fixture
-def storage(request: pytest.FixtureRequest, root: Root) -> Storage:
-    durable = "not durable" not in request.node.callspec.id
-    return open_storage(root.url, root.options, durable=durable)
 
 
 @pytest.fixture
@@ -52,243 +39,44 @@ def write(storage: Storage, path: str, data: bytes) -> None:
     storage.write(path, [data], len(data))
 
 
-# ---------------------------------------------------------------------------------------- every storage
+# ------------------------------------------------------------------------------------- what all of ours know
 
 
-def test_a_directory_that_does_not_exist_lists_as_empty(storage):
-    assert storage.list_directory("") == []
-    assert storage.list_directory("a/b") == []
+def test_the_age_of_a_file_is_known(root):
+    storage = open_storage(root.url, root.options)
+    write(storage, "a/b", b"1")
+    age = storage.age("a/b")
+    assert age is not None
+    assert -5 < age < 60
 
 
-def test_a_listing_names_files_and_directories_of_one_level(storage):
-    write(storage, "file", b"1")
-    write(storage, "directory/inner", b"1")
-    write(storage, "directory/deeper/inner", b"1")
-    assert sorted(storage.list_directory("")) == [Entry("directory", True, False), Entry("file", False, True)]
-    assert sorted(storage.list_directory("directory")) == [Entry("deeper", True, False), Entry("inner", False, True)]
+# ------------------------------------------------------------------------------------------- uploads in parts
 
 
-def test_a_listing_shows_what_a_second_client_wrote_meanwhile(storage, root):
-    write(storage, "a/first", b"1")
-    assert [entry.name for entry in storage.list_directory("a")] == ["first"]
-    assert not storage.exists("a/second")
-    program = (
-        "import json, sys\n"
-        "from checkpointer.storage import open_storage\n"
-        "storage = open_storage(sys.argv[1], json.loads(sys.argv[2]))\n"
-        "storage.write('a/second', [b'2'], 1); storage.remove('a/first')\n"
-    )
-    if root.kind == "memory":  # one process is all there is
-        other = open_storage(root.url)
-        write(other, "a/second", b"2")
-        other.remove("a/first")
-    else:
-        import json
-
-        processes.run([sys.executable, "-c", program, root.url, json.dumps(root.options)], check=True)
-    assert [entry.name for entry in storage.list_directory("a")] == ["second"]
-    assert storage.exists("a/second")
-    assert not storage.exists("a/first")
-    assert storage.read("a/second", LIMIT) == b"2"
+@pytest.fixture
+def in_parts(s3: Root) -> Storage:
+    """A run root whose client sends more than 5 MiB in several requests."""
+    return open_storage(s3.url, {**s3.options, "default_block_size": 5 << 20})
 
 
-@pytest.mark.parametrize("size", [0, 1, 100_000])
-def test_what_was_written_in_pieces_is_read_back_whole(storage, size):
-    data = os.urandom(size)
-    pieces = [data[: size // 3], bytearray(data[size // 3 : size // 2]), memoryview(data)[size // 2 :]]
-    storage.write("a/b/c", iter(pieces), size)
-    assert storage.read("a/b/c", max(size, 1)) == data
+def test_a_file_that_is_sent_in_parts_is_read_back_whole(in_parts):
+    data = os.urandom(11 << 20)
+    in_parts.write("big", (data[start : start + (1 << 20)] for start in range(0, len(data), 1 << 20)), len(data))
+    assert in_parts.read("big", len(data)) == data
 
 
-@pytest.mark.parametrize("size", [6 << 20, 11 << 20])
-def test_a_file_of_several_parts_is_read_back_whole(storage, size):
-    data = os.urandom(size)
-    storage.write("big", (data[start : start + (1 << 20)] for start in range(0, size, 1 << 20)), size)
-    file = storage.open("big")
-    try:
-        assert file.size == size
-        found = bytearray(size)
-        file.read_into(0, memoryview(found))
-        assert found == data
-    finally:
-        file.close()
-
-
-def test_a_write_of_another_size_than_announced_leaves_no_whole_file(storage):
-    with pytest.raises(AssertionError, match="announced"):
-        storage.write("file", [b"abc"], 4)
-    if storage.exists("file"):  # part of an attempt that failed, and that is never committed
-        assert storage.read("file", LIMIT) in (b"", b"abc")
-
-
-def test_a_write_whose_source_fails_passes_the_error_on_and_completes_no_object(storage, root):
+def test_a_write_in_parts_whose_source_fails_completes_no_object(in_parts):
     def pieces() -> Iterator[bytes]:
         yield b"x" * (6 << 20)
         raise ZeroDivisionError
 
     with pytest.raises((ZeroDivisionError, OSError)):
-        storage.write("file", pieces(), 12 << 20)
-    if root.kind == "s3":
-        import gc
-
-        gc.collect()
-        assert not storage.exists("file")
+        in_parts.write("file", pieces(), 12 << 20)
+    gc.collect()  # a finalizer of the client's would send what is left
+    assert not in_parts.exists("file")
 
 
-def test_reading_a_missing_file_is_file_not_found(storage):
-    write(storage, "there/file", b"1")
-    for path in ("file", "there/other", "nowhere/file"):
-        with pytest.raises(FileNotFoundError):
-            storage.read(path, LIMIT)
-        with pytest.raises(FileNotFoundError):
-            storage.open(path)
-
-
-def test_a_file_larger_than_the_limit_is_refused(storage):
-    write(storage, "file", b"x" * 11)
-    assert storage.read("file", 11) == b"x" * 11
-    with pytest.raises(CorruptCheckpointError, match="file"):
-        storage.read("file", 10)
-
-
-def test_a_directory_is_not_read_as_a_file(storage):
-    write(storage, "directory/file", b"1")
-    with pytest.raises((CorruptCheckpointError, FileNotFoundError)):
-        storage.read("directory", LIMIT)
-    with pytest.raises((CorruptCheckpointError, FileNotFoundError)):
-        storage.open("directory")
-
-
-def test_read_many_answers_in_order_with_errors_in_their_places(storage):
-    write(storage, "a", b"1")
-    write(storage, "b", b"22")
-    write(storage, "large", b"x" * 100)
-    found = storage.read_many(["b", "missing", "large", "a"], 10)
-    assert found[0] == b"22"
-    assert isinstance(found[1], FileNotFoundError)
-    assert isinstance(found[2], CorruptCheckpointError)
-    assert found[3] == b"1"
-    assert storage.read_many([], 10) == []
-
-
-def test_a_read_beyond_the_end_is_reported_as_damage(storage):
-    write(storage, "file", b"0123456789")
-    file = storage.open("file")
-    try:
-        view = bytearray(4)
-        file.read_into(6, memoryview(view))
-        assert view == b"6789"
-        for offset, length in ((7, 4), (10, 1), (100, 5)):
-            with pytest.raises(OSError):
-                file.read_into(offset, memoryview(bytearray(length)))
-        file.read_into(3, memoryview(b"" + bytearray()))
-    finally:
-        file.close()
-
-
-def test_one_open_file_is_read_by_many_threads_at_once(storage):
-    data = os.urandom(1 << 20)
-    write(storage, "file", data)
-    file = storage.open("file")
-    wrong = []
-
-    def read(offset: int) -> None:
-        view = bytearray(1 << 16)
-        for _ in range(5):
-            file.read_into(offset, memoryview(view))
-            if view != data[offset : offset + len(view)]:
-                wrong.append(offset)
-
-    threads = [threading.Thread(target=read, args=(offset,)) for offset in range(0, 1 << 20, 1 << 17)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    file.close()
-    assert wrong == []
-
-
-def test_put_creates_and_replaces(storage):
-    storage.put("a/b", b"first")
-    assert storage.read("a/b", LIMIT) == b"first"
-    storage.put("a/b", b"2nd")
-    assert storage.read("a/b", LIMIT) == b"2nd"
-    assert [entry.name for entry in storage.list_directory("a")] == ["b"]
-
-
-def test_create_refuses_what_exists_and_leaves_nothing_beside_it(storage):
-    storage.create("a/b", b"first")
-    with pytest.raises(FileExistsError):
-        storage.create("a/b", b"second")
-    assert storage.read("a/b", LIMIT) == b"first"
-    assert [entry.name for entry in storage.list_directory("a")] == ["b"]
-
-
-@pytest.mark.parametrize("attempt", range(5))
-def test_of_racing_creators_exactly_one_wins(storage, root, attempt):
-    storages = [open_storage(root.url, root.options) for _ in range(4)]
-    exclusive = [client.exclusive for client in storages]
-    assert all(exclusive)
-    barrier = threading.Barrier(4)
-    outcomes: list[int | BaseException] = []
-
-    def create(number: int) -> None:
-        barrier.wait()
-        try:
-            storages[number].create("a/b", f"creator {number}".encode())
-            outcomes.append(number)
-        except BaseException as error:
-            outcomes.append(error)
-
-    threads = [threading.Thread(target=create, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    winners = [outcome for outcome in outcomes if isinstance(outcome, int)]
-    losers = [outcome for outcome in outcomes if not isinstance(outcome, int)]
-    assert len(winners) == 1, outcomes
-    assert [type(loser) for loser in losers] == [FileExistsError] * 3
-    assert storage.read("a/b", LIMIT) == f"creator {winners[0]}".encode()
-
-
-def test_replace_changes_only_what_holds_the_expected_bytes(storage):
-    storage.put("file", b"first")
-    storage.replace("file", b"second", b"first")
-    assert storage.read("file", LIMIT) == b"second"
-    with pytest.raises((FileExistsError, CorruptCheckpointError)):
-        storage.replace("file", b"third", b"first")
-    with pytest.raises((FileExistsError, CorruptCheckpointError)):
-        storage.replace("file", b"third", b"other!")
-    assert storage.read("file", LIMIT) == b"second"
-    with pytest.raises(FileNotFoundError):
-        storage.replace("missing", b"third", b"first")
-
-
-def test_removing_a_file_that_is_gone_is_no_error(storage):
-    write(storage, "a/b", b"1")
-    storage.remove("a/b")
-    assert not storage.exists("a/b")
-    storage.remove("a/b")
-    storage.remove("nowhere/file")
-
-
-def test_only_an_empty_directory_is_removed(storage):
-    write(storage, "a/b", b"1")
-    assert not storage.remove_directory("a")
-    assert storage.read("a/b", LIMIT) == b"1"
-    storage.remove("a/b")
-    assert storage.remove_directory("a")
-    assert not storage.exists("a")
-    assert storage.remove_directory("a")
-
-
-def test_the_age_of_a_file_is_counted_in_seconds_from_its_last_change(storage):
-    write(storage, "a/b", b"1")
-    age = storage.age("a/b")
-    assert age is not None
-    assert -5 < age < 60
-    assert storage.age("a/missing") is None
+# --------------------------------------------------------------------------------------------------- opening
 
 
 def test_an_unexpected_failure_of_the_client_is_an_os_error(s3_server):
@@ -389,38 +177,6 @@ def test_a_write_never_replaces_an_existing_file_or_follows_a_link(local_root, t
 
 
 # ---------------------------------------------------------------------------------------------------- links
-
-
-def test_a_linked_file_holds_what_its_source_holds_and_survives_it(storage):
-    write(storage, "a/source", b"data")
-    assert storage.link("a/source", "b/deep/target")
-    assert storage.read("b/deep/target", LIMIT) == b"data"
-    storage.remove("a/source")
-    assert storage.read("b/deep/target", LIMIT) == b"data"
-    storage.remove("b/deep/target")
-    assert not storage.exists("b/deep/target")
-
-
-def test_a_source_survives_the_file_that_was_linked_to_it(storage):
-    write(storage, "source", b"data")
-    assert storage.link("source", "target")
-    storage.remove("target")
-    assert storage.read("source", LIMIT) == b"data"
-
-
-def test_linking_a_missing_file_is_file_not_found(storage):
-    write(storage, "a/other", b"1")
-    for path in ("nothing", "a/nothing", "b/nothing"):
-        with pytest.raises(FileNotFoundError):
-            storage.link(path, "target")
-    assert not storage.exists("target")
-
-
-def test_a_directory_cannot_be_linked(storage):
-    write(storage, "a/inner", b"1")
-    with pytest.raises((CorruptCheckpointError, FileNotFoundError)):
-        storage.link("a", "target")
-    assert not storage.exists("target/inner")
 
 
 def test_linked_files_are_one_file_that_nobody_writes_to(local_root):
@@ -838,9 +594,3 @@ def test_a_store_that_ignores_the_condition_is_found_out(memory, monkeypatch):
     with pytest.raises(FileExistsError):
         storage.create("a", b"2")
     assert [entry.name for entry in storage.list_directory(paths.TMP)] == []
-
-
-def test_the_probe_leaves_nothing_behind(object_root):
-    storage = open_storage(object_root.url, object_root.options)
-    assert storage.exclusive
-    assert storage.list_directory(paths.TMP) == []
