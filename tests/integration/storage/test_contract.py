@@ -11,9 +11,7 @@ import pytest
 from checkpointer.storage import Storage, open_storage
 from checkpointer.testing import StorageContract
 from tests.conftest import Root
-from tests.support import file_systems, processes
-
-pytest_plugins = ["pytester"]
+from tests.support import file_systems, processes, suites
 
 
 class TestLocal(StorageContract):
@@ -80,41 +78,30 @@ class Theirs(StorageContract):
 """
 
 
-def outcomes(
-    pytester: pytest.Pytester, kinds: Iterable[type[file_systems.Honest]], *names: str
-) -> tuple[set[str], ...]:
-    """The tests of the contract, for these file systems, that passed, were skipped, and failed."""
+def theirs(kinds: Iterable[type[file_systems.Honest]]) -> str:
+    """The file of tests that the authors of these file systems have written."""
     classes = [f"class Test{kind.__name__}(Theirs):\n    protocol = {kind.protocol!r}\n" for kind in kinds]
-    file = pytester.makepyfile(test_theirs="\n".join([THEIR_TESTS, *classes]))
-    chosen = [f"{file}::{name}" for name in names] or [str(file)]
-    reports = pytester.inline_run("-p", "no:cacheprovider", "-W", "error", *chosen).listoutcomes()
-    return tuple({report.nodeid.partition("::")[2] for report in found} for found in reports)
+    return "\n".join([THEIR_TESTS, *classes])
 
 
-def test_a_file_system_that_somebody_wrote_well_keeps_the_contract(pytester):
-    passed, skipped, failed = outcomes(pytester, [file_systems.Honest])
-    assert failed == set()
-    assert skipped == set()
-    assert {f"TestHonest::test_{name}" for name in MISTAKES.values()} <= passed
+def test_a_file_system_that_somebody_wrote_well_keeps_the_contract(tmp_path):
+    found = suites.run(tmp_path, theirs([file_systems.Honest]))
+    assert found.failed == {}
+    assert found.skipped == set()
+    assert {f"TestHonest::test_{name}" for name in MISTAKES.values()} <= found.passed
 
 
-def test_the_contract_names_the_mistake_of_each_file_system_that_has_one(pytester):
-    wanted = {f"Test{kind.__name__}::test_{name}" for kind, name in MISTAKES.items()}
-    passed, _, failed = outcomes(pytester, MISTAKES, *wanted)
-    assert passed == set()
-    assert failed == wanted
+def test_the_contract_names_the_mistake_of_each_file_system_that_has_one(tmp_path):
+    wanted = [f"Test{kind.__name__}::test_{name}" for kind, name in MISTAKES.items()]
+    found = suites.run(tmp_path, theirs(MISTAKES), names=tuple(wanted))
+    assert found.passed == set()
+    assert found.failed.keys() == set(wanted)
 
 
-def test_a_subclass_without_a_run_root_is_told_what_is_missing(pytester):
-    pytester.makepyfile(
-        """
-        from checkpointer.testing import StorageContract
-        class TestMine(StorageContract):
-            pass
-        """
-    )
-    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-k", "free_space")
-    result.stdout.fnmatch_lines("*TestMine needs a fixture `run_root` that returns a path or a URL*")
+def test_a_subclass_without_a_run_root_is_told_what_is_missing(tmp_path):
+    text = "from checkpointer.testing import StorageContract\nclass TestMine(StorageContract):\n    pass\n"
+    (shown,) = suites.run(tmp_path, text, "-k", "free_space").failed.values()
+    assert "TestMine needs a fixture `run_root` that returns a path or a URL" in shown
 
 
 def test_whoever_tests_a_loop_and_no_file_system_needs_no_pytest():
