@@ -1,4 +1,8 @@
-"""What a run root needs of a file system. Everything that touches disk or network is behind this seam."""
+"""What a run root needs of a file system. Everything that touches disk or network is behind this seam.
+
+It is private: whoever wants checkpoints on another file system writes one for fsspec, and gives its URL. What is
+promised here is tested by :class:`checkpointer.testing.StorageContract`, which our storages run, and anybody can.
+"""
 
 from __future__ import annotations
 
@@ -59,12 +63,20 @@ class ReadFile(Protocol):
 class Storage(Protocol):
     """One run root. Every path is relative to it, with ``/`` between its parts; ``""`` is the root itself.
 
-    Contract:
+    Every storage MUST keep this contract:
 
-    - ``list_directory`` of what does not exist is empty, and is never answered from a cache.
+    - What is read is what was written, by whatever client: no question is answered from a cache.
+    - ``list_directory`` is complete and of one level; of what does not exist, or is a file, it is empty.
     - Reads never follow a symbolic link below the root, and never block on a special file.
-    - When ``write``, ``put`` or ``sync`` returns, the bytes (for ``sync``: the names) survive a power cut.
-    - Missing files raise FileNotFoundError; every other failure is another OSError.
+    - When ``write``, ``put`` or ``sync`` returns, the bytes (for ``sync``: the names) survive a power cut. What cannot
+      be written raises; nothing is lost in silence.
+    - A missing file raises FileNotFoundError, an existing one FileExistsError, both with their ``errno``. Every other
+      failure is another OSError.
+    - Every name is a name, whatever it means in a URL, a shell or a pattern.
+    - Any method may be called by several threads.
+
+    What only some can do is declared (``can_rename``, ``exclusive``, ``lock_path``), or answered by the call (``link``,
+    ``exchange``); what a storage has not declared it refuses, and changes nothing.
     """
 
     @property

@@ -121,9 +121,10 @@ class FsspecStorage:
     def read(self, path: str, limit: int) -> bytes:
         self.fs.invalidate_cache(self._full(path))
         try:
-            return self._within(path, self.fs.cat_file(self._full(path), start=0, end=limit + 1), limit)
+            data = self.fs.cat_file(self._full(path), start=0, end=limit + 1)
         except OSError as error:
-            return self._empty(path, error)
+            data = self._empty(path, error)
+        return self._within(path, data, limit)
 
     @_as_os_errors
     def read_many(self, files: Sequence[str], limit: int) -> list[bytes | Exception]:
@@ -144,9 +145,12 @@ class FsspecStorage:
     @_as_os_errors
     def open(self, path: str) -> RemoteFile:
         self.fs.invalidate_cache(self._full(path))
-        details = self.fs.info(self._full(path))
+        try:
+            details = self.fs.info(self._full(path))
+        except NotADirectoryError as error:
+            raise self._no_file(path) from error
         if details["type"] != "file":
-            raise CorruptCheckpointError(f"{self.place(path)} is not a regular file")
+            raise self._no_file(path)
         return RemoteFile(self, self._full(path), int(details["size"]), self.place(path))
 
     @_as_os_errors
@@ -215,7 +219,7 @@ class FsspecStorage:
 
     @_as_os_errors
     def remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             self.fs.rm_file(self._full(path))
         self.fs.invalidate_cache(self._full(path))
 
@@ -250,7 +254,7 @@ class FsspecStorage:
         self.fs.invalidate_cache(self._full(path))
         try:
             details = self.fs.info(self._full(path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         for name in _MODIFIED_FIELDS:
             modified = details.get(name)
@@ -264,10 +268,18 @@ class FsspecStorage:
         return f"{self._path}/{path}" if path else self._path
 
     def _empty(self, path: str, error: Exception) -> bytes:
-        """Nothing, where ``error`` only says that a file without bytes has no range of bytes; else raises it."""
+        """Nothing, where ``error`` only says that a file without bytes has no range of bytes; else raises it.
+
+        Raises CorruptCheckpointError where there is a directory, or a file in the place of one: as on a local disk.
+        """
+        if isinstance(error, (IsADirectoryError, NotADirectoryError)):
+            raise self._no_file(path) from error
         if isinstance(error, OSError) and error.errno == errno.EINVAL and self.fs.info(self._full(path))["size"] == 0:
             return b""
         raise error
+
+    def _no_file(self, path: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(f"{self.place(path)} is, or lies behind, something other than a plain file")
 
     def _within(self, path: str, data: bytes, limit: int) -> bytes:
         if len(data) > limit:

@@ -87,7 +87,10 @@ def moment_of(operations: list[str], moment: str) -> int:
     first, second = (_commit(operations, step) for step in (1, 2))
     if moment == "while data is written":
         return next(number for number in range(first + 1, second) if operations[number - 1].startswith("write("))
-    return second if moment == "between data and commit" else second + 1
+    if moment == "between data and commit":
+        return second
+    part_of_it = f"(checkpoint-2/{paths.MANIFEST})"  # a `create` that has to look first
+    return next(number for number in range(second + 1, len(operations)) if part_of_it not in operations[number - 1])
 
 
 def _commit(operations: list[str], step: int) -> int:

@@ -8,19 +8,19 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar
 
 import pytest
 from fsspec.spec import AbstractBufferedFile
 
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError
 from checkpointer.format import paths
-from checkpointer.storage import Entry, ReadFile, Storage, open_storage
+from checkpointer.storage import Buffer, Entry, ReadFile, Storage, open_storage
 from checkpointer.storage.remote import FsspecStorage
 from checkpointer.testing.contract_run import Run, moment_of
 from checkpointer.testing.faults import Fault
 
-Capability: TypeAlias = Literal["exclusive", "link", "lock", "rename"]
+CAPABILITIES = ("exclusive", "link", "lock", "rename")
 """What only some storages can do; see :class:`StorageContract`."""
 
 LIMIT = 1 << 20
@@ -30,7 +30,7 @@ LARGE = 11 << 20
 """Bytes of a large file: most clients upload that in several parts, and all in several pieces."""
 
 ODD_NAMES = (
-    "with space", ".hidden", "ümläut-名前", "100%", "%20", "a+b", "#", "a?b", "a=b&c", "[ab]*", "{x}", "~", "a..b", "'",
+    "with space", ".hidden", "名前-ä", "100%", "%20", "a+b", "a#b", "a?b", "a=b&c", "[ab]*", "{x}", "~", "a..b", "'",
 )  # fmt: skip
 """Names that attached files may have, and that a URL, a shell or a pattern would read as something else."""
 
@@ -82,7 +82,7 @@ class StorageContract:
     .. _fsspec: https://filesystem-spec.readthedocs.io
     """
 
-    capabilities: ClassVar[Collection[Capability]] = ("exclusive",)
+    capabilities: ClassVar[Collection[str]] = ("exclusive",)
 
     pytestmark: ClassVar[list[pytest.MarkDecorator]] = [
         pytest.mark.filterwarnings("ignore:.*so only jobs of this user on this host:UserWarning"),
@@ -122,7 +122,11 @@ class StorageContract:
     @pytest.mark.parametrize("size", [0, 1, 100_000])
     def test_what_is_read_is_what_was_written(self, storage: Storage, second_client: Storage, size: int) -> None:
         data = os.urandom(size)
-        pieces = [data[: size // 3], bytearray(data[size // 3 : size // 2]), memoryview(data)[size // 2 :]]
+        pieces: list[Buffer] = [
+            data[: size // 3],
+            bytearray(data[size // 3 : size // 2]),
+            memoryview(data)[size // 2 :],
+        ]
         seconds = storage.write("a/b/c", iter(pieces), size)
         assert seconds >= 0
         for client in (storage, second_client):
@@ -312,7 +316,9 @@ class StorageContract:
 
     @pytest.mark.parametrize("name", ODD_NAMES)
     def test_an_odd_name_is_a_name_like_any_other(self, storage: Storage, name: str) -> None:
-        _write(storage, f"files/{name}/{name}", b"inner")
+        """It may be refused, as Windows refuses some; then no file of that name can be attached to a checkpoint."""
+        if (error := _error_of(_write, storage, f"files/{name}/{name}", b"inner")) is not None:
+            pytest.skip(f"it is refused: {error}")
         storage.put("files/a", b"another")
         assert _names(storage, "files") == sorted(["a", name])
         assert _names(storage, f"files/{name}") == [name]
@@ -391,9 +397,13 @@ class StorageContract:
 
         def read() -> None:
             while not done.is_set():
-                data = second_client.read("file", LIMIT)
-                if data not in versions:
-                    torn.append(f"{len(data)} bytes of {sorted(set(data))}")
+                try:
+                    data = second_client.read("file", LIMIT)
+                except OSError as error:
+                    torn.append(repr(error))
+                else:
+                    if data not in versions:
+                        torn.append(f"{len(data)} bytes of {sorted(set(data))}")
 
         reader = threading.Thread(target=read)
         reader.start()
@@ -466,6 +476,9 @@ class StorageContract:
 
     # ------------------------------------------------------------------------------------- what only some storages can
 
+    def test_every_capability_that_is_declared_is_known(self) -> None:
+        assert set(self.capabilities) <= set(CAPABILITIES)
+
     def test_files_are_linked_exactly_where_that_is_declared(self, storage: Storage) -> None:
         _write(storage, "a/source", b"data")
         linked = storage.link("a/source", "b/deep/target")
@@ -533,9 +546,9 @@ class StorageContract:
     ) -> None:
         shown = [storage.url, storage.place(""), storage.place("a/b"), str(_error_of(storage.read, "a/b", LIMIT))]
         assert storage.place("a/b").replace("\\", "/").endswith("a/b")
-        for name in ("secret", "password", "token", "key"):
+        for name in ("secret", "password", "token"):
             secret = storage_options.get(name)
-            if isinstance(secret, str) and secret:
+            if isinstance(secret, str) and len(secret) >= 12:  # "test" may stand anywhere
                 assert not [text for text in shown if secret in text], f"the option {name!r} is shown"
 
     # ------------------------------------------------------------------------------------------------- end to end
@@ -612,8 +625,10 @@ class StorageContract:
         Run(self.make_storage, f"{run_root}/rehearsal", storage_options).save_twice(rehearsal)
         at = moment_of(rehearsal.operations, moment)
         run = Run(self.make_storage, f"{run_root}/run", storage_options)
+        killed = Fault("EIO", at=at, forever=True)
         with contextlib.suppress(CheckpointerError, OSError):
-            run.save_twice(Fault("EIO", at=at, forever=True))
+            run.save_twice(killed)
+        assert killed.hits
         newest = 2 if moment == "right after the commit" else 1
         run.assert_restores(newest)
         with run.manager(at=0) as manager:

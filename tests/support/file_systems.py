@@ -15,7 +15,7 @@ from fsspec.spec import AbstractBufferedFile
 LOCK = threading.Lock()
 
 
-class Upload(AbstractBufferedFile):
+class Upload(AbstractBufferedFile):  # type: ignore[misc]  # fsspec ships no types
     """A file that is sent when it is closed."""
 
     def _initiate_upload(self) -> None:
@@ -28,7 +28,7 @@ class Upload(AbstractBufferedFile):
         return True
 
 
-class Honest(MemoryFileSystem):
+class Honest(MemoryFileSystem):  # type: ignore[misc]  # as above
     """A server: its files are shared by all clients of this process, and nothing is kept by a client."""
 
     protocol: ClassVar[Any] = "honest"
@@ -41,7 +41,7 @@ class Honest(MemoryFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return super()._strip_protocol(path.removeprefix(f"{cls.protocol}://"))
+        return str(super()._strip_protocol(path.removeprefix(f"{cls.protocol}://")))
 
     def store_file(self, path: str, data: bytes) -> None:
         """Keep what a client has sent."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from checkpointer.storage import Storage, open_storage
+from checkpointer.storage.remote import FsspecStorage
 from checkpointer.testing import StorageContract
 from tests.conftest import Root
 from tests.support import file_systems, processes, suites
@@ -33,6 +36,20 @@ class TestMemory(StorageContract):
     @pytest.fixture
     def run_root(self, memory: Root) -> str:
         return memory.url
+
+
+class TestRealDirectories(StorageContract):
+    """A file system of fsspec whose directories are real, as on SFTP or SMB: the local one, as if it were remote."""
+
+    capabilities = ()
+    test_a_reader_sees_a_put_whole_or_not_at_all = None  # this one opens the file, which empties it, and then writes
+
+    @pytest.fixture
+    def run_root(self, tmp_path: Path) -> str:
+        return str(tmp_path / "run")
+
+    def make_storage(self, run_root: str, storage_options: Mapping[str, object]) -> Storage:
+        return FsspecStorage(LocalFileSystem(), run_root, f"other://{run_root}", storage_options)
 
 
 class TestS3(StorageContract):
@@ -96,6 +113,19 @@ def test_the_contract_names_the_mistake_of_each_file_system_that_has_one(tmp_pat
     found = suites.run(tmp_path, theirs(MISTAKES), names=tuple(wanted))
     assert found.passed == set()
     assert found.failed.keys() == set(wanted)
+
+
+def test_what_a_file_system_cannot_do_and_does_not_declare_is_no_mistake(tmp_path):
+    text = theirs([file_systems.OverwritesOnCreate]) + "    capabilities = ()\n"
+    found = suites.run(tmp_path, text, "-k", "create or declared or replaced or racing")
+    assert found.failed == {}
+    assert found.skipped == {f"TestOverwritesOnCreate::test_of_racing_creators_exactly_one_wins[{n}]" for n in range(3)}
+
+
+def test_what_a_file_system_can_do_and_does_not_declare_is_a_failure_that_says_what_to_do(tmp_path):
+    text = theirs([file_systems.Honest]) + "    capabilities = ()\n"
+    (shown,) = suites.run(tmp_path, text, "-k", "declared").failed.values()
+    assert "can do it: add 'exclusive' to the capabilities" in shown
 
 
 def test_a_subclass_without_a_run_root_is_told_what_is_missing(tmp_path):

@@ -22,6 +22,7 @@ from checkpointer.errors import CheckpointerError, ConfigError, CorruptCheckpoin
 from checkpointer.format import paths
 from checkpointer.storage import LocalStorage, Storage, open_storage
 from checkpointer.storage import local as local_storage
+from checkpointer.testing.storage_contract import ODD_NAMES
 from tests.conftest import SECRET, Root, S3Server
 from tests.support import training
 
@@ -48,6 +49,13 @@ def test_the_age_of_a_file_is_known(root):
     age = storage.age("a/b")
     assert age is not None
     assert -5 < age < 60
+
+
+def test_an_odd_name_is_taken_by_all(root):
+    storage = open_storage(root.url, root.options)
+    for name in ODD_NAMES:
+        write(storage, f"files/{name}", name.encode())
+    assert sorted(entry.name for entry in storage.list_directory("files")) == sorted(ODD_NAMES)
 
 
 # ------------------------------------------------------------------------------------------- uploads in parts
