@@ -8,8 +8,17 @@ from pathlib import Path
 
 import pytest
 
-PLUGINS = ("anyio", "cacheprovider", "faulthandler", "hypothesispytest", "timeout", "xdist")
-"""What this project's tests have and theirs need not; of faulthandler there is one in a process."""
+PLUGINS = (
+    "anyio",
+    "cacheprovider",
+    "faulthandler",
+    "hypothesispytest",
+    "threadexception",
+    "timeout",
+    "unraisableexception",
+    "xdist",
+)
+"""What this project's tests have and theirs need not. What a thread or a finalizer raises fails the outer test."""
 
 
 @dataclass
