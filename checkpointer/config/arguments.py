@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from checkpointer.errors import ConfigError, CorruptCheckpointError
 from checkpointer.format import paths
+from checkpointer.policy.values import shown
 
 MAX_STEP = 10**18
 
@@ -25,7 +26,7 @@ def check_step(value: object, what: str = "step") -> int:
     except TypeError:
         raise ConfigError(f"{what} must be an integer, got {value!r}") from None
     if isinstance(value, bool) or not 0 <= number < MAX_STEP:
-        raise ConfigError(f"{what} must be an integer from 0 on, got {value!r}")
+        raise ConfigError(f"{what} must be an integer from 0 on and below 10**18, got {_quoted(value)}")
     return number
 
 
@@ -36,8 +37,16 @@ def check_seconds(value: object, what: str, *, least: float) -> float:
         ConfigError: anything else.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-        raise ConfigError(f"{what} must be a number of seconds, {least:g} or more; got {value!r}")
-    return float(value)
+        raise ConfigError(f"{what} must be a number of seconds, {least:g} or more; got {_quoted(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{what} must be a number of seconds that a float can hold; got {_quoted(value)}") from None
+
+
+def _quoted(value: object) -> str:
+    """As ``repr``, which refuses integers of thousands of digits."""
+    return shown(value) if isinstance(value, int) and not isinstance(value, bool) else repr(value)
 
 
 def check_metrics(metrics: Mapping[str, object] | None) -> dict[str, float]:
@@ -58,6 +67,8 @@ def check_metrics(metrics: Mapping[str, object] | None) -> dict[str, float]:
             if isinstance(value, (str, bytes)):
                 raise TypeError
             checked[name] = float(value)  # type: ignore[arg-type]  # its TypeError is the check
+        except OverflowError:
+            raise ConfigError(f"metric {name!r} is too large for a float: {_quoted(value)}") from None
         except (TypeError, ValueError, RuntimeError):
             raise ConfigError(f"metric {name!r} must be a number, got {type(value).__name__}") from None
     return checked

@@ -43,7 +43,8 @@ class Position:
 
     def restored(self, info: CheckpointInfo | None) -> None:
         """A restore has ended; ``None``: the run was empty."""
-        listing = self._look()
+        listing = self._repository.list_checkpoints()
+        self._remember(listing)
         self._checked = False
         if info is not None:
             self.tip = self.restored_from = info
@@ -64,10 +65,10 @@ class Position:
         if self._checked:
             return
         seen, resumed = self._seen, self._seen is not None
-        listing = self._look()
-        newest, empty = next(reversed(listing.checkpoints), None), listing.empty
+        listing = self._repository.list_checkpoints()
+        newest = listing.checkpoints[-1] if listing.checkpoints else None
         url = self._repository.url
-        if not resumed and not empty and self._require_resume:
+        if not resumed and not listing.empty and self._require_resume:
             raise RunNotEmptyError(
                 f"{url} holds checkpoints (the newest is {newest or 'damaged'}) and this manager restored none: "
                 "call mgr.restore_latest() before the loop, choose another root for a new run, "
@@ -78,6 +79,7 @@ class Position:
                 f"{url} has moved on since this manager restored: its newest is now {newest}, it was sequence {seen}. "
                 "Another job has saved to this run; stop it, then restore again"
             )
+        self._remember(listing)  # not before: what was seen while refusing would let the next call pass
         self._checked = True
         self._say_what_is_strange(listing)
 
@@ -93,13 +95,6 @@ class Position:
                 f"{self._repository.url}: steps must count up over the whole run, not start again in each epoch. "
                 "To go back on purpose, restore the earlier step first"
             )
-
-    def _look(self) -> Listing:
-        """What the run holds; remembers the sequence of the newest."""
-        listing = self._repository.list_checkpoints()
-        self._recent = listing.checkpoints[-RECENT:]
-        self._seen = self._recent[-1].sequence if self._recent else 0
-        return listing
 
     def _say_what_is_strange(self, listing: Listing) -> None:
         """Warn, once, of what cannot be restored or counted on: a save may fail for it, hours later."""
@@ -124,3 +119,7 @@ class Position:
             )
         for text in filter(None, told):
             messages.warn(text, stacklevel=5)
+
+    def _remember(self, listing: Listing) -> None:
+        self._recent = listing.checkpoints[-RECENT:]
+        self._seen = self._recent[-1].sequence if self._recent else 0

@@ -234,8 +234,11 @@ def test_a_forgotten_resume_is_refused_and_can_be_allowed(manager: MakeManager) 
     first = manager()
     saved(first, 5)
     first.close()
-    with pytest.raises(RunNotEmptyError, match=r"restore_latest\(\)"):
-        manager().save(6)
+    second = manager()
+    for step in (6, 7):  # a loop, or a notebook, that goes on after the error is refused again
+        with pytest.raises(RunNotEmptyError, match=r"restore_latest\(\)"):
+            second.save(step)
+    assert steps(second) == [5]
 
 
 def test_require_resume_false_starts_a_new_branch(manager: MakeManager) -> None:
@@ -340,8 +343,9 @@ def test_the_first_save_is_refused_if_somebody_saved_since_the_restore(manager: 
     third.restore_latest()
     saved(third, 2)
     third.close()
-    with pytest.raises(RunNotEmptyError, match="moved on"):
-        second.save(2)
+    for step in (2, 3):
+        with pytest.raises(RunNotEmptyError, match="moved on"):
+            second.save(step)
     assert steps(second) == [1, 2]
 
 
