@@ -375,7 +375,7 @@ def test_a_full_disk_is_an_error_that_says_so_and_ends_the_file(full_disk, monke
 LIMITED = """
 import os, resource, sys, threading
 from checkpointer.storage import LocalStorage
-from checkpointer import direct
+from checkpointer.system import direct_io
 if sys.argv[2] == "no":
     direct_io._preallocate = lambda fd, size: None
 resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_001, 3_000_001))
