@@ -60,8 +60,9 @@ class FieldError(ConfigError):
 
 
 def dotted(key: Key) -> str:
-    """``("keep", "best", 0, "mode")`` as people write it: ``keep.best[0].mode``."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
+    """``("keep", "best", 0, "mode")`` as people write it: ``keep.best[0].mode``. Nothing in it commands a terminal."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def shown(value: object) -> str:

@@ -1,4 +1,8 @@
-"""Changing checkpoints on disk: damage that a hash shows, and forgeries whose hashes all fit."""
+"""The one forger: changes the files of a checkpoint on disk, with or without making all hashes fit again.
+
+``flip`` and ``overwrite`` do damage, which some hash shows. ``forge_manifest``, ``forge_index`` and :class:`Forgery`
+make every hash that covers a change fit, as an attacker would; ``seal`` and ``seal_text`` do it for any text at all.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,33 @@ def overwrite(path: str | Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
+def flip(path: str | Path, position: int = -1, bit: int = 0, *, in_place: bool = False) -> None:
+    """Change one bit of a file: of its last byte, where nothing is said.
+
+    ``in_place``: as a disk does it, so that every checkpoint which shares the file's bytes is damaged too.
+    """
+    path = Path(path)
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    if in_place:
+        path.chmod(0o644)
+        path.write_bytes(data)
+    else:
+        overwrite(path, bytes(data))
+
+
+def digest(data: bytes) -> str:
+    """The hash of a file, as a manifest gives it."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def fields_of(sealed: bytes) -> dict[str, Json]:
+    """What a sealed file says, without its checksum."""
+    fields = strict_json.unseal(sealed, "sealed file")
+    fields.pop("checksum", None)
+    return fields
+
+
 def seal(fields: Json) -> bytes:
     """A sealed file of any JSON: also of what no writer would ever seal."""
     if isinstance(fields, dict) and fields:
@@ -34,7 +65,7 @@ def seal(fields: Json) -> bytes:
 def seal_text(head: str | bytes) -> bytes:
     """Any text with the checksum after it, as if it were sealed."""
     data = head if isinstance(head, bytes) else head.encode("utf-8", "surrogatepass")
-    return data + b',\n  "checksum": "' + xxhash.xxh3_128_hexdigest(data).encode("ascii") + b'"\n}\n'
+    return data + b',\n  "checksum": "' + digest(data).encode("ascii") + b'"\n}\n'
 
 
 class Forgery:
@@ -42,8 +73,7 @@ class Forgery:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self.manifest: dict[str, Json] = strict_json.unseal(self.read("manifest.json"), "manifest")
-        self.manifest.pop("checksum", None)
+        self.manifest = fields_of(self.read("manifest.json"))
         self.index: dict[str, Json] = json.loads(self.read("index.json"))
 
     def read(self, path: str) -> bytes:
@@ -57,7 +87,12 @@ class Forgery:
         if place.exists():
             place.unlink()
         place.write_bytes(data)
-        self.manifest["files"][path] = [len(data), xxhash.xxh3_128_hexdigest(data)]
+        self.manifest["files"][path] = [len(data), digest(data)]
+
+    def write_header(self, path: str, length: int) -> None:
+        """Let the index say of a file's header what it is now, if it is ``length`` bytes long."""
+        data = self.read(path)
+        self.index["files"][path] = [min(length, len(data)), digest(data[:length])]
 
     def write_index(self, data: bytes | None = None) -> None:
         """Write the index as it is now, or other bytes in its place, then the manifest."""
@@ -83,7 +118,24 @@ class Forgery:
         assert len(text) <= length, "the new header does not fit"
         changed = data[:8] + text.ljust(length, b" ") + data[8 + length :]
         self.write(path, changed)
-        self.index["files"][path] = [8 + length, xxhash.xxh3_128_hexdigest(changed[: 8 + length])]
+        self.write_header(path, 8 + length)
+
+
+def forge_manifest(directory: str | Path, change: Callable[[dict[str, Json]], object]) -> None:
+    """Apply ``change`` to the manifest's fields and seal it again; a dict that it returns takes their place."""
+    forgery = Forgery(directory)
+    replaced = change(forgery.manifest)
+    forgery.write_manifest(seal(replaced) if isinstance(replaced, dict) else None)
+
+
+def forge_index(directory: str | Path, change: Callable[[dict[str, Json]], object] | bytes) -> None:
+    """Apply ``change`` to the index, or write other bytes in its place, and make the manifest agree with it."""
+    forgery = Forgery(directory)
+    if isinstance(change, bytes):
+        forgery.write_index(change)
+        return
+    replaced = change(forgery.index)
+    forgery.write_index(json.dumps(replaced).encode() if isinstance(replaced, dict) else None)
 
 
 def files_of(directory: str | Path) -> list[str]:

@@ -36,9 +36,9 @@ from checkpointer.state.tree.decode import decode, outline
 from checkpointer.storage import open_storage
 from scripts import make_golden as golden
 from tests.campaign.exact_resume.runs import Run, snapshot
-from tests.campaign.fuzz.mutations import any_json, change_bytes, change_json, text_of
 from tests.support.compare import assert_identical
 from tests.support.forge import Forgery, overwrite, seal
+from tests.support.mutations import any_json, change_bytes, change_json, text_of
 
 Verdict: TypeAlias = Literal["accepted", "refused"]
 
@@ -84,12 +84,6 @@ def _either(original: bytes, random: Random, finish: Callable[[Any], bytes] | No
 
 
 # --------------------------------------------------------------------------------------------- manifest, index, header
-
-
-def _fields(data: bytes) -> Any:
-    fields = json.loads(data)
-    fields.pop("checksum", None)
-    return fields
 
 
 def _reseal(value: Any) -> bytes:
@@ -302,10 +296,7 @@ def _forge(forgery: Forgery, place: Path, random: Random) -> None:
     else:
         forgery.write(path, change_bytes(place.read_bytes(), random))
         if path in forgery.index["files"] and random.randint(0, 1):
-            import xxhash
-
-            length = min(forgery.index["files"][path][0], place.stat().st_size)
-            forgery.index["files"][path] = [length, xxhash.xxh3_128_hexdigest(place.read_bytes()[:length])]
+            forgery.write_header(path, forgery.index["files"][path][0])
             forgery.write_index()
         forgery.write_manifest()
 

@@ -15,8 +15,8 @@ from tests.campaign.fuzz import campaign
 from tests.campaign.fuzz.targets import TARGETS, Target, empty_folder
 
 EXAMPLES = {
-    "manifest": 150,
-    "index": 60,
+    "manifest": 300,
+    "index": 210,
     "header": 100,
     "config": 50,
     "tree": 150,

@@ -26,10 +26,10 @@ from torch import nn
 from checkpointer import CheckpointManager
 from checkpointer.cli import render
 from checkpointer.cli.commands import cli
-from checkpointer.format import strict_json
 from checkpointer.format.index import Component, TensorSpec
 from checkpointer.format.tree_text import leaves, outline
 from checkpointer.version import __version__
+from tests.support.forge import flip, forge_manifest
 
 ROOT = Path(__file__).resolve().parents[3]
 COLUMNS = ["STEP", "EPOCH", "SEQUENCE", "CREATED", "AGE", "SIZE", "METRICS", "TAGS", "PINNED", "FINITE", "STATUS"]
@@ -112,13 +112,6 @@ def visible(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def flip_byte(path: Path, position: int = -1) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.chmod(0o644)
-    path.write_bytes(data)
-
-
 # ------------------------------------------------------------------------------------------------------------- ls
 
 
@@ -144,7 +137,7 @@ def test_ls_lists_in_commit_order_not_by_step(tmp_path):
 
 
 def test_ls_lists_a_checkpoint_with_a_damaged_manifest_last_and_says_why(run_root):
-    flip_byte(run_root / "checkpoint-200" / "manifest.json", 50)
+    flip(run_root / "checkpoint-200" / "manifest.json", 50)
 
     result = invoke("ls", run_root)
     assert result.exit_code == 0
@@ -168,9 +161,9 @@ def test_ls_with_stats_says_what_each_save_cost(run_root):
         "bytes_shared": 31_000,
         "mode": "async",
     }
-    forge_statistics(run_root / "checkpoint-100" / "manifest.json", statistics)
-    forge_statistics(run_root / "checkpoint-200" / "manifest.json", {"stall_seconds": "soon"})
-    flip_byte(run_root / "checkpoint-300" / "manifest.json", 50)
+    forge_manifest(run_root / "checkpoint-100", lambda fields: fields.update(statistics=statistics))
+    forge_manifest(run_root / "checkpoint-200", lambda fields: fields.update(statistics={"stall_seconds": "soon"}))
+    flip(run_root / "checkpoint-300" / "manifest.json", 50)
 
     result = invoke("ls", run_root, "--stats")
     header, *lines = (line.split() for line in result.stdout.splitlines())
@@ -184,17 +177,8 @@ def test_ls_with_stats_says_what_each_save_cost(run_root):
     assert "statistics" not in document("ls", run_root)["checkpoints"][0]
 
 
-def forge_statistics(path: Path, statistics: dict[str, Any]) -> None:
-    fields = strict_json.unseal(path.read_bytes(), "")
-    del fields["checksum"]
-    path.write_bytes(strict_json.seal({**fields, "statistics": statistics}))
-
-
 def test_ls_calls_a_checkpoint_of_a_newer_format_unsupported(run_root):
-    path = run_root / "checkpoint-200" / "manifest.json"
-    fields = strict_json.unseal(path.read_bytes(), "")
-    del fields["checksum"]
-    path.write_bytes(strict_json.seal({**fields, "version": 2}))
+    forge_manifest(run_root / "checkpoint-200", lambda fields: fields.update(version=2))
 
     assert [row["status"] for row in document("ls", run_root)["checkpoints"]] == ["ok", "ok", "unsupported"]
     assert "upgrade" in document("ls", run_root)["checkpoints"][-1]["reason"]
@@ -299,11 +283,8 @@ def test_show_as_json_adds_manifest_and_components_to_the_row(run_root):
 
 def test_show_says_which_checkpoints_lie_on_the_same_bytes(run_root):
     for step in (200, 300):
-        path = run_root / f"checkpoint-{step}" / "manifest.json"
-        fields = strict_json.unseal(path.read_bytes(), "")
-        del fields["checksum"]
-        origin = document("show", run_root, 100)["id"]
-        path.write_bytes(strict_json.seal({**fields, "shared": {"model.safetensors": [origin, step // 100]}}))
+        shared = {"model.safetensors": [document("show", run_root, 100)["id"], step // 100]}
+        forge_manifest(run_root / f"checkpoint-{step}", lambda fields: fields.update(shared=shared))  # noqa: B023  called at once
 
     shown = document("show", run_root, 200)["files"]
     assert shown["model.safetensors"]["shared_with"] == ["checkpoint-100", "checkpoint-300"]
@@ -412,7 +393,7 @@ def test_show_names_tied_weights_once(tmp_path):
 
 
 def test_show_tells_what_it_can_of_a_checkpoint_with_a_damaged_index(run_root):
-    flip_byte(run_root / "checkpoint-300" / "index.json", 50)
+    flip(run_root / "checkpoint-300" / "index.json", 50)
 
     result = invoke("show", run_root)
     assert result.exit_code == 1
@@ -433,7 +414,7 @@ def test_verify_of_an_intact_run_exits_with_0(run_root):
 
 
 def test_verify_names_each_problem_and_exits_with_1(run_root):
-    flip_byte(run_root / "checkpoint-200" / "model.safetensors")
+    flip(run_root / "checkpoint-200" / "model.safetensors")
     (run_root / "checkpoint-300" / "index.json").unlink()
 
     result = invoke("verify", run_root)
@@ -449,7 +430,7 @@ def test_verify_names_each_problem_and_exits_with_1(run_root):
 
 
 def test_verify_of_one_step_reads_no_other(run_root):
-    flip_byte(run_root / "checkpoint-200" / "model.safetensors")
+    flip(run_root / "checkpoint-200" / "model.safetensors")
 
     assert invoke("verify", run_root, 100).exit_code == 0
     assert invoke("verify", run_root, 200).exit_code == 1
@@ -457,7 +438,7 @@ def test_verify_of_one_step_reads_no_other(run_root):
 
 
 def test_verify_reports_a_checkpoint_without_a_usable_manifest(run_root):
-    flip_byte(run_root / "checkpoint-200" / "manifest.json", 50)
+    flip(run_root / "checkpoint-200" / "manifest.json", 50)
 
     assert invoke("verify", run_root).exit_code == 1
     assert invoke("verify", run_root, 200).exit_code == 1
@@ -686,7 +667,7 @@ def test_an_error_of_the_operating_system_exits_with_1(tmp_path):
 
 def test_a_run_with_damaged_checkpoints_only_is_a_problem_for_show_and_is_listed(run_root):
     for step in (100, 200, 300):
-        flip_byte(run_root / f"checkpoint-{step}" / "manifest.json", 50)
+        flip(run_root / f"checkpoint-{step}" / "manifest.json", 50)
 
     assert invoke("show", run_root).exit_code == 1
     assert invoke("pin", run_root, 100).exit_code == 1

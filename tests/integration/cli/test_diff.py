@@ -17,7 +17,8 @@ from checkpointer.compare import _runs, compare
 from checkpointer.errors import CheckpointNotFoundError, CorruptCheckpointError
 from checkpointer.format.index import Chunk
 from checkpointer.repository.checkpoint_reader import CheckpointReader
-from tests.integration.cli.test_cli import child, document, error_of, flip_byte, invoke
+from tests.integration.cli.test_cli import child, document, error_of, invoke
+from tests.support.forge import flip
 
 
 def save_pair(root: Any, before: dict[str, Any], after: dict[str, Any]) -> Any:
@@ -172,7 +173,7 @@ def test_tensors_cut_in_another_way_overlap_element_by_element():
 
 def test_damage_is_not_taken_for_a_difference(tmp_path):
     save_pair(tmp_path, {"model": nn.Linear(3, 2)}, {"model": nn.Linear(3, 2)})
-    flip_byte(tmp_path / "checkpoint-2" / "model.safetensors")
+    flip(tmp_path / "checkpoint-2" / "model.safetensors")
 
     with pytest.raises(CorruptCheckpointError, match="step 2 is damaged"):
         compare(tmp_path, 1, 2)

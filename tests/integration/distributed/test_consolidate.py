@@ -21,6 +21,7 @@ from checkpointer.errors import CheckpointNotFoundError, ConfigError, CorruptChe
 from checkpointer.migration import consolidating
 from checkpointer.migration.consolidating import consolidate
 from tests.integration.format.test_independent_reader import read_tensor, read_tensors
+from tests.support.forge import flip
 from tests.support.ranks import run
 
 
@@ -135,10 +136,7 @@ def test_what_cannot_be_done_leaves_nothing(sharded, tmp_path):
     damaged = tmp_path / "run" / "checkpoint-5"
     subprocess.run(["cp", "-r", str(sharded), str(tmp_path / "run")], check=True)
     file = damaged / "model-rank-00001.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-5] ^= 1
-    file.chmod(0o644)
-    file.write_bytes(data)
+    flip(file, -5)
     with pytest.raises(CorruptCheckpointError, match="do not match their hash"):
         consolidate(tmp_path / "run", 5, tmp_path / "out")
     assert [item.name for item in tmp_path.iterdir()] == ["run"]

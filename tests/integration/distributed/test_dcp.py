@@ -21,6 +21,7 @@ from checkpointer.dcp import SafetensorsReader, SafetensorsWriter
 from checkpointer.errors import ConfigError, CorruptCheckpointError, SaveError
 from checkpointer.repository.repository import Repository
 from checkpointer.storage import open_storage
+from tests.support.forge import flip
 from tests.support.ranks import launch, run
 
 SHAPES = {"square": (16, 16), "uneven": (7, 5), "cube": (4, 6, 8), "short": (2, 9), "long": (33,), "scalar": ()}
@@ -355,9 +356,7 @@ def test_a_flipped_bit_is_found_however_the_chunk_is_read(tmp_path, layout):
     path = tmp_path / "checkpoint-3"
     run(2, save, str(path), "rows")
     file = path / "model-rank-00001.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-300] ^= 1
-    file.write_bytes(data)
+    flip(file, -300)
     for message in run(4, corrupt, str(path), layout):
         assert message.startswith("CorruptCheckpointError")
         assert "do not match their hash" in message

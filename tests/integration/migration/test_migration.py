@@ -29,7 +29,8 @@ from checkpointer.errors import (
 from checkpointer.migration import export_checkpoint, import_checkpoint, plan_import
 from tests.campaign.exact_resume.cases import CASES
 from tests.campaign.exact_resume.engine import build
-from tests.integration.cli.test_cli import document, error_of, flip_byte, invoke
+from tests.integration.cli.test_cli import document, error_of, invoke
+from tests.support.forge import flip
 from tests.support import training
 from tests.support.compare import assert_identical
 
@@ -525,7 +526,7 @@ def test_a_file_that_exists_is_replaced_only_by_force_and_no_half_file_is_left(s
 
 def test_a_damaged_checkpoint_is_not_exported(saved, tmp_path):
     root, _ = saved
-    flip_byte(root / "checkpoint-3" / "optimizer.safetensors")
+    flip(root / "checkpoint-3" / "optimizer.safetensors")
     with pytest.raises(CorruptCheckpointError):
         export_checkpoint(root, 3, tmp_path / "all.pt")
     assert not (tmp_path / "all.pt").exists()

@@ -26,6 +26,7 @@ from checkpointer.staging.read_targets import TensorTarget
 from checkpointer.state.tensors import host_bytes
 from checkpointer.storage.local import LocalFile
 from checkpointer.system.memory import PAGE, expect_use, view_of
+from tests.support.forge import flip
 
 MIB = 1 << 20
 
@@ -43,10 +44,7 @@ def restored(folder: Path, live: dict[str, torch.Tensor], **options: Any) -> Non
 def damage(folder: Path, needle: bytes) -> None:
     """Flip a bit where a tensor file holds ``needle``."""
     (path,) = [path for path in folder.rglob("*.safetensors") if needle in path.read_bytes()]
-    data = bytearray(path.read_bytes())
-    data[data.find(needle)] ^= 1
-    path.chmod(0o644)
-    path.write_bytes(data)
+    flip(path, path.read_bytes().find(needle))
 
 
 def whole(tensor: torch.Tensor) -> Chunk:

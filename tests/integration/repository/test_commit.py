@@ -20,6 +20,7 @@ from checkpointer.format import paths
 from checkpointer.restore.restored import restore_request
 from checkpointer.storage import open_storage
 from tests.conftest import Root
+from tests.support.forge import flip
 
 SYNC = {"write": {"mode": "sync", "durable": False}, "require_resume": False}
 
@@ -137,10 +138,8 @@ def test_a_checkpoint_that_was_found_damaged_is_moved_to_quarantine_when_its_nam
     save(local, 1)
     save(local, 7)
     file = Path(local.url, "checkpoint-7", "state.safetensors")
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.chmod(0o644)
-    file.write_bytes(data)
+    flip(file)
+    damaged = file.read_bytes()
     live = state(0)
     with manager(local, live) as writer:
         with pytest.warns(CheckpointerWarning, match="skipping"):
@@ -148,7 +147,7 @@ def test_a_checkpoint_that_was_found_damaged_is_moved_to_quarantine_when_its_nam
         with pytest.warns(CheckpointerWarning, match="quarantine"):
             writer.save(7)
     (kept,) = Path(local.url, ".checkpointer", "quarantine").iterdir()
-    assert (kept / "state.safetensors").read_bytes() == data
+    assert (kept / "state.safetensors").read_bytes() == damaged
     assert restored_value(local, 7) == 1
 
 

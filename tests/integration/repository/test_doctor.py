@@ -28,6 +28,7 @@ from checkpointer.storage import LocalStorage, Storage, open_storage
 from tests.conftest import Root
 from tests.integration.cli.test_cli import document, error_of, invoke, on_terminal, visible
 from tests.support import processes
+from tests.support.forge import forge_manifest
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SYNC = {"write": {"mode": "sync", "durable": False}, "require_resume": False}
@@ -171,10 +172,7 @@ def test_a_deleted_manifest_does_not_make_a_checkpoint_vanish_in_silence(root: R
 
 def test_a_checkpoint_of_a_newer_format_is_left_where_it_is(local: Root) -> None:
     make(local)
-    path = Path(local.url, "checkpoint-3", "manifest.json")
-    raw = strict_json.unseal(path.read_bytes(), "manifest")
-    raw.pop("checksum", None)
-    path.write_bytes(strict_json.seal({**raw, "version": 99}))
+    forge_manifest(Path(local.url, "checkpoint-3"), lambda fields: fields.update(version=99))
     assert "update this library" in finding(doctor(local).mend(), "newer-format").advice
     assert names(local) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 

@@ -25,6 +25,7 @@ from checkpointer.errors import (
 from checkpointer.state import Captured, adapter_for
 from tests.support import processes
 from tests.support.compare import assert_identical
+from tests.support.forge import flip
 from tests.support.memory_engine import carry, restore, save
 from tests.support.whole_cases import Hooked, Net
 
@@ -174,10 +175,7 @@ def test_a_damaged_program_is_found_before_it_is_run(tmp_path, monkeypatch):
     forge(monkeypatch, tmp_path / "attacked")
     root = saved(tmp_path / "run", Net(2))
     path = next(Path(root).glob("checkpoint-3/model-00001-*.safetensors"))
-    data = bytearray(path.read_bytes())
-    data[data.index(b"PK") + 60] ^= 1
-    path.chmod(0o644)
-    path.write_bytes(data)
+    flip(path, path.read_bytes().index(b"PK") + 60)
     with pytest.warns(CheckpointerWarning), pytest.raises(CorruptCheckpointError):
         load_whole_model(root, trust_pickle=True)
     assert not (tmp_path / "attacked").exists()

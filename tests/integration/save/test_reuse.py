@@ -31,6 +31,7 @@ from checkpointer.restore.restorer import Restorer
 from checkpointer.state import RngState, adapter_for
 from checkpointer.storage import open_storage
 from tests.conftest import Root
+from tests.support.forge import flip
 from tests.support.successor import source_of, succeed
 
 FROZEN = "model-00002-of-00002.safetensors"
@@ -330,17 +331,10 @@ def test_a_restore_that_finds_damage_makes_no_source(local):
         Repository(open_storage(local.url)), {"model": adapter_for("model", backbone(), {}), "rng": RngState()}
     )
     restorer.one(good, restore_request({}, "stream", read_only=True))
-    flip_last_byte(Path(bad.path, FROZEN))
+    flip(Path(bad.path, FROZEN), in_place=True)
     with pytest.raises(CorruptCheckpointError):
         restorer.one(bad, restore_request({}, "stream", read_only=True))
     assert restorer.source is None
-
-
-def flip_last_byte(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.chmod(0o644)
-    file.write_bytes(data)
 
 
 # ---------------------------------------------------------------------------------------------- hard links
@@ -386,7 +380,7 @@ def test_a_copy_of_one_directory_is_a_full_backup(local_repository, tmp_path):
 
 def test_a_damaged_block_is_found_in_every_checkpoint_that_lies_on_it(local_repository):
     chain(local_repository)
-    flip_last_byte(files(local_repository)[0])
+    flip(files(local_repository)[0], in_place=True)
     damaged = [report.step for report in local_repository.verify_all().checkpoints if not report.ok]
     assert damaged == [1, 2, 3, 4]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from datetime import timedelta
 from pathlib import Path
@@ -63,7 +64,10 @@ def refusal(load):
     def refused(content):
         with pytest.raises(ConfigError) as caught:
             load(content)
-        return str(caught.value)
+        message = str(caught.value)
+        assert len(message) < 1000
+        assert os.listdir() == ["run.yaml"], "a configuration that makes files"
+        return message
 
     return refused
 
@@ -377,6 +381,7 @@ def test_zero_comes_with_the_way_out(refusal):
         # bombs
         ("keep: &a [*a]\n", "1: aliases make this file too large"),
         ("keep: &a {last: *a}\n", "1: aliases make this file too large"),
+        ("keep: &a\n  best: [*a]\n", "1: aliases make this file too large"),
         ("keep: " + "[" * 50 + "]" * 50 + "\n", "1: nested more than 16 levels deep"),
         ("keep: " + "[" * 30_000 + "\n", "1: nested more than 16 levels deep"),
         ("keep:\n  last: " + "9" * 5000 + "\n", "2: keep.last: "),
@@ -385,6 +390,29 @@ def test_zero_comes_with_the_way_out(refusal):
 )
 def test_a_file_that_is_not_plain_yaml_is_refused_with_its_line(refusal, content, message):
     assert refusal(content).startswith(f"run.yaml:{message}")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "keep: !!python/object/apply:os.mkdir [ran]\n",
+        "keep: !!python/name:os.system\n",
+        "save: !!python/module:os\n",
+        "? !!python/object/new:os.mkdir [ran]\n: 1\n",
+        "keep: !!binary gASVIQAAAAAAAACMBXBvc2l4\n",
+        "keep: &a\n  <<: *a\n  last: 1\n",
+        "keep:\n  \u202elast: 3\n",
+        "keep: {max_size: 1e999GB}\n",
+        "save: {every: 1e400h}\n",
+        "save: {every: auto, max_overhead: .nan}\n",
+        'keep: {"\\e[2J": 1}\n',
+        "keep: " + "[" * 100_000,
+        "keep: {last: " + "9" * 1_000_000 + "}\n",
+    ],
+    ids=lambda content: repr(content[:30]),
+)
+def test_a_hostile_file_is_refused_and_commands_neither_a_program_nor_a_terminal(refusal, content):
+    assert refusal(content).isprintable()
 
 
 def test_aliases_that_multiply_are_stopped_before_they_fill_the_memory(refusal):

@@ -354,29 +354,6 @@ def a_manifest_without_its_fields(directory: Path, victim: Path) -> None:
     overwrite(directory / "manifest.json", seal({"format": "checkpointer", "version": 1}))
 
 
-YAML_BOMBS = {
-    "a billion laughs": "a: &a [x, x, x, x, x, x, x, x, x]\n"
-    + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
-    "an alias of itself": "keep: &a\n  best: [*a]\n",
-    "a python object": "keep: !!python/object/apply:os.mkdir [ran]\n",
-    "a python name": "keep: !!python/name:os.system\n",
-    "a python module": "save: !!python/module:os\n",
-    "a python object in a key": "? !!python/object/new:os.mkdir [ran]\n: 1\n",
-    "a hundred thousand levels": "keep: " + "[" * 100_000,
-    "a number of a million digits": "keep: {last: " + "9" * 1_000_000 + "}\n",
-    "a number of ten thousand digits": "keep: {last: " + "9" * 10_000 + "}\n",
-    "a merge of itself": "keep: &a\n  <<: *a\n  last: 1\n",
-    "a key given twice": "keep: {last: 1}\nkeep: {last: 2}\n",
-    "a document after the first": "keep: {last: 1}\n---\nkeep: {last: 2}\n",
-    "an escape that is no character": 'keep: "\\UFFFFFFFF"\n',
-    "a name from right to left": "keep:\n  \u202elast: 3\n",
-    "a size without end": "keep: {max_size: 1e999GB}\n",
-    "a time without end": "save: {every: 1e400h}\n",
-    "a fraction that is not a number": "save: {every: auto, max_overhead: .nan}\n",
-    "a binary": "keep: !!binary gASVIQAAAAAAAACMBXBvc2l4\n",
-}
-"""Configuration files, by what they are."""
-
 OWNERS = {
     "text that commands the terminal": json.dumps(
         {"host": "\x1b]0;owned\x07\x1b[2J", "pid": "\u202e1", "user": "\n\n"}
