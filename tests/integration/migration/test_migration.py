@@ -30,9 +30,9 @@ from checkpointer.migration import export_checkpoint, import_checkpoint, plan_im
 from tests.campaign.exact_resume.cases import CASES
 from tests.campaign.exact_resume.engine import build
 from tests.integration.cli.test_cli import document, error_of, invoke
-from tests.support.forge import flip
 from tests.support import training
 from tests.support.compare import assert_identical
+from tests.support.forge import flip
 
 OPTIMIZERS = [name for name, case in CASES.items() if case.group == "optimizers" and not case.long]
 NO_RNG = "holds no state of the random generators"
