@@ -44,6 +44,12 @@ def test_a_long_command_line_is_cut():
     assert len(masked("x" * 10_000)[0]) == 501
 
 
+@pytest.mark.parametrize("argument", ["x" * 300_000, "--config=" + "-a.b" * 80_000, "://" * 100_000, "key" * 100_000])
+def test_an_argument_that_is_one_long_word_does_not_hold_up_the_first_save(argument):
+    """At a cost that grows with the square of its length, this would take longer than a test may."""
+    assert len(masked(argument)[0]) == 501
+
+
 def test_arguments_that_are_no_text_are_recorded():
     assert masked("a\udc80") == ["a\\udc80"]
 
