@@ -35,6 +35,7 @@ from checkpointer.errors import (
     StepOrderError,
     UnsupportedStateError,
 )
+from checkpointer.storage import LocalStorage
 from checkpointer.storage.local import LocalFile
 from tests.support import processes
 from tests.support.forge import flip
@@ -423,7 +424,7 @@ def test_a_read_only_manager_refuses_to_save(manager: MakeManager, tmp_path: Pat
 def test_a_full_disk_is_noticed_before_anything_is_written(manager: MakeManager, monkeypatch: Any) -> None:
     mgr = manager()
     saved(mgr, 0)
-    monkeypatch.setattr(type(mgr._repository.storage), "free_bytes", lambda self: 10)
+    monkeypatch.setattr(LocalStorage, "free_bytes", lambda self: 10)
     handle = mgr.save(1, force=True)
     assert handle is not None
     with pytest.raises(SaveError, match="10 bytes free"):
@@ -558,7 +559,9 @@ def test_a_structural_mismatch_changes_no_live_object(manager: MakeManager) -> N
     assert torch.equal(rng, torch.get_rng_state())
 
 
-def test_unregistered_components_are_an_error_for_a_trainer_and_fine_for_a_reader(manager: MakeManager) -> None:
+def test_unregistered_components_are_an_error_for_a_trainer_and_fine_for_a_reader(
+    manager: MakeManager, tmp_path: Path
+) -> None:
     model = nn.Linear(2, 2)
     mgr = manager(model=model)
     saved(mgr, 0)
@@ -566,13 +569,13 @@ def test_unregistered_components_are_an_error_for_a_trainer_and_fine_for_a_reade
     expected = model.weight.detach().clone()
     with torch.no_grad():
         model.weight.zero_()
-    trainer = CheckpointManager(mgr._repository.url, model=model)
+    trainer = CheckpointManager(tmp_path / "run", model=model)
     with pytest.raises(IncompatibleStateError, match="progress"):
         trainer.restore_latest()
     trainer.close()
     assert not model.weight.any()
     rng = torch.get_rng_state()
-    reader = CheckpointManager(mgr._repository.url, read_only=True, model=model)
+    reader = CheckpointManager(tmp_path / "run", read_only=True, model=model)
     restored = reader.restore_latest()
     assert restored is not None
     assert restored.report.unexpected == ["progress", "rng"]

@@ -78,7 +78,7 @@ def test_a_note_with_any_content_is_read_or_counts_as_a_pin(memory):
     state = {"value": 0}
     with CheckpointManager(memory.url, read_only=True, state=state) as reader:
         (info,) = reader.checkpoints()
-        storage = reader._repository.storage
+        storage = open_storage(memory.url)
         path = f"{paths.NOTES}/{info.id}/00000001-{'a' * 16}.json"
         note = {"pinned": None, "metrics": {"score": 1.0}, "tags": ["a"], "text": "x", "damaged": None}
 
@@ -101,7 +101,7 @@ def test_a_note_whose_metric_is_no_number_counts_as_a_pin(memory, metric):
     with CheckpointManager(memory.url, read_only=True) as reader:
         (info,) = reader.checkpoints()
         fields = {"pinned": None, "metrics": {"score": metric}, "tags": [], "text": None, "damaged": None}
-        reader._repository.storage.put(f"{paths.NOTES}/{info.id}/00000001-{'a' * 16}.json", seal(fields))
+        open_storage(memory.url).put(f"{paths.NOTES}/{info.id}/00000001-{'a' * 16}.json", seal(fields))
         (found,) = reader.checkpoints()
     assert found.pinned
     assert dict(found.metrics) == {}

@@ -22,6 +22,8 @@ from checkpointer.errors import (
     CorruptCheckpointError,
 )
 from checkpointer.format import paths
+from checkpointer.repository.repository import Repository
+from checkpointer.storage import open_storage
 from tests.conftest import Root
 from tests.support import training
 from tests.support.forge import files_of, flip, overwrite
@@ -132,10 +134,8 @@ def test_a_flipped_bit_anywhere_in_a_file_is_detected(template, tmp_path, file):
 
 @pytest.mark.parametrize("verify", ["stream", "before"])
 def test_one_flipped_bit_of_any_tensor_is_detected_while_restoring(template, tmp_path, verify):
-    with (
-        CheckpointManager(template, config=SETTINGS, read_only=True) as manager,
-        manager._repository.open(manager.checkpoints()[-1]) as checkpoint,
-    ):
+    repository = Repository(open_storage(template))
+    with repository.open(repository.find(2)) as checkpoint:
         chunks = {name: chunk for name, (chunk,) in checkpoint.index.chunks.items() if chunk.end > chunk.begin}
     assert {component for component, _ in chunks} >= {"model", "optimizer", "rng"}
     for number, ((component, key), chunk) in enumerate(chunks.items()):
@@ -403,8 +403,6 @@ ON_S3 = [("manifest.json", "cut"), ("index.json", "a flipped bit"), ("state.safe
 @pytest.mark.parametrize("change", ["a flipped bit", "cut", "deleted", "emptied", "lengthened"])
 @pytest.mark.parametrize("file", ["manifest.json", "index.json", "state.safetensors"])
 def test_damage_on_an_object_store_is_detected_too(object_root, file, change):
-    from checkpointer.storage import open_storage
-
     if (file, change) == ("manifest.json", "deleted"):
         pytest.skip("without its manifest it is no checkpoint")
     root: Root = object_root
@@ -447,7 +445,7 @@ def test_damage_on_an_object_store_is_found_and_survived(object_root: Root, stri
         mgr.save(1)
         run.step()
         mgr.save(2)
-    storage = mgr._repository.storage
+    storage = open_storage(object_root.url, object_root.options)
     objects = [path for path in storage.fs.find(f"{storage._path}/checkpoint-2") if not path.endswith("manifest.json")]
     assert len(objects) == 6
     for path in objects:

@@ -22,8 +22,9 @@ import torch
 from checkpointer import CheckpointInfo, CheckpointManager
 from checkpointer.errors import CheckpointerWarning, CheckpointNotFoundError, ConfigError, SaveError
 from checkpointer.repository.notes import Note
+from checkpointer.repository.repository import Repository
 from checkpointer.repository.watch import WHOLE_LOOK_EVERY
-from checkpointer.storage import LocalStorage
+from checkpointer.storage import LocalStorage, open_storage
 from tests.conftest import Root
 from tests.support import processes
 from tests.support.processes import Process
@@ -44,6 +45,11 @@ def trainer(root: Root, **config: Any) -> CheckpointManager:
     return CheckpointManager(
         root.url, storage_options=root.options, config={**SYNC, **config}, state={"t": torch.ones(3)}
     )
+
+
+def repository_of(root: Root) -> Repository:
+    """What another process would do to the run, with no manager between."""
+    return Repository(open_storage(root.url, root.options))
 
 
 def evaluator(root: Root) -> CheckpointManager:
@@ -106,7 +112,7 @@ def test_what_was_pruned_before_its_turn_is_passed_over(root: Root) -> None:
         watched = evaluator(root).watch(poll=POLL, timeout=0)
         assert next(watched).step == 1
         for info in mgr.checkpoints()[:2]:
-            mgr._repository.remove(info)
+            repository_of(root).remove(info)
         assert steps(watched) == [3]
 
 
@@ -117,7 +123,7 @@ def test_what_vanishes_in_the_hands_of_the_consumer_is_not_found_and_the_watch_g
         mgr.save(2)
         watched = reader.watch(poll=POLL, timeout=0)
         info = next(watched)
-        mgr._repository.remove(info)
+        repository_of(root).remove(info)
         with pytest.raises(CheckpointNotFoundError, match="no checkpoint of step 1"):
             reader.restore(info.step)
         assert steps(watched) == [2]
@@ -127,7 +133,7 @@ def test_what_is_known_to_be_damaged_is_passed_over(root: Root) -> None:
     with trainer(root) as mgr:
         mgr.save(1)
         mgr.save(2)
-        mgr._repository.note(mgr.checkpoints()[0], Note(damaged="a flipped bit"))
+        repository_of(root).note(mgr.checkpoints()[0], Note(damaged="a flipped bit"))
     assert steps(evaluator(root).watch(timeout=0)) == [2]
 
 
@@ -281,7 +287,7 @@ import json, sys, torch
 from checkpointer import CheckpointManager
 from checkpointer.errors import CheckpointNotFoundError
 sys.path.insert(0, ".")
-from tests import training
+from tests.support import training
 live = training.make(seed=5)
 found = {"once": [], "exact": 0, "gone": 0}
 with CheckpointManager(sys.argv[1], read_only=True, **live.components) as mgr:
@@ -440,7 +446,7 @@ def test_closing_twice_and_from_two_threads_ends_and_raises_a_failed_save_once(t
         except SaveError as error:
             errors.append(error)
 
-    with mock.patch.object(mgr._repository.storage, "write", side_effect=OSError(5, "the disk is broken")):
+    with mock.patch.object(LocalStorage, "write", side_effect=OSError(5, "the disk is broken")):
         mgr.save(1)
         threads = [threading.Thread(target=close, daemon=True) for _ in range(2)]
         for thread in threads:

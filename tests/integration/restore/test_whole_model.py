@@ -23,11 +23,11 @@ from checkpointer.errors import (
     UnsupportedStateError,
 )
 from checkpointer.state import Captured, adapter_for
+from tests.integration.restore.whole_cases import Hooked, Net
 from tests.support import processes
 from tests.support.compare import assert_identical
 from tests.support.forge import flip
 from tests.support.memory_engine import carry, restore, save
-from tests.support.whole_cases import Hooked, Net
 
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
@@ -214,7 +214,7 @@ def test_components_without_architecture_and_empty_runs_are_typed_errors(tmp_pat
 
 def test_a_class_that_is_gone_is_a_typed_error(tmp_path, monkeypatch):
     root = saved(tmp_path / "run", Net(2))
-    monkeypatch.delattr("tests.support.whole_cases.Net")
+    monkeypatch.delattr("tests.integration.restore.whole_cases.Net")
     with pytest.raises(IncompatibleStateError, match=r"cannot be loaded here.*Net"):
         load_whole_model(root, trust_pickle=True)
 

@@ -384,7 +384,7 @@ def test_a_real_disk_that_others_fill_meanwhile_fails_the_save_and_leaves_nothin
         assert first is not None
         first.result(60)
         mgr._saver.wait()  # it still looks at the space that is left
-        with mock.patch.object(mgr._repository.storage, "free_bytes", return_value=10**9):
+        with mock.patch.object(LocalStorage, "free_bytes", return_value=10**9):
             (tiny / "other").write_bytes(bytes(2**21 - shutil.disk_usage(tiny).used - SIZE // 2))
             with pytest.raises(SaveError, match="No space left") as caught:
                 mgr.save(1).result(60)  # type: ignore[union-attr]
