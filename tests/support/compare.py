@@ -1,4 +1,7 @@
-"""Strict comparison: equal types, equal bits, equal order, equal strides. Nothing is "close"."""
+"""Strict comparison: ``assert_identical(a, b)`` for any state, live or restored.
+
+Equal types, equal bits, equal order, equal strides. Nothing is "close". An error names the place that differs.
+"""
 
 from __future__ import annotations
 

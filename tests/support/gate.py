@@ -1,4 +1,8 @@
-"""Holds the writer in the middle of a file, so that a race between it and training is certain, not lucky."""
+"""Holds the writer in the middle of a file, so that a race between it and training is certain, not lucky.
+
+``with closed() as gate``: the first save inside is held in a tensor file; ``gate.reached()`` waits for that,
+``gate.open()`` lets it go on.
+"""
 
 from __future__ import annotations
 

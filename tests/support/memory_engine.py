@@ -1,4 +1,7 @@
-"""A checkpoint in memory: what the real engine does with captured tensors and restore plans, without files."""
+"""A checkpoint in memory: what the real engine does with captured tensors and restore plans, without files.
+
+``save`` and ``restore`` for an adapter, ``carry`` from one object to another, ``roundtrip`` for any value.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Checkpoints that share files with the one before, written through the repository alone."""
+"""Checkpoints that share files with the one before, written through the repository alone.
+
+``succeed(repository, info, step)`` commits what ``info`` holds once more; ``source_of`` is what it shares with.
+"""
 
 from __future__ import annotations
 

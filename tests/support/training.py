@@ -1,4 +1,7 @@
-"""A training run small enough to be done hundreds of times: a model, AdamW, a schedule and a dict."""
+"""A training run small enough to be done hundreds of times: a model, AdamW, a schedule and a dict.
+
+``make()`` begins one, ``at(5)`` has done five steps, ``assert_at(run, 5)`` compares one with that, bit for bit.
+"""
 
 from __future__ import annotations
 

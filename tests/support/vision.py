@@ -1,4 +1,7 @@
-"""torchvision, whichever build of it is installed."""
+"""torchvision, whichever build of it is installed, also one whose compiled operators do not fit this torch.
+
+``import_resnet()`` gives its ``resnet`` module; ``make_importable()`` lets other libraries import it.
+"""
 
 from __future__ import annotations
 

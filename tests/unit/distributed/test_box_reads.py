@@ -125,6 +125,23 @@ def test_a_box_read_out_of_a_chunk_is_the_slice_of_it_however_the_reads_are_cut(
         assert not any(read.chunk.xxh3 for read in reads), "a part has no hash of its own"
 
 
+@pytest.mark.parametrize("span", [1, 32, 56, 1000])
+@pytest.mark.parametrize("worth_a_read", [1, 13, 1000])
+def test_every_box_of_a_small_chunk_is_read_right(monkeypatch, worth_a_read, span):
+    """Rows of 16 bytes: a read takes a part of a row, one row, some rows, or all."""
+    monkeypatch.setattr(boxes, "WORTH_A_READ", worth_a_read)
+    monkeypatch.setattr(boxes, "SPAN", span)
+    tensor = torch.arange(28, dtype=torch.int32).view(7, 4)
+    data = tensor.numpy().tobytes()
+    chunk = Chunk((0, 0), (7, 4), "file", BEGIN, BEGIN + len(data), "0" * 32)
+    for row, column in itertools.product(range(7), range(4)):
+        for rows, columns in itertools.product(range(1, 8 - row), range(1, 5 - column)):
+            target = torch.zeros(rows, columns, dtype=torch.int32)
+            box = Box((row, column), (rows, columns))
+            carry_out(list(reads_of_box("model.weight", chunk, box, target)), data)
+            assert torch.equal(target, tensor[slices(box)]), box
+
+
 @settings(max_examples=200, deadline=None)
 @given(readings(), st.integers(1, 64), st.integers(64, 400))
 def test_what_is_read_only_to_be_dropped_is_bounded(reading, worth_a_read, span) -> None:
