@@ -169,7 +169,7 @@ _NAME = r"(?:token|key|keys|secrets?|password|passwd|passphrase|pwd|credentials?
 _WHOLE = re.compile(rf"(-{{0,2}}[\w.\-]*{_NAME})=.*", re.IGNORECASE | re.DOTALL)
 _FLAG = re.compile(rf"--?[\w.\-]*{_NAME}", re.IGNORECASE)
 _INSIDE = re.compile(rf"""((?<![\w.\-])[\w.\-]*{_NAME}["']?\s*[=:]\s*["']?)[^"'&,;\s}}]+""", re.IGNORECASE)
-"""From the beginning of a word alone: to try each of its characters takes minutes where an argument is one long word."""
+"""From the beginning of a word alone: to try each of its characters is slow where an argument is one long word."""
 _USERINFO = re.compile(r"(\w://)[^/@\s]+@")
 _KNOWN = re.compile(
     r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abpr]-|AKIA|ASIA|eyJ)[\w\-]{16,}(?:\.[\w\-]+)*", re.ASCII

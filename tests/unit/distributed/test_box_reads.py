@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpointer.distributed import boxes
-from checkpointer.distributed.boxes import Box, narrowed, overlap, reads_of_box
+from checkpointer.distributed import box_reads
+from checkpointer.distributed.box_reads import narrowed, reads_of_box
+from checkpointer.format.boxes import Box, overlap
 from checkpointer.format.index import Chunk
 from checkpointer.repository.checkpoint_reader import ChunkRead
 
@@ -110,8 +111,8 @@ def test_a_box_read_out_of_a_chunk_is_the_slice_of_it_however_the_reads_are_cut(
     data = tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else bytes(tensor.untyped_storage())
     chunk = Chunk(offsets, tuple(tensor.shape), "file", BEGIN, BEGIN + len(data), "0" * 32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boxes, "WORTH_A_READ", worth_a_read)
-        patch.setattr(boxes, "SPAN", span)
+        patch.setattr(box_reads, "WORTH_A_READ", worth_a_read)
+        patch.setattr(box_reads, "SPAN", span)
         reads = list(reads_of_box("model.weight", chunk, box, target))
     places = carry_out(reads, data)
     inside = Box(tuple(b - offset for b, offset in zip(box.offsets, offsets, strict=True)), box.lengths)
@@ -129,8 +130,8 @@ def test_a_box_read_out_of_a_chunk_is_the_slice_of_it_however_the_reads_are_cut(
 @pytest.mark.parametrize("worth_a_read", [1, 13, 1000])
 def test_every_box_of_a_small_chunk_is_read_right(monkeypatch, worth_a_read, span):
     """Rows of 16 bytes: a read takes a part of a row, one row, some rows, or all."""
-    monkeypatch.setattr(boxes, "WORTH_A_READ", worth_a_read)
-    monkeypatch.setattr(boxes, "SPAN", span)
+    monkeypatch.setattr(box_reads, "WORTH_A_READ", worth_a_read)
+    monkeypatch.setattr(box_reads, "SPAN", span)
     tensor = torch.arange(28, dtype=torch.int32).view(7, 4)
     data = tensor.numpy().tobytes()
     chunk = Chunk((0, 0), (7, 4), "file", BEGIN, BEGIN + len(data), "0" * 32)
@@ -149,8 +150,8 @@ def test_what_is_read_only_to_be_dropped_is_bounded(reading, worth_a_read, span)
     tensor, offsets, box, target = reading
     chunk = Chunk(offsets, tuple(tensor.shape), "file", BEGIN, BEGIN + tensor.nbytes, "0" * 32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boxes, "WORTH_A_READ", worth_a_read)
-        patch.setattr(boxes, "SPAN", span)
+        patch.setattr(box_reads, "WORTH_A_READ", worth_a_read)
+        patch.setattr(box_reads, "SPAN", span)
         reads = list(reads_of_box("model.weight", chunk, box, target))
     item = 8 if tensor.dtype == torch.complex128 else tensor.element_size()  # read as two integers of 8 bytes
     for read in reads if box.lengths != chunk.lengths else ():
@@ -165,4 +166,4 @@ def test_columns_of_a_large_tensor_are_read_in_few_reads_and_rows_in_one():
     rows, columns = Box((512, 0), (512, 1024)), Box((0, 256), (2048, 256))
     assert len(list(reads_of_box("w", chunk, rows, torch.empty(512, 1024, dtype=torch.int32)))) == 1
     reads = list(reads_of_box("w", chunk, columns, torch.empty(2048, 256, dtype=torch.int32)))
-    assert len(reads) == -(-tensor.nbytes // boxes.SPAN)
+    assert len(reads) == -(-tensor.nbytes // box_reads.SPAN)

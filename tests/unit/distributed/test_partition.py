@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpointer.distributed.boxes import Box, whole
 from checkpointer.distributed.partition import (
     Division,
     Held,
@@ -23,6 +22,7 @@ from checkpointer.distributed.partition import (
 )
 from checkpointer.errors import UnsupportedStateError
 from checkpointer.format import tensor_files
+from checkpointer.format.boxes import Box, whole
 from checkpointer.format.index import ITEM_SIZES, TensorSpec
 from checkpointer.format.tensor_files import ComponentTensors
 

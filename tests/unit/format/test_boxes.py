@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpointer.distributed.boxes import Box, overlap, whole
+from checkpointer.format.boxes import Box, overlap, whole
 
 ANY = settings(max_examples=200, deadline=None)
 

@@ -32,7 +32,7 @@ def commit(repository: Repository, tmp_path: Path) -> Commit:
     """Lays a manifest down, as a save of any process does; all that listing a run looks at."""
 
     def write(step: int) -> CheckpointInfo:
-        sequence = repository.list_checkpoints().next_sequence
+        sequence = 1 + max((info.sequence for info in repository.list_checkpoints().checkpoints), default=0)
         manifest = Manifest(
             id=f"{sequence:032x}",
             parent=None,
