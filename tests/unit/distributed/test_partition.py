@@ -43,10 +43,10 @@ def held_by(rank: int, size: int, spec: TensorSpec, layout: Layout, frozen: bool
     begin = min(rank % parts * length, spec.shape[dimension])
     end = min(begin + length, spec.shape[dimension])
     if begin == end:
-        return Held(spec, None, True, frozen)
+        return Held(spec, None, True, frozen, sharded=True)
     offsets, lengths = [0, 0], list(spec.shape)
     offsets[dimension], lengths[dimension] = begin, end - begin
-    return Held(spec, Box(tuple(offsets), tuple(lengths)), True, frozen)
+    return Held(spec, Box(tuple(offsets), tuple(lengths)), True, frozen, sharded=True)
 
 
 shapes = st.tuples(st.integers(1, 7), st.integers(1, 5))
@@ -68,7 +68,7 @@ def jobs(draw: st.DrawFn) -> list[Holding]:
                 name: {key: held_by(rank, size, *entry) for key, entry in entries.items()}
                 for name, entries in components.items()
             },
-            KINDS,
+            {name: KINDS[name] for name in components},
         )
         for rank in range(size)
     ]
@@ -159,7 +159,7 @@ def replicated(sizes: Mapping[str, int], ranks: int, frozen: frozenset[str] = fr
         key: Held(TensorSpec("uint8", (size,)), whole((size,)), spread=True, frozen=key in frozen)
         for key, size in sizes.items()
     }
-    return [Holding({"model": tensors}, KINDS)] * ranks
+    return [Holding({"model": tensors}, {"model": "module"})] * ranks
 
 
 @ANY
@@ -202,10 +202,10 @@ def test_a_tensor_without_elements_is_written_once_too():
 @pytest.mark.parametrize("other", [TensorSpec("float32", (3, 2)), TensorSpec("float16", (2, 3))])
 def test_a_plain_tensor_that_is_another_one_on_a_rank_is_refused_by_name(other: TensorSpec) -> None:
     holdings = [
-        Holding({"model": {"weight": Held(spec, whole(spec.shape), spread=True)}}, KINDS)
+        Holding({"model": {"weight": Held(spec, whole(spec.shape), spread=True)}}, {"model": "module"})
         for spec in (TensorSpec("float32", (2, 3)), other)
     ]
-    with pytest.raises(UnsupportedStateError, match=r"model\.weight is float32 \[2, 3\] on one rank .* on rank 1"):
+    with pytest.raises(UnsupportedStateError, match=r"model\.weight is float32 \[2, 3\] on rank 0 and .* on rank 1"):
         divide(holdings)
 
 
