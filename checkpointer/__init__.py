@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from checkpointer.config import Config
     from checkpointer.format.info import CheckpointInfo
     from checkpointer.manager import CheckpointManager
-    from checkpointer.restore.restored import Restored
+    from checkpointer.restore.report import Restored
     from checkpointer.restore.whole_model import load_whole_model
-    from checkpointer.save.saver import PendingSave
+    from checkpointer.save.handle import PendingSave
     from checkpointer.state import Gradients, ModuleComponent, Stateful, WholeModel, register_codec
 
 _HOMES = {

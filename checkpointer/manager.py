@@ -37,12 +37,14 @@ from checkpointer.repository.notes import Note
 from checkpointer.repository.repository import Repository
 from checkpointer.repository.verify import VerifyReport
 from checkpointer.repository.watch import watch
-from checkpointer.restore.restored import Restored, RestoreKeywords, RestoreRequest, restore_request
+from checkpointer.restore.report import Restored
+from checkpointer.restore.request import RestoreKeywords, RestoreRequest, restore_request
 from checkpointer.restore.restorer import RNG, Restorer
 from checkpointer.save.commit_callbacks import PATIENCE
 from checkpointer.save.due import DueSaves
+from checkpointer.save.handle import PendingSave, finished
 from checkpointer.save.preemption import Preemption
-from checkpointer.save.saver import PendingSave, Saver, finished
+from checkpointer.save.saver import Saver
 from checkpointer.save.snapshot import Snapshot
 from checkpointer.save.tip import Position
 from checkpointer.save.writer import refuse

@@ -27,7 +27,8 @@ from checkpointer.policy.reuse import Source
 from checkpointer.repository.checkpoint_reader import CheckpointReader, Reader
 from checkpointer.repository.notes import Note
 from checkpointer.repository.repository import Listing, Repository, Unreadable
-from checkpointer.restore.restored import Restored, RestoreReport, RestoreRequest, Skipped
+from checkpointer.restore.report import Restored, RestoreReport, Skipped
+from checkpointer.restore.request import RestoreRequest
 from checkpointer.state import Adapter, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.dtensor import local_part
 from checkpointer.state.modes import outside_inference_mode, refuse_to_restore, wait_for_devices

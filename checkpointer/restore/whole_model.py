@@ -10,7 +10,7 @@ from torch import nn
 
 from checkpointer.errors import CheckpointNotFoundError, ConfigError
 from checkpointer.repository.repository import Repository
-from checkpointer.restore.restored import RestoreRequest
+from checkpointer.restore.request import RestoreRequest
 from checkpointer.restore.restorer import Restorer
 from checkpointer.state import RestoreOptions, WholeModelLoader
 from checkpointer.state.protocol import MapLocation

@@ -8,9 +8,9 @@ from datetime import datetime, timezone
 from checkpointer.distributed.clock import Verdict
 from checkpointer.distributed.job import Job
 from checkpointer.policy.schedule import SavePolicy, due
+from checkpointer.save.handle import PendingSave
 from checkpointer.save.pacing import Pace
 from checkpointer.save.preemption import Preemption
-from checkpointer.save.saver import PendingSave
 from checkpointer.save.tip import Position
 from checkpointer.system import messages
 

@@ -65,7 +65,8 @@ def _open(text: str, options: Mapping[str, object] | None, *, durable: bool, thr
 def _open_remote(url: str, options: dict[str, object]) -> Storage:
     from fsspec.core import url_to_fs  # imported late: a local run root needs none of it
 
-    from checkpointer.storage.remote import FsspecStorage, Redactor, without_credentials
+    from checkpointer.storage.redact import Redactor, without_credentials
+    from checkpointer.storage.remote import FsspecStorage
 
     try:
         fs, path = url_to_fs(url, **options)

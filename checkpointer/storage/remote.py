@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, ParamSpec, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
@@ -19,16 +17,22 @@ from fsspec.asyn import AsyncFileSystem
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError
 from checkpointer.format import paths
 from checkpointer.storage.base import Buffer, Entry, blocks
+from checkpointer.storage.redact import Redactor, without_credentials
 
 READ_BLOCK = 16 << 20
 """Bytes asked for in one request at most."""
 
-_SECRET_OPTION = re.compile(r"key|secret|token|pass|credential|sas|connection_string|auth|account", re.IGNORECASE)
+
 _BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "cos", "obs", "tos", "r2"})
+
+
 _COPYING = frozenset({"s3", "s3a", "gs", "gcs", "memory"})
 """Where ``cp_file`` copies in the store and is done when it returns. Elsewhere the bytes may pass through this process
 (arrow), or the copy may go on in the background (azure)."""
+
+
 _MODIFIED_FIELDS = ("LastModified", "last_modified", "mtime", "updated", "created")
+
 
 _NUMBERS = {
     FileNotFoundError: errno.ENOENT,
@@ -38,8 +42,13 @@ _NUMBERS = {
     PermissionError: errno.EACCES,
 }
 
+
 P = ParamSpec("P")
+
+
 R = TypeVar("R")
+
+
 E = TypeVar("E", bound=Exception)
 
 
@@ -362,46 +371,6 @@ class RemoteFile:
             lambda storage: storage.fs.cat_file(self._path, start=begin, end=end)
         )
         return read(self._storage)
-
-
-class Redactor:
-    """Takes the secrets of a URL and of storage options out of texts."""
-
-    def __init__(self, url: str, options: Mapping[str, object]) -> None:
-        self._secrets = sorted({*_option_secrets(options), *_url_secrets(url)}, key=len, reverse=True)
-
-    def redact(self, text: str) -> str:
-        """``text`` with ``***`` for every secret."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
-
-
-def without_credentials(url: str) -> str:
-    """``url`` without user, password and query, in every part of a chained URL."""
-    return "::".join(_plain(part) for part in url.split("::"))
-
-
-def _plain(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
-
-
-def _url_secrets(url: str) -> Iterator[str]:
-    for part in url.split("::"):
-        parts = urlsplit(part)
-        credentials = parts.netloc.rpartition("@")[0]
-        yield from (text for text in (credentials, *credentials.split(":"), parts.query) if len(text) > 2)
-
-
-def _option_secrets(options: Mapping[str, object], *, inherited: bool = False) -> Iterator[str]:
-    """Text values of options that are named like secrets, at any depth."""
-    for name, value in options.items():
-        secret = inherited or bool(_SECRET_OPTION.search(str(name)))
-        if isinstance(value, Mapping):
-            yield from _option_secrets(value, inherited=secret)
-        elif secret and isinstance(value, str) and len(value) > 2:
-            yield value
 
 
 def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from checkpointer import CheckpointManager
 from checkpointer.errors import CheckpointerWarning, RunLockedError, SaveError
 from checkpointer.format import paths
-from checkpointer.restore.restored import restore_request
+from checkpointer.restore.request import restore_request
 from checkpointer.storage import open_storage
 from tests.conftest import Root
 from tests.support.forge import flip

@@ -22,7 +22,7 @@ from checkpointer.policy.reuse import Source, candidate
 from checkpointer.repository.notes import Note
 from checkpointer.repository.prune import prune
 from checkpointer.repository.repository import Repository
-from checkpointer.restore.restored import restore_request
+from checkpointer.restore.request import restore_request
 from checkpointer.restore.restorer import Restorer
 from checkpointer.state import RngState, adapter_for
 from checkpointer.storage import open_storage

@@ -560,7 +560,7 @@ def _with_causes(error: BaseException | None) -> str:
     ],
 )
 def test_a_url_is_shown_without_its_credentials(url, plain):
-    from checkpointer.storage.remote import without_credentials
+    from checkpointer.storage.redact import without_credentials
 
     assert without_credentials(url) == plain
 
