@@ -19,7 +19,7 @@ import xxhash
 from checkpointer.errors import CorruptCheckpointError
 from checkpointer.format.index import ITEM_SIZES, Chunk, Component, Json, TensorSpec
 from checkpointer.format.info import CheckpointInfo
-from checkpointer.format.tree_text import Node, outline
+from checkpointer.format.tree_text import Node, describe_component
 from checkpointer.repository.checkpoint_reader import CheckpointReader
 from checkpointer.repository.repository import Repository
 from checkpointer.storage import open_storage
@@ -137,7 +137,7 @@ def _component(name: str, a: Component, b: Component) -> Iterator[Change]:
         sides = [_describe(side.tensors[key]) if key in side.tensors else None for side in (a, b)]
         if sides[0] != sides[1]:
             yield Change(f"{name}.{key}", *sides)
-    yield from _values(name, _flat(outline(a)), _flat(outline(b)))
+    yield from _values(name, _flat(describe_component(a)), _flat(describe_component(b)))
     yield from _values(f"{name} (meta)", _meta(a), _meta(b))
 
 
@@ -175,7 +175,7 @@ def _flat(nodes: Sequence[Node]) -> dict[str, Node]:
 
 def _meta(component: Component) -> dict[str, Node]:
     kept = {key: value for key, value in component.meta.items() if key not in UNCOMPARED_META}
-    return _flat(outline(Component("meta", kept, {})))
+    return _flat(describe_component(Component("meta", kept, {})))
 
 
 def _joined(above: str, label: str) -> str:

@@ -98,7 +98,7 @@ def differences(saved: Mapping[str, Json], live: Mapping[str, Json]) -> Differen
     return Differences(tuple(exact), tuple(other))
 
 
-def inspect_repository() -> None:
+def begin_git_lookup() -> None:
     """Begin to ask git about the working directory, in the background, once a process."""
     _git.start()
 

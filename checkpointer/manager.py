@@ -22,7 +22,7 @@ from checkpointer.config.arguments import (
 )
 from checkpointer.config.settings import Config, Mode, load_config
 from checkpointer.distributed.job import Job
-from checkpointer.environment import environment, inspect_repository
+from checkpointer.environment import begin_git_lookup, environment
 from checkpointer.errors import (
     CheckpointerError,
     CheckpointerWarning,
@@ -46,7 +46,7 @@ from checkpointer.save.handle import PendingSave, finished
 from checkpointer.save.preemption import Preemption
 from checkpointer.save.saver import Saver
 from checkpointer.save.snapshot import Snapshot
-from checkpointer.save.tip import Position
+from checkpointer.save.tip import Tip
 from checkpointer.save.writer import refuse
 from checkpointer.staging.live import stepped
 from checkpointer.state import (
@@ -133,7 +133,7 @@ class CheckpointManager:
         self._saver = Saver(self._repository, self._config, on_commit, changes)
         self._job = Job(storage, self._config.write.wait, ",".join(adapters))
         self._restorer = Restorer(self._repository, adapters, self._job)
-        self._position = Position(self._repository, require_resume=self._config.require_resume)
+        self._tip = Tip(self._repository, require_resume=self._config.require_resume)
         self._closed = False
         self._warned_of_epoch = False
         self._pid = os.getpid()
@@ -141,14 +141,14 @@ class CheckpointManager:
         self._due = DueSaves(
             self._config.save,
             [rule.monitor for rule in self._config.keep.best],
-            self._position,
+            self._tip,
             self._job,
             self._preemption,
         )
         if not read_only:
             self._preemption.install()
             weakref.finalize(self, self._preemption.restore)  # a manager that is dropped catches no signals for ever
-            inspect_repository()
+            begin_git_lookup()
 
     # ------------------------------------------------------------------------------------------------ saving
 
@@ -211,7 +211,7 @@ class CheckpointManager:
         self._due.call(step, metrics)
         begin = partial(self._begin_save, step, epoch, metrics, tags, files)
         last = self._last_of_all(step)
-        self._position.check_order(step, last.step if last else None)
+        self._tip.check_order(step, last.step if last else None)
         preempted = self._due.stop_agreed(step, epoch, last)
         if last is not None and step == last.step and not overwrite:
             handle = last if force or preempted else None
@@ -429,7 +429,7 @@ class CheckpointManager:
             self._check_writable()
             self._saver.wait()
             self._lock()
-        restored_from = self._position.restored_from
+        restored_from = self._tip.restored_from
         protect = {restored_from.id} if restored_from else set()
         plan = partial(self._saver.pruner.prune, protect=protect, unreturned=self._saver.unreturned)
         if dry_run:
@@ -484,13 +484,13 @@ class CheckpointManager:
         """
         self._saver.settle()
         last = self._last()
-        recent = self._position.recent
+        recent = self._tip.recent
         allowed = self._preemption.allows(recent)
         counts = self._preemption.counts(self._saver.committed_at)
         allowed, counts = self._job.agreed(allowed, counts)
         if allowed:
             return begin(mode="sync")  # nothing is copied before it is written
-        self._preemption.says_why(recent, self._position.tip, counts=counts)
+        self._preemption.says_why(recent, self._tip.info, counts=counts)
         return last if counts else None
 
     def _begin_save(
@@ -519,11 +519,11 @@ class CheckpointManager:
             return captured
 
         with collector_paused(), outside_inference_mode():
-            share = self._job.cooperation.share(step, capture)
+            rank_plan = self._job.save_planner.plan(step, capture)
             try:
-                staged = self._saver.stage(share, mode, step)
+                staged = self._saver.stage(rank_plan, mode, step)
             except BaseException as error:
-                refuse(share, f"the save of step {step}", error)
+                refuse(rank_plan, f"the save of step {step}", error)
                 raise
         snapshot = Snapshot(
             step=step,
@@ -531,10 +531,10 @@ class CheckpointManager:
             created=created,
             staged=staged,
             **extras[0]._asdict(),
-            parent=self._position.tip.id if self._position.tip else None,
+            parent=self._tip.info.id if self._tip.info else None,
             environment=environment(),
             mode=mode,
-            share=share,
+            rank_plan=rank_plan,
             wait_seconds=settled - began,
             stall_seconds=time.perf_counter() - settled,
         )
@@ -568,8 +568,8 @@ class CheckpointManager:
             return writing
         committed = self._saver.take_commit()
         if committed is not None:
-            self._position.committed(committed)
-        return finished(self._position.tip) if self._position.tip else None
+            self._tip.committed(committed)
+        return finished(self._tip.info) if self._tip.info else None
 
     def _restore_one(self, info: CheckpointInfo, request: RestoreRequest) -> Restored:
         restored = self._restorer.one(info, request)
@@ -577,14 +577,14 @@ class CheckpointManager:
         return restored
 
     def _note_restored(self, info: CheckpointInfo | None) -> None:
-        self._position.restored(info)
-        self._saver.share_with(self._restorer.source if info else None)
+        self._tip.restored(info)
+        self._saver.reuse_from(self._restorer.source if info else None)
 
     def _open_for_saving(self) -> None:
         self._check_usable()
         self._check_writable()
         self._lock()
-        self._position.check_first_save()
+        self._tip.check_first_save()
 
     def _open_for_restoring(self) -> None:
         self._check_usable()

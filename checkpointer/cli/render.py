@@ -231,14 +231,14 @@ def _joined(value: Any) -> str:
 
 def components(details: Details) -> Iterator[tuple[str, tuple[Node, ...]]]:
     """A title and the content of each component."""
-    from checkpointer.format.tree_text import outline
+    from checkpointer.format.tree_text import describe_component
 
     for name, component in details.components.items():
         size = human_size(sum(spec.nbytes for spec in component.tensors.values()))
         count = len(component.tensors)
         saved_by = component.meta.get("class")
         kind = f"{component.kind}, {saved_by}" if isinstance(saved_by, str) else component.kind
-        yield f"{name} ({kind}, {count} tensor{'' if count == 1 else 's'}, {size})", outline(component)
+        yield f"{name} ({kind}, {count} tensor{'' if count == 1 else 's'}, {size})", describe_component(component)
 
 
 # -------------------------------------------------------------------------------------------------- plain text

@@ -22,7 +22,7 @@ PATHS = "dcp"
 at the top of the state are left out."""
 
 
-class Place(NamedTuple):
+class CheckpointId(NamedTuple):
     """A checkpoint's directory."""
 
     root: str
@@ -31,7 +31,7 @@ class Place(NamedTuple):
     step: int
 
 
-def parse_place(path: str | os.PathLike[str]) -> Place:
+def parse_checkpoint_id(path: str | os.PathLike[str]) -> CheckpointId:
     """Take ``<root>/checkpoint-<step>`` apart.
 
     Raises:
@@ -45,13 +45,13 @@ def parse_place(path: str | os.PathLike[str]) -> Place:
             f"a checkpoint's directory is <run root>/checkpoint-<step>, got {os.fspath(path)!r}: with that name it is "
             "committed atomically beside others, and listed, verified and pruned like them"
         )
-    return Place(root if slash else ".", name, step)
+    return CheckpointId(root if slash else ".", name, step)
 
 
-def is_place(path: str | os.PathLike[str]) -> bool:
+def is_checkpoint_id(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` has the form of a checkpoint's directory."""
     try:
-        parse_place(path)
+        parse_checkpoint_id(path)
     except ConfigError:
         return False
     return True

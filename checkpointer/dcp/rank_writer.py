@@ -16,7 +16,7 @@ from checkpointer.distributed.rank_report import RankFiles, joined_index
 from checkpointer.errors import UnsupportedStateError
 from checkpointer.format.boxes import Box, whole
 from checkpointer.format.index import Chunk, Component, Index, Json, TensorSpec
-from checkpointer.format.tensor_files import Naming
+from checkpointer.format.tensor_files import FileNaming
 from checkpointer.repository.commit import Attempt
 from checkpointer.save.tensor_writer import Piece, shards_of, write_pieces
 from checkpointer.state.modes import wait_for_streams
@@ -25,12 +25,12 @@ from checkpointer.state.tree.encode import Encoder
 
 
 @dataclass(frozen=True)
-class Part:
+class RankTask:
     """What the coordinator tells a rank: where to write, and under which names."""
 
     step: int
     id: str
-    naming: Naming
+    naming: FileNaming
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Stored:
 class RankPart:
     """The files of one rank."""
 
-    def __init__(self, attempt: Attempt, part: Part, items: Sequence[WriteItem], planner: SavePlanner) -> None:
+    def __init__(self, attempt: Attempt, part: RankTask, items: Sequence[WriteItem], planner: SavePlanner) -> None:
         self._attempt = attempt
         self._naming = part.naming
         self._items = items
@@ -77,7 +77,7 @@ class RankPart:
             headers={**tensors_written.headers, **inner_written.headers},
             chunks=chunks,
             finite=None,
-            learned=False,
+            trainable=False,
             fsync_seconds=self._attempt.fsync_seconds,
         )
         return [
@@ -136,14 +136,14 @@ def size_of(plan: SavePlan) -> int:
     return sum(map(_nbytes, plan.items))
 
 
-def namings(plans: Sequence[SavePlan]) -> Iterator[Naming]:
+def namings(plans: Sequence[SavePlan]) -> Iterator[FileNaming]:
     """How each rank calls its files: as Hugging Face names shards, where each tensor is whole in one of them."""
     held = [[item for item in plan.items if is_chunk(item)] for plan in plans]
     boxes = [item.tensor_data for items in held for item in items if item.tensor_data is not None]
     cut = any(data.chunk.sizes != data.size for data in boxes)
     counts = [len(shards_of([_nbytes(item) for item in items])) for items in held]
     for rank in range(len(plans)):
-        yield Naming(rank, cut=cut, first=1 + sum(counts[:rank]), total=sum(counts))
+        yield FileNaming(rank, cut=cut, first=1 + sum(counts[:rank]), total=sum(counts))
 
 
 def index_of(metadata: Metadata, reports: Sequence[tuple[MetadataIndex, Stored]]) -> Index:

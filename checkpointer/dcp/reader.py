@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from checkpointer.dcp.checkpoint_id import Place, is_place, parse_place
+from checkpointer.dcp.checkpoint_id import CheckpointId, is_checkpoint_id, parse_checkpoint_id
 from checkpointer.dcp.contents import Contents, Held, TensorAt, ValueAt
 from checkpointer.distributed.box_reads import reads_of_box
 from checkpointer.distributed.read_plan import Reads
@@ -35,7 +35,7 @@ from checkpointer.repository.commit import read_manifest
 from checkpointer.staging.read_targets import TensorTarget
 from checkpointer.state.modes import outside_inference_mode, refuse_to_restore, wait_for_devices, writing_to
 from checkpointer.state.tensors import DTYPES, empty_for
-from checkpointer.state.tree.decode import decode, outline
+from checkpointer.state.tree.decode import decode, skeleton
 from checkpointer.storage import open_storage
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class SafetensorsReader(StorageReader):
         super().__init__()
         self._options = dict(storage_options or {})
         self._verify = verify
-        self._place: Place | None = None if path is None else parse_place(path)
+        self._place: CheckpointId | None = None if path is None else parse_checkpoint_id(path)
         self._open: _Opened | None = None
         self.checkpoint_id: str | os.PathLike[str] | None = path
         """The directory, as it was given."""
@@ -98,7 +98,7 @@ class SafetensorsReader(StorageReader):
         """Begin a new load, from ``checkpoint_id`` if one is given. DCP calls this."""
         self.close()
         if checkpoint_id is not None:
-            self._place, self.checkpoint_id = parse_place(checkpoint_id), checkpoint_id
+            self._place, self.checkpoint_id = parse_checkpoint_id(checkpoint_id), checkpoint_id
 
     def read_metadata(self) -> Metadata:
         """What the checkpoint holds, in DCP's words. DCP calls this on every rank.
@@ -164,7 +164,7 @@ class SafetensorsReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether ``checkpoint_id`` has the form of a checkpoint's directory."""
-        return is_place(checkpoint_id)
+        return is_checkpoint_id(checkpoint_id)
 
     def _opened(self) -> _Opened:
         if self._place is None:
@@ -284,7 +284,7 @@ class _Load:
         found: dict[TensorAt, torch.Tensor] = {}
         for held in values:
             specs = self._reader.index.components[held.component].tensors
-            _, keys = outline(held.node, specs, place=held.component)
+            _, keys = skeleton(held.node, specs, place=held.component)
             found.update({TensorAt(held.component, key): empty_for(specs[key], "cpu") for key in keys})
         reads = [
             ChunkRead(place.key, part, TensorTarget(tensor, part))

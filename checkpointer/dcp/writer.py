@@ -16,14 +16,14 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from checkpointer.dcp.checkpoint_id import Place, is_place, parse_place
-from checkpointer.dcp.rank_writer import Part, RankPart, index_of, namings, size_of
+from checkpointer.dcp.checkpoint_id import CheckpointId, is_checkpoint_id, parse_checkpoint_id
+from checkpointer.dcp.rank_writer import RankPart, RankTask, index_of, namings, size_of
 from checkpointer.distributed.rank_report import write_index
 from checkpointer.environment import environment
 from checkpointer.errors import ConfigError, SaveError
 from checkpointer.format.manifest import Manifest
 from checkpointer.repository.commit import Attempt
-from checkpointer.repository.commit.base import occupant
+from checkpointer.repository.commit.base import existing_at
 from checkpointer.repository.repository import Repository
 from checkpointer.state.modes import refuse_to_save
 from checkpointer.storage import open_storage
@@ -65,7 +65,7 @@ class SafetensorsWriter(StorageWriter):
         self._options = dict(storage_options or {})
         self._durable, self._threads = durable, threads
         self._epoch, self._metrics, self._tags = epoch, dict(metrics or {}), tuple(tags)
-        self._place: Place | None = None if path is None else parse_place(path)
+        self._place: CheckpointId | None = None if path is None else parse_checkpoint_id(path)
         self.checkpoint_id: str | os.PathLike[str] | None = path
         """The directory, as it was given."""
         self._session = _Session.of(self)
@@ -82,7 +82,7 @@ class SafetensorsWriter(StorageWriter):
         """Begin a new save, to ``checkpoint_id`` if one is given. DCP calls this."""
         self._session.give_up()
         if checkpoint_id is not None:
-            self._place, self.checkpoint_id = parse_place(checkpoint_id), checkpoint_id
+            self._place, self.checkpoint_id = parse_checkpoint_id(checkpoint_id), checkpoint_id
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: FBT001
         """Open the run root; the coordinator takes the writer's lock. DCP calls this on every rank."""
@@ -107,7 +107,7 @@ class SafetensorsWriter(StorageWriter):
         if not all(plan.usable for plan in plans):
             raise ConfigError("enable_plan_caching repeats the names of an earlier save's files: leave it out")
         assert session.repository is not None
-        held = occupant(session.repository.storage, place.name)
+        held = existing_at(session.repository.storage, place.name)
         if held is not None and held.keep:
             raise SaveError(
                 f"{self.checkpoint_id} is pinned, of a newer format, or not to be read by this user, and is not "
@@ -115,7 +115,7 @@ class SafetensorsWriter(StorageWriter):
             )
         attempt = session.attempt = session.repository.begin(place.step, sum(map(size_of, plans)))
         return [
-            replace(plan, storage_data=Part(place.step, attempt.id, naming))
+            replace(plan, storage_data=RankTask(place.step, attempt.id, naming))
             for plan, naming in zip(plans, namings(plans), strict=True)
         ]
 
@@ -123,7 +123,7 @@ class SafetensorsWriter(StorageWriter):
         """Write this rank's items, durably. DCP calls this."""
         refuse_to_save()
         part, repository = plan.storage_data, self._session.repository
-        assert isinstance(part, Part)
+        assert isinstance(part, RankTask)
         assert repository is not None
         attempt = self._session.attempt or repository.join(part.step, part.id)
         if attempt.id != part.id:
@@ -149,7 +149,7 @@ class SafetensorsWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether ``checkpoint_id`` is a directory that this writer can write."""
-        return is_place(checkpoint_id)
+        return is_checkpoint_id(checkpoint_id)
 
     @contextmanager
     def given_up_on_error(self) -> Iterator[None]:
@@ -160,7 +160,7 @@ class SafetensorsWriter(StorageWriter):
             self._session.give_up()
             raise
 
-    def _known_place(self) -> Place:
+    def _known_place(self) -> CheckpointId:
         if self._place is None:
             raise ConfigError("no directory was given: SafetensorsWriter('runs/gpt/checkpoint-500')")
         return self._place

@@ -22,7 +22,7 @@ from checkpointer.distributed.absence import Absence
 from checkpointer.distributed.errors_on_the_wire import failure, joined, opened
 from checkpointer.distributed.mismatch import Board, Purpose
 from checkpointer.distributed.session import Session
-from checkpointer.distributed.store import Mail, in_time
+from checkpointer.distributed.store import StoreClient, in_time
 from checkpointer.errors import CheckpointerError, ConfigError, SaveError
 from checkpointer.format.index import Json
 from checkpointer.system import messages
@@ -185,7 +185,7 @@ class StoreRanks:
         """What is decided is done: that nobody can be told any more is an error of the next exchange."""
 
         def say() -> None:
-            self._answered = self._mail(exchange).say(exchange.reply, value)
+            self._answered = self._store_client(exchange).say(exchange.reply, value)
 
         try:
             self._in_time(max(exchange.limit, time.monotonic() + LAST_WORDS), say)
@@ -197,11 +197,11 @@ class StoreRanks:
 
     def _collect(self, exchange: _Exchange) -> list[Json]:
         """What the other ranks have contributed."""
-        mail, keys = self._await_all(exchange)
-        messages = mail.hear_all(list(keys.values()))
+        store_client, keys = self._await_all(exchange)
+        messages = store_client.hear_all(list(keys.values()))
         # Everybody has heard the answer before, or would not be here.
         keys_heard = [*self._answered, *(key for message in messages for key in message.keys)]
-        self._session.forget(mail, keys_heard, background=self.channel != TRAINING)
+        self._session.forget(store_client, keys_heard, background=self.channel != TRAINING)
         heard = {rank: message.value for rank, message in zip(keys, messages, strict=True)}
         failed = {rank: said for rank, said in heard.items() if "value" not in said}
         if failed:
@@ -210,10 +210,10 @@ class StoreRanks:
 
     def _contribute(self, exchange: _Exchange, said: dict[str, Any]) -> dict[str, Any]:
         """Say something to the coordinator, and hear its answer."""
-        mail = self._mail(exchange)
-        mail.say(exchange.key(self.rank), said)
-        self._session.wait(mail, {0: exchange.reply}, exchange.limit, self._missing(exchange))
-        return mail.hear(exchange.reply)
+        store_client = self._store_client(exchange)
+        store_client.say(exchange.key(self.rank), said)
+        self._session.wait(store_client, {0: exchange.reply}, exchange.limit, self._missing(exchange))
+        return store_client.hear(exchange.reply)
 
     def _tell_of_failure(self, exchange: _Exchange, error: BaseException) -> None:
         """Nobody goes on before all know. What goes wrong here matters less than ``error``."""
@@ -225,12 +225,12 @@ class StoreRanks:
             elif isinstance(error, Exception):
                 self._in_time(exchange.limit, self._contribute, exchange, heard)
             else:
-                self._in_time(exchange.limit, lambda: self._mail(exchange).say(exchange.key(self.rank), heard))
+                self._in_time(exchange.limit, lambda: self._store_client(exchange).say(exchange.key(self.rank), heard))
 
-    def _await_all(self, exchange: _Exchange) -> tuple[Mail, dict[int, str]]:
-        mail, keys = self._mail(exchange), {rank: exchange.key(rank) for rank in range(1, self.size)}
-        self._session.wait(mail, keys, exchange.limit, self._missing(exchange))
-        return mail, keys
+    def _await_all(self, exchange: _Exchange) -> tuple[StoreClient, dict[int, str]]:
+        store_client, keys = self._store_client(exchange), {rank: exchange.key(rank) for rank in range(1, self.size)}
+        self._session.wait(store_client, keys, exchange.limit, self._missing(exchange))
+        return store_client, keys
 
     def _in_time(self, limit: float, talk: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
         """Call ``talk``; where a network may be cut, in a thread that can be left behind, which costs some switches."""
@@ -238,8 +238,8 @@ class StoreRanks:
             return talk(*arguments, **options)
         return in_time(limit, talk, *arguments, **options)
 
-    def _mail(self, exchange: _Exchange) -> Mail:
-        return self._session.mail(self.channel, exchange.limit, self._missing(exchange))
+    def _store_client(self, exchange: _Exchange) -> StoreClient:
+        return self._session.store_client(self.channel, exchange.limit, self._missing(exchange))
 
     def _missing(self, exchange: _Exchange) -> Absence:
         return Absence(exchange.what, self.rank, self.size, self._timeout, training=self.channel == TRAINING)

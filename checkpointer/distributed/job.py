@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from checkpointer.distributed.clock import SharedClock
 from checkpointer.distributed.exchange import AS_JSON, Meeting, Ranks, ranks_of_job
-from checkpointer.distributed.save_plan import Cooperation
+from checkpointer.distributed.save_plan import SavePlanner
 from checkpointer.errors import ConfigError
 from checkpointer.format import paths
 from checkpointer.format.index import Json
@@ -37,9 +37,9 @@ class Job:
         return ranks_of_job(self._purpose, self._timeout)
 
     @cached_property
-    def cooperation(self) -> Cooperation:
+    def save_planner(self) -> SavePlanner:
         """How they save together."""
-        return Cooperation(self.ranks)
+        return SavePlanner(self.ranks)
 
     @cached_property
     def clock(self) -> SharedClock:

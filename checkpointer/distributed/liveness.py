@@ -42,7 +42,7 @@ def this_process() -> list[Json] | None:
     return None if where is None or found is None else [where, os.getpid(), found[1]]
 
 
-class Neighbours:
+class Liveness:
     """The other ranks that this process can see."""
 
     def __init__(self, told: Mapping[int, Json]) -> None:

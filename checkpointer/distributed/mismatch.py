@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch.distributed.distributed_c10d import Store
 
-from checkpointer.distributed.store import Mail
+from checkpointer.distributed.store import StoreClient
 from checkpointer.errors import ConfigError
 
 LOOKS = 3
@@ -32,7 +32,7 @@ class Board:
     """What this rank waits for to begin with, and what the other ranks wait for meanwhile."""
 
     def __init__(self, store: Store, rank: int, purpose: Purpose) -> None:
-        self._mail = Mail(store, "checkpointer/managers")
+        self._store_client = StoreClient(store, "checkpointer/managers")
         self._rank = rank
         self._purpose = purpose
         self._beats: dict[int, int] = {}
@@ -57,8 +57,8 @@ class Board:
         """
         self._say(None)
         for rank in silent[:MOST]:
-            if self._mail.there(str(rank)):
-                said = self._mail.hear(str(rank))
+            if self._store_client.there(str(rank)):
+                said = self._store_client.hear(str(rank))
                 if self._alive(rank, said):
                     self._compare(rank, said)
 
@@ -84,7 +84,7 @@ class Board:
         """``refused``: the purposes that cannot meet, and why: who waits for this rank with one of them gives up."""
         with _guard:
             waits: list[Any] = [list(purpose) for purpose in _waits]
-        self._mail.say(str(self._rank), {"beat": next(_beats), "waits": waits, "refused": refused})
+        self._store_client.say(str(self._rank), {"beat": next(_beats), "waits": waits, "refused": refused})
 
     def _told(self, rank: int, other: Purpose) -> str:
         mine = self._purpose

@@ -10,17 +10,17 @@ from checkpointer.errors import UnsupportedStateError
 from checkpointer.format import strict_json
 from checkpointer.format.boxes import Box, whole
 from checkpointer.format.index import ITEM_SIZES, Json, TensorSpec
-from checkpointer.format.tensor_files import ComponentTensors, Naming, count_files
+from checkpointer.format.tensor_files import ComponentTensors, FileNaming, count_files
 
 
-class Held(NamedTuple):
+class LocalTensor(NamedTuple):
     """A tensor of which a rank holds all or a part."""
 
     spec: TensorSpec
     """Of the whole tensor."""
     box: Box | None
     """What the rank holds of it; ``None``: nothing."""
-    spread: bool
+    replicated: bool
     """Whether equal boxes of different ranks hold equal values, so that any of them may write. Else the lowest does:
     buffers, for one, are those of rank 0 after each forward pass of DistributedDataParallel."""
     frozen: bool = False
@@ -29,24 +29,24 @@ class Held(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Holding:
+class RankTensors:
     """What one rank holds, by component and key."""
 
-    components: Mapping[str, Mapping[str, Held]]
+    components: Mapping[str, Mapping[str, LocalTensor]]
     kinds: Mapping[str, str]
     parameters: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Of each optimizer: what its parameters are called, in order, and their shapes. Its state has numbers alone."""
 
 
 class Numbers(NamedTuple):
-    """Of one rank's files of one component, where they are shards: see ``Naming`` in ``format/tensor_files``."""
+    """Of one rank's files of one component, where they are shards: see ``FileNaming`` in ``format/tensor_files``."""
 
     first: int
     total: int
 
 
 @dataclass(frozen=True)
-class Division:
+class Partition:
     """What every rank writes."""
 
     writes: Sequence[Mapping[str, Sequence[str]]]
@@ -58,15 +58,15 @@ class Division:
     specs: Mapping[str, Mapping[str, TensorSpec]] = field(default_factory=dict)
     """All tensors of each component. Known to the coordinator alone."""
 
-    def naming(self, component: str, rank: int) -> Naming:
+    def naming(self, component: str, rank: int) -> FileNaming:
         """How the files of one rank are called."""
         numbers = self.numbers[rank].get(component)
         if component in self.cut or numbers is None:
-            return Naming(rank, cut=component in self.cut)
-        return Naming(rank, first=numbers.first, total=numbers.total)
+            return FileNaming(rank, cut=component in self.cut)
+        return FileNaming(rank, first=numbers.first, total=numbers.total)
 
 
-def divide(holdings: Sequence[Holding]) -> Division:
+def assign_writes(holdings: Sequence[RankTensors]) -> Partition:
     """Let each box be written by the rank with the least to write of those that hold it; the largest first.
 
     What is frozen is divided by itself: most saves share it with an earlier checkpoint, and write the rest alone.
@@ -79,17 +79,17 @@ def divide(holdings: Sequence[Holding]) -> Division:
     load = {frozen: [0] * len(holdings) for frozen in (False, True)}
     claims = sorted(_claims(holdings), key=lambda claim: (-claim.size, claim.component, claim.key, claim.box))
     for claim in claims:
-        candidates = claim.ranks if claim.spread else claim.ranks[:1]
+        candidates = claim.ranks if claim.replicated else claim.ranks[:1]
         rank = min(candidates, key=_by_load(load[claim.frozen], load[not claim.frozen]))
         load[claim.frozen][rank] += claim.size
         writes[rank].setdefault(claim.component, []).append(claim.key)
     ordered = [_in_order(holding, keys) for holding, keys in zip(holdings, writes, strict=True)]
     specs = _specs(holdings)
     cut = frozenset(claim.component for claim in claims if claim.box.lengths != specs[claim.component][claim.key].shape)
-    return Division(ordered, cut, _numbered(holdings, ordered, cut), specs)
+    return Partition(ordered, cut, _numbered(holdings, ordered, cut), specs)
 
 
-def check_alike(holdings: Sequence[Holding]) -> None:
+def check_alike(holdings: Sequence[RankTensors]) -> None:
     """Refuse ranks that hold different modules or optimizers. What each rank has of its own may differ.
 
     Raises:
@@ -109,15 +109,15 @@ def check_alike(holdings: Sequence[Holding]) -> None:
                 raise UnsupportedStateError(_unlike(name, found))
 
 
-def _parameters_of(holding: Holding, name: str) -> dict[str, None]:
+def _parameters_of(holding: RankTensors, name: str) -> dict[str, None]:
     return dict.fromkeys(holding.parameters.get(name, ()))
 
 
-def _keys_that_all_hold(holding: Holding, name: str) -> dict[str, None]:
+def _keys_that_all_hold(holding: RankTensors, name: str) -> dict[str, None]:
     """Those of parameters and moments; a rank outside the mesh of a DTensor has no moments of it."""
     moments = holding.kinds[name] == "optimizer"
     tensors = holding.components[name].items()
-    return dict.fromkeys(key for key, held in tensors if held.spread and not (moments and held.sharded))
+    return dict.fromkeys(key for key, held in tensors if held.replicated and not (moments and held.sharded))
 
 
 def _unlike(name: str, found: Sequence[Mapping[str, None]]) -> str:
@@ -159,13 +159,13 @@ class _Claim(NamedTuple):
     key: str
     box: Box
     size: int
-    spread: bool
+    replicated: bool
     frozen: bool
     ranks: tuple[int, ...]
     """Who holds it."""
 
 
-def _claims(holdings: Sequence[Holding]) -> Iterator[_Claim]:
+def _claims(holdings: Sequence[RankTensors]) -> Iterator[_Claim]:
     """Every different box of every tensor."""
     holders: dict[tuple[str, str, Box], list[int]] = {}
     for rank, holding in enumerate(holdings):
@@ -176,10 +176,10 @@ def _claims(holdings: Sequence[Holding]) -> Iterator[_Claim]:
     for (name, key, box), ranks in holders.items():
         held = holdings[ranks[0]].components[name][key]
         size = box.numel * ITEM_SIZES[held.spec.dtype]
-        yield _Claim(name, key, box, size, held.spread, held.frozen, tuple(ranks))
+        yield _Claim(name, key, box, size, held.replicated, held.frozen, tuple(ranks))
 
 
-def _specs(holdings: Sequence[Holding]) -> dict[str, dict[str, TensorSpec]]:
+def _specs(holdings: Sequence[RankTensors]) -> dict[str, dict[str, TensorSpec]]:
     found: dict[str, dict[str, TensorSpec]] = {}
     for rank, holding in enumerate(holdings):
         for name, tensors in holding.components.items():
@@ -195,7 +195,7 @@ def _specs(holdings: Sequence[Holding]) -> dict[str, dict[str, TensorSpec]]:
     return found
 
 
-def _in_order(holding: Holding, writes: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+def _in_order(holding: RankTensors, writes: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
     """The keys in the order of the component, in which they are written."""
     chosen = {name: set(keys) for name, keys in writes.items()}
     return {
@@ -206,7 +206,7 @@ def _in_order(holding: Holding, writes: Mapping[str, Iterable[str]]) -> dict[str
 
 
 def _numbered(
-    holdings: Sequence[Holding], writes: Sequence[Mapping[str, Sequence[str]]], cut: frozenset[str]
+    holdings: Sequence[RankTensors], writes: Sequence[Mapping[str, Sequence[str]]], cut: frozenset[str]
 ) -> list[dict[str, Numbers]]:
     counts: dict[str, list[int]] = {}
     for rank, (holding, chosen) in enumerate(zip(holdings, writes, strict=True)):
@@ -225,7 +225,7 @@ def _numbered(
 # ------------------------------------------------------------------------------------ as JSON
 
 
-def holding_to_json(holding: Holding) -> Json:
+def rank_tensors_to_json(holding: RankTensors) -> Json:
     """For the coordinator."""
     return {
         name: {
@@ -237,18 +237,18 @@ def holding_to_json(holding: Holding) -> Json:
     }
 
 
-def _held_to_json(held: Held) -> Json:
+def _held_to_json(held: LocalTensor) -> Json:
     spec = held.spec
     strides: Json = None if spec.strides is None else list(spec.strides)
     box: Json = None if held.box is None else [list(held.box.offsets), list(held.box.lengths)]
     if held.box == whole(spec.shape):
         box = True
-    return [spec.dtype, list(spec.shape), strides, spec.device, box, held.spread, held.frozen, held.sharded]
+    return [spec.dtype, list(spec.shape), strides, spec.device, box, held.replicated, held.frozen, held.sharded]
 
 
-def holding_from_json(raw: Json) -> Holding:
-    """The inverse of :func:`holding_to_json`."""
-    found: dict[str, dict[str, Held]] = {}
+def rank_tensors_from_json(raw: Json) -> RankTensors:
+    """The inverse of :func:`rank_tensors_to_json`."""
+    found: dict[str, dict[str, LocalTensor]] = {}
     kinds: dict[str, str] = {}
     parameters: dict[str, list[str]] = {}
     for name, part in strict_json.mapping(raw, "holding").items():
@@ -256,28 +256,28 @@ def holding_from_json(raw: Json) -> Holding:
         if part["parameters"]:
             parameters[name] = part["parameters"]
         found[name] = {key: _held_from_json(value) for key, value in part["tensors"].items()}
-    return Holding(found, kinds, parameters)
+    return RankTensors(found, kinds, parameters)
 
 
-def _held_from_json(raw: Any) -> Held:
+def _held_from_json(raw: Any) -> LocalTensor:
     dtype, shape, strides, device, box, *flags = raw
     spec = TensorSpec(dtype, tuple(shape), None if strides is None else tuple(strides), device)
     if box is True:
-        return Held(spec, whole(spec.shape), *flags)
-    return Held(spec, None if box is None else Box(tuple(box[0]), tuple(box[1])), *flags)
+        return LocalTensor(spec, whole(spec.shape), *flags)
+    return LocalTensor(spec, None if box is None else Box(tuple(box[0]), tuple(box[1])), *flags)
 
 
-def division_to_json(division: Division) -> Json:
+def partition_to_json(partition: Partition) -> Json:
     """For the other ranks."""
     return {
-        "writes": [{name: list(keys) for name, keys in part.items()} for part in division.writes],
-        "cut": list[Json](sorted(division.cut)),
-        "numbers": [{name: list(numbers) for name, numbers in part.items()} for part in division.numbers],
+        "writes": [{name: list(keys) for name, keys in part.items()} for part in partition.writes],
+        "cut": list[Json](sorted(partition.cut)),
+        "numbers": [{name: list(numbers) for name, numbers in part.items()} for part in partition.numbers],
     }
 
 
-def division_from_json(raw: Json) -> Division:
-    """The inverse of :func:`division_to_json`, without the specs."""
+def partition_from_json(raw: Json) -> Partition:
+    """The inverse of :func:`partition_to_json`, without the specs."""
     parts = strict_json.mapping(raw, "division")
     numbers = [{name: Numbers(*pair) for name, pair in part.items()} for part in parts["numbers"]]
-    return Division(parts["writes"], frozenset(parts["cut"]), numbers)
+    return Partition(parts["writes"], frozenset(parts["cut"]), numbers)

@@ -23,7 +23,7 @@ class RankFiles:
     """As in :class:`~checkpointer.format.index.Index`; ``chunks`` too."""
     chunks: dict[tuple[str, str], tuple[Chunk, ...]]
     finite: bool | None
-    learned: bool
+    trainable: bool
     """Whether it holds parameters or moments at all."""
     fsync_seconds: float
 
@@ -70,7 +70,7 @@ class RankFilesForm:
             "headers": {path: list(header) for path, header in value.headers.items()},
             "chunks": chunks,
             "finite": value.finite,
-            "learned": value.learned,
+            "learned": value.trainable,
             "fsync_seconds": value.fsync_seconds,
         }
 
@@ -86,20 +86,20 @@ class RankFilesForm:
             headers={path: (header[0], header[1]) for path, header in part["headers"].items()},
             chunks=chunks,
             finite=part["finite"],
-            learned=part["learned"],
+            trainable=part["learned"],
             fsync_seconds=part["fsync_seconds"],
         )
 
 
 def all_finite_over_ranks(parts: Sequence[RankFiles]) -> bool | None:
     """Whether parameters and moments are free of NaN and infinities; ``None`` where not all were looked at."""
-    found = [part.finite for part in parts if part.learned]
+    found = [part.finite for part in parts if part.trainable]
     if False in found:
         return False
     return None if None in found or not found else True
 
 
-class Places(NamedTuple):
+class IndexParts(NamedTuple):
     """Where tensors lie, as an index has it."""
 
     chunks: dict[tuple[str, str], tuple[Chunk, ...]]
@@ -108,14 +108,14 @@ class Places(NamedTuple):
 
 def separated(
     chunks: Mapping[tuple[str, str], tuple[Chunk, ...]], headers: Mapping[str, tuple[int, str]]
-) -> tuple[Places, Places]:
+) -> tuple[IndexParts, IndexParts]:
     """What belongs to the index of all ranks, and what to this rank's own."""
     own = {(name.removeprefix(OWN), key): found for (name, key), found in chunks.items() if name.startswith(OWN)}
     shared = {place: found for place, found in chunks.items() if not place[0].startswith(OWN)}
     files = {chunk.file for found in own.values() for chunk in found}
     return (
-        Places(shared, {path: header for path, header in headers.items() if path not in files}),
-        Places(own, {path: header for path, header in headers.items() if path in files}),
+        IndexParts(shared, {path: header for path, header in headers.items() if path not in files}),
+        IndexParts(own, {path: header for path, header in headers.items() if path in files}),
     )
 
 

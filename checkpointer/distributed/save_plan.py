@@ -10,20 +10,20 @@ import torch
 
 from checkpointer.distributed.exchange import Meeting, Ranks
 from checkpointer.distributed.partition import (
-    Division,
-    Held,
-    Holding,
-    divide,
-    division_from_json,
-    division_to_json,
-    holding_from_json,
-    holding_to_json,
+    LocalTensor,
+    Partition,
+    RankTensors,
+    assign_writes,
+    partition_from_json,
+    partition_to_json,
+    rank_tensors_from_json,
+    rank_tensors_to_json,
 )
 from checkpointer.errors import SaveError, UnsupportedStateError
 from checkpointer.format import strict_json
 from checkpointer.format.boxes import Box, whole
 from checkpointer.format.index import Component, Json, TensorSpec
-from checkpointer.format.tensor_files import Naming
+from checkpointer.format.tensor_files import FileNaming
 from checkpointer.staging.stager import hash_tensors
 from checkpointer.state.dtensor import is_sharded, local_box, local_part
 from checkpointer.state.protocol import Captured
@@ -44,7 +44,7 @@ _DEVICES = "devices"
 
 
 @dataclass(frozen=True)
-class Share:
+class RankPlan:
     """What this rank writes of one save."""
 
     ranks: Ranks
@@ -70,7 +70,7 @@ class _Offer:
     names: tuple[str, ...]
     digests: Mapping[str, str]
     """Of what a component holds beside the tensors that are shared out."""
-    holding: Holding | None
+    holding: RankTensors | None
     """``None``: as at the last save."""
     samples: Mapping[str, str] = field(default_factory=dict)
     """With a holding: a hash of some elements of each plain tensor that should be equal on all ranks."""
@@ -80,7 +80,7 @@ class _Offer:
 class _Answer:
     """What the coordinator makes of it."""
 
-    division: Division | None
+    partition: Partition | None
     """``None``: as at the last save."""
     own: Sequence[Sequence[str]]
     """For each rank, the components that it has otherwise than the coordinator."""
@@ -88,7 +88,7 @@ class _Answer:
 
 class _OfferForm:
     def pack(self, value: _Offer) -> Json:
-        holding = None if value.holding is None else holding_to_json(value.holding)
+        holding = None if value.holding is None else rank_tensors_to_json(value.holding)
         return {
             "step": value.step,
             "names": list(value.names),
@@ -99,33 +99,33 @@ class _OfferForm:
 
     def unpack(self, raw: Json) -> _Offer:
         part = strict_json.mapping(raw, "offer")
-        holding = None if part["holding"] is None else holding_from_json(part["holding"])
+        holding = None if part["holding"] is None else rank_tensors_from_json(part["holding"])
         return _Offer(part["step"], tuple(part["names"]), part["digests"], holding, part["samples"])
 
 
 class _AnswerForm:
     def pack(self, value: _Answer) -> Json:
-        division = None if value.division is None else division_to_json(value.division)
-        return {"division": division, "own": [list(names) for names in value.own]}
+        partition = None if value.partition is None else partition_to_json(value.partition)
+        return {"division": partition, "own": [list(names) for names in value.own]}
 
     def unpack(self, raw: Json) -> _Answer:
         part = strict_json.mapping(raw, "answer")
-        division = None if part["division"] is None else division_from_json(part["division"])
-        return _Answer(division, part["own"])
+        partition = None if part["division"] is None else partition_from_json(part["division"])
+        return _Answer(partition, part["own"])
 
 
-class Cooperation:
+class SavePlanner:
     """The saves of one manager. What has not changed since the last one is not said again."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._writers = ranks.beside("writer")
-        self._holding: Holding | None = None
-        self._holdings: list[Holding] = []
+        self._holding: RankTensors | None = None
+        self._holdings: list[RankTensors] = []
         """Of all ranks; known to the coordinator alone."""
-        self._division: Division | None = None
+        self._partition: Partition | None = None
 
-    def share(self, step: int, capture: Callable[[], Mapping[str, Captured]]) -> Share:
+    def plan(self, step: int, capture: Callable[[], Mapping[str, Captured]]) -> RankPlan:
         """Capture, and agree with the other ranks on who writes what.
 
         Raises:
@@ -134,7 +134,7 @@ class Cooperation:
         if self._ranks.size == 1:
             return _everything(self._ranks, capture())
         captured: dict[str, Captured] = {}
-        holding: Holding | None = None
+        holding: RankTensors | None = None
 
         def offer() -> _Offer:
             nonlocal holding
@@ -148,9 +148,9 @@ class Cooperation:
         meeting = Meeting(f"the save of step {step}", _OfferForm(), _AnswerForm())
         answer = self._ranks.meet(meeting, offer, self._answer)
         assert holding is not None
-        self._holding, self._division = holding, answer.division or self._division
-        assert self._division is not None
-        return self._part(captured, holding, self._division, answer.own[self._ranks.rank])
+        self._holding, self._partition = holding, answer.partition or self._partition
+        assert self._partition is not None
+        return self._part(captured, holding, self._partition, answer.own[self._ranks.rank])
 
     def _answer(self, offers: Sequence[_Offer]) -> _Answer:
         """On the coordinator."""
@@ -161,50 +161,50 @@ class Cooperation:
                     f"rank {rank} saves step {offer.step} of {', '.join(offer.names)}, and rank 0 saves step "
                     f"{first.step} of {', '.join(first.names)}: every rank has to make the same calls, in one order"
                 )
-        known = self._holdings or [Holding({}, {}) for _ in offers]
+        known = self._holdings or [RankTensors({}, {}) for _ in offers]
         changed = any(offer.holding is not None for offer in offers)
         self._holdings = [offer.holding or last for offer, last in zip(offers, known, strict=True)]
         if changed:
-            self._division = divide(self._holdings)
+            self._partition = assign_writes(self._holdings)
             _warn_of_unequal({rank: offer.samples for rank, offer in enumerate(offers) if offer.holding is not None})
         own = [[name for name in first.names if offer.digests[name] != first.digests[name]] for offer in offers]
-        return _Answer(self._division if changed else None, own)
+        return _Answer(self._partition if changed else None, own)
 
     def _part(
-        self, captured: Mapping[str, Captured], holding: Holding, division: Division, own: Iterable[str]
-    ) -> Share:
+        self, captured: Mapping[str, Captured], holding: RankTensors, partition: Partition, own: Iterable[str]
+    ) -> RankPlan:
         rank = self._ranks.rank
         parts: dict[str, Captured] = {}
         boxes: dict[tuple[str, str], Box] = {}
         for name, part in captured.items():
-            keys = division.writes[rank].get(name, ())
+            keys = partition.writes[rank].get(name, ())
             for key in keys:
                 box = holding.components[name][key].box
                 if box is not None:
                     boxes[name, key] = box
-            parts[name] = _narrowed(part, keys, division.naming(name, rank))
+            parts[name] = _narrowed(part, keys, partition.naming(name, rank))
         for name in own:
-            keys = [key for key, held in holding.components[name].items() if not held.spread]
-            parts[OWN + name] = _narrowed(captured[name], keys, Naming(rank, own=True))
+            keys = [key for key, held in holding.components[name].items() if not held.replicated]
+            parts[OWN + name] = _narrowed(captured[name], keys, FileNaming(rank, own=True))
         components = {}
         if rank == 0:
-            specs = division.specs
+            specs = partition.specs
             components = {
                 name: Component(part.kind, part.tree, specs.get(name, {}), part.meta) for name, part in captured.items()
             }
-        return Share(self._writers, parts, components, boxes)
+        return RankPlan(self._writers, parts, components, boxes)
 
 
-def _everything(ranks: Ranks, captured: Mapping[str, Captured]) -> Share:
+def _everything(ranks: Ranks, captured: Mapping[str, Captured]) -> RankPlan:
     """The share of a process that is alone; a DTensor on a mesh of one is a whole tensor."""
     parts = {
         name: _narrowed(part, part.tensors, None) if any(map(is_sharded, part.tensors.values())) else part
         for name, part in captured.items()
     }
-    return Share(ranks, parts, {}, {})
+    return RankPlan(ranks, parts, {}, {})
 
 
-def _narrowed(part: Captured, keys: Iterable[str], naming: Naming | None) -> Captured:
+def _narrowed(part: Captured, keys: Iterable[str], naming: FileNaming | None) -> Captured:
     """What is in this process of the tensors under ``keys``."""
     tensors = {key: local_part(part.tensors[key]) for key in keys}
     aliases = {alias: key for alias, key in part.aliases.items() if key in tensors}
@@ -213,21 +213,21 @@ def _narrowed(part: Captured, keys: Iterable[str], naming: Naming | None) -> Cap
         tensors=tensors,
         aliases=aliases,
         frozen=part.frozen & tensors.keys(),
-        learned=part.learned & tensors.keys(),
+        trainable=part.trainable & tensors.keys(),
         naming=naming,
     )
 
 
-def _holding_of(captured: Mapping[str, Captured]) -> Holding:
+def _holding_of(captured: Mapping[str, Captured]) -> RankTensors:
     components = {
         name: {
-            key: _held(f"{name}.{key}", tensor, spread=key in part.learned, frozen=key in part.frozen)
+            key: _held(f"{name}.{key}", tensor, replicated=key in part.trainable, frozen=key in part.frozen)
             for key, tensor in part.tensors.items()
         }
         for name, part in captured.items()
     }
     parameters = {name: found for name, part in captured.items() if (found := _parameters_of(part))}
-    return Holding(components, {name: part.kind for name, part in captured.items()}, parameters)
+    return RankTensors(components, {name: part.kind for name, part in captured.items()}, parameters)
 
 
 def _parameters_of(part: Captured) -> list[str]:
@@ -246,25 +246,25 @@ def _parameters_of(part: Captured) -> list[str]:
     return found
 
 
-def _held(name: str, tensor: torch.Tensor, *, spread: bool, frozen: bool) -> Held:
+def _held(name: str, tensor: torch.Tensor, *, replicated: bool, frozen: bool) -> LocalTensor:
     if not is_sharded(tensor):
         spec = spec_of(tensor)
-        return Held(spec, whole(spec.shape), spread, frozen)
+        return LocalTensor(spec, whole(spec.shape), replicated, frozen)
     try:
         found = local_box(tensor)
     except UnsupportedStateError as error:
         raise UnsupportedStateError(f"{name}: {error}") from error
     spec = TensorSpec(dtype_name(tensor.dtype), tuple(tensor.shape), device=str(tensor.device))
-    return Held(spec, None if found is None else Box(*found), spread=True, frozen=frozen, sharded=True)
+    return LocalTensor(spec, None if found is None else Box(*found), replicated=True, frozen=frozen, sharded=True)
 
 
-def _samples(captured: Mapping[str, Captured], holding: Holding) -> dict[str, str]:
+def _samples(captured: Mapping[str, Captured], holding: RankTensors) -> dict[str, str]:
     """A hash of some elements of each plain parameter and moment."""
     keys = [
         (name, key)
         for name, tensors in holding.components.items()
         for key, held in tensors.items()
-        if held.spread and not held.sharded
+        if held.replicated and not held.sharded
     ]
     hashes = hash_tensors([_some_of(captured[name].tensors[key]) for name, key in keys])
     return {f"{name}.{key}": found[:SAMPLE_DIGITS] for (name, key), found in zip(keys, hashes, strict=True)}
@@ -294,10 +294,10 @@ def _warn_of_unequal(samples: Mapping[int, Mapping[str, str]]) -> None:
             return
 
 
-def _digest(part: Captured, held: Mapping[str, Held]) -> str:
+def _digest(part: Captured, held: Mapping[str, LocalTensor]) -> str:
     """Equal on two ranks that have the same of a component, beside what is shared out."""
     meta = {name: value for name, value in part.meta.items() if name != _DEVICES}
-    keys = [key for key, tensor in held.items() if not tensor.spread]
+    keys = [key for key, tensor in held.items() if not tensor.replicated]
     hashes = hash_tensors([part.tensors[key] for key in keys])
     told = strict_json.dumps([part.tree, meta, keys, hashes])
     return hashlib.sha256(told.encode("ascii")).hexdigest()

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 from torch.distributed.distributed_c10d import Store
 
-from checkpointer.distributed.liveness import Neighbours, this_process
+from checkpointer.distributed.liveness import Liveness, this_process
 from checkpointer.distributed.mismatch import Board
-from checkpointer.distributed.store import Mail
+from checkpointer.distributed.store import StoreClient
 from checkpointer.errors import CheckpointerError, ConfigError
 from checkpointer.system.threads import room_for_a_thread
 
@@ -58,17 +58,17 @@ class Session:
         self._refused: CheckpointerError | None = None
         self._guard = threading.Lock()
         self._id = ""
-        self._neighbours = Neighbours({})
+        self._liveness = Liveness({})
         self._hosts: dict[int, str] = {}
-        self._heard: list[tuple[Mail, list[str]]] = []
+        self._heard: list[tuple[StoreClient, list[str]]] = []
         """Messages that can be removed."""
 
-    def mail(self, channel: str, limit: float, missing: Missing) -> Mail:
+    def store_client(self, channel: str, limit: float, missing: Missing) -> StoreClient:
         """What the ranks of this session say on a channel; at the first call, they find each other."""
         with self._guard:
             if not self._id:
                 self._id = self._found(limit, missing)
-        return Mail(self._store, f"{self._id}/{channel}")
+        return StoreClient(self._store, f"{self._id}/{channel}")
 
     def _found(self, limit: float, missing: Missing) -> str:
         """The session, once the ranks have found each other."""
@@ -89,28 +89,28 @@ class Session:
     @property
     def on_one_host(self) -> bool:
         """Whether all ranks are known to run here, where no network comes between them and their store."""
-        return self._neighbours.ranks >= frozenset(range(self.size))
+        return self._liveness.ranks >= frozenset(range(self.size))
 
-    def wait(self, mail: Mail, keys: dict[int, str], limit: float, missing: Missing) -> None:
+    def wait(self, store_client: StoreClient, keys: dict[int, str], limit: float, missing: Missing) -> None:
         """Sleep until each rank has said its key.
 
         Raises:
             Exception: the error that ``missing`` makes of those that have not.
         """
         nap, look = SHORTEST_NAP, time.monotonic() + BETWEEN_LOOKS
-        while not mail.there(*keys.values()):
+        while not store_client.there(*keys.values()):
             now = time.monotonic()
             late = now > limit
             if late or now > look:
                 look = now + BETWEEN_LOOKS
-                self._look(mail, keys, missing, late=late)
+                self._look(store_client, keys, missing, late=late)
             time.sleep(nap)
             nap = min(nap * 1.5, LONGEST_NAP)
 
-    def forget(self, mail: Mail, keys: list[str], *, background: bool) -> None:
+    def forget(self, store_client: StoreClient, keys: list[str], *, background: bool) -> None:
         """Remove messages that all have heard: by a thread for which training does not wait."""
         with self._guard:
-            self._heard.append((mail, keys))
+            self._heard.append((store_client, keys))
             many = sum(len(some) for _, some in self._heard) >= MOST_HEARD
             if not background and not many:
                 return
@@ -122,9 +122,11 @@ class Session:
             thread.start()
             _forgetting.add(thread)
 
-    def _look(self, mail: Mail, keys: dict[int, str], missing: Missing, *, late: bool) -> None:
-        dead = self._neighbours.gone(keys)
-        silent = [rank for rank, key in keys.items() if not mail.there(key)]  # last words may have come just now
+    def _look(self, store_client: StoreClient, keys: dict[int, str], missing: Missing, *, late: bool) -> None:
+        dead = self._liveness.gone(keys)
+        silent = [
+            rank for rank, key in keys.items() if not store_client.there(key)
+        ]  # last words may have come just now
         dead = {rank: pid for rank, pid in dead.items() if rank in silent}
         if dead or (late and silent):
             raise missing.error(silent, dead)
@@ -138,26 +140,26 @@ class Session:
 
     def _lead(self, limit: float, missing: Missing) -> str:
         """On the coordinator: begin a session."""
-        mail, id = Mail(self._store, "sessions"), secrets.token_hex(8)
-        mail.say("newest", {"id": id})
+        store_client, id = StoreClient(self._store, "sessions"), secrets.token_hex(8)
+        store_client.say("newest", {"id": id})
         keys = {rank: f"{id}/{rank}" for rank in range(1, self.size)}
-        self.wait(mail, keys, limit, missing)
-        heard = mail.hear_all(list(keys.values()))
+        self.wait(store_client, keys, limit, missing)
+        heard = store_client.hear_all(list(keys.values()))
         told = {"0": _words(), **{str(rank): message.value for rank, message in zip(keys, heard, strict=True)}}
-        mail.say(f"{id}/all", {"ranks": told})
+        store_client.say(f"{id}/all", {"ranks": told})
         self._meet_neighbours(told)
         return id
 
     def _follow(self, limit: float, missing: Missing) -> str:
         """On any other rank: answer to each session that is called the newest, until one knows this answer."""
-        mail, words, nap, id = Mail(self._store, "sessions"), _words(), SHORTEST_NAP, ""
+        store_client, words, nap, id = StoreClient(self._store, "sessions"), _words(), SHORTEST_NAP, ""
         look = time.monotonic() + BETWEEN_LOOKS
         while True:
-            if mail.there("newest") and (newest := str(mail.hear("newest")["id"])) != id:
+            if store_client.there("newest") and (newest := str(store_client.hear("newest")["id"])) != id:
                 id = newest
-                mail.say(f"{id}/{self.rank}", words)
-            if id and mail.there(f"{id}/all"):
-                told = mail.hear(f"{id}/all")["ranks"]
+                store_client.say(f"{id}/{self.rank}", words)
+            if id and store_client.there(f"{id}/all"):
+                told = store_client.hear(f"{id}/all")["ranks"]
                 if told.get(str(self.rank)) == words:
                     self._meet_neighbours(told)
                     return id
@@ -171,13 +173,13 @@ class Session:
             nap = min(nap * 1.5, LONGEST_NAP)
 
     def _meet_neighbours(self, told: dict[str, Any]) -> None:
-        self._neighbours = Neighbours({int(rank): words["process"] for rank, words in told.items()})
+        self._liveness = Liveness({int(rank): words["process"] for rank, words in told.items()})
         self._hosts = {int(rank): str(words["host"]) for rank, words in told.items()}
 
 
-def _forget(heard: list[tuple[Mail, list[str]]]) -> None:
-    for mail, keys in heard:
-        mail.forget(keys)
+def _forget(heard: list[tuple[StoreClient, list[str]]]) -> None:
+    for store_client, keys in heard:
+        store_client.forget(keys)
 
 
 _forgetting: weakref.WeakSet[threading.Thread] = weakref.WeakSet()

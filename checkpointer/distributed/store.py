@@ -27,7 +27,7 @@ GRACE = 0.5
 """Seconds that a call may take beyond its limit, in which it says itself what was missing."""
 
 
-class Heard(NamedTuple):
+class Received(NamedTuple):
     """One message."""
 
     value: dict[str, Any]
@@ -35,7 +35,7 @@ class Heard(NamedTuple):
     """That it takes."""
 
 
-class Mail:
+class StoreClient:
     """What ranks have said, by key."""
 
     def __init__(self, store: Store, prefix: str) -> None:
@@ -58,7 +58,7 @@ class Mail:
         """What was said."""
         return self.hear_all([key])[0].value
 
-    def hear_all(self, keys: Sequence[str]) -> list[Heard]:
+    def hear_all(self, keys: Sequence[str]) -> list[Received]:
         """Everything that was said; one question for all, where the store takes such."""
         if self._keys.has_extended_api():  # type: ignore[attr-defined]  # every store has it, the stubs do not
             first = self._asked(self._keys.multi_get, list(keys))
@@ -72,11 +72,11 @@ class Mail:
             for key in keys:
                 self._asked(self._keys.delete_key, key)
 
-    def _whole(self, key: str, first: bytes) -> Heard:
+    def _whole(self, key: str, first: bytes) -> Received:
         names = [f"{key}+{number}" for number in range(1, int.from_bytes(first[:4], "big"))]
         data = first[4:] + b"".join(self._asked(self._keys.get, name) for name in names)
         said = strict_json.loads(zlib.decompress(data), "another rank's message")
-        return Heard(strict_json.mapping(said, "message"), (key, *names))
+        return Received(strict_json.mapping(said, "message"), (key, *names))
 
     def _put(self, key: str, data: bytes) -> None:
         self._asked(self._keys.set, key, data)  # type: ignore[arg-type]  # declared for str, takes bytes

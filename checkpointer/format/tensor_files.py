@@ -39,7 +39,7 @@ _DTYPES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Naming:
+class FileNaming:
     """How the files of one rank of several are called."""
 
     rank: int
@@ -74,7 +74,7 @@ class ComponentTensors:
     """Keys whose bytes are expected never to change: they get shards of their own, which later saves can share."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other names of stored keys (tied weights); written to the file's metadata as safetensors does."""
-    naming: Naming | None = None
+    naming: FileNaming | None = None
     """``None``: one process writes all."""
 
 
@@ -213,7 +213,7 @@ def _signature(entry: object, what: str) -> tuple[str, tuple[int, ...], tuple[in
     )
 
 
-_ONE_PROCESS = Naming(0)
+_ONE_PROCESS = FileNaming(0)
 
 
 def _shares_file(component: ComponentTensors) -> bool:

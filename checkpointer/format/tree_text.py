@@ -48,7 +48,7 @@ class Node:
         return self.spec is None and not self.children
 
 
-def outline(component: Component) -> tuple[Node, ...]:
+def describe_component(component: Component) -> tuple[Node, ...]:
     """Everything a component holds: its tensors, and the plain values beside them."""
     outliner = _Outliner(component.tensors)
     if component.kind == "module":  # its tree holds only what is no tensor under its own name

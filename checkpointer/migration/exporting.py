@@ -28,11 +28,11 @@ from checkpointer.repository.checkpoint_reader import CheckpointReader, ChunkRea
 from checkpointer.repository.repository import Repository
 from checkpointer.staging.read_targets import TensorTarget
 from checkpointer.state import SavedState
-from checkpointer.state.destinations import Places
+from checkpointer.state.destinations import Destinations
 from checkpointer.state.module.adapter import check_meta
 from checkpointer.state.module.match import saved_entries
 from checkpointer.state.tensors import is_plain
-from checkpointer.state.tree.decode import decode, outline
+from checkpointer.state.tree.decode import decode, skeleton
 from checkpointer.storage import open_storage
 
 SAFETENSORS = ".safetensors"
@@ -122,7 +122,7 @@ def read_state(reader: CheckpointReader, name: str) -> Any:
     """The state of one component in host memory, as ``state_dict()`` of the live object returned it."""
     component = reader.index.components[name]
     if component.kind != "module":
-        _, keys = outline(component.tree, component.tensors, place=name)
+        _, keys = skeleton(component.tree, component.tensors, place=name)
         tensors = _read(reader, name, keys)
         return decode(component.tree, tensors, place=name, specs=component.tensors)
     check_meta(SavedState(name, component))
@@ -130,7 +130,7 @@ def read_state(reader: CheckpointReader, name: str) -> Any:
     keys = {entry.stored for entry in entries.values() if entry.stored is not None}
     trees = {key: entry.node for key, entry in entries.items() if entry.stored is None}
     for key, tree in trees.items():
-        keys |= outline(tree, component.tensors, place=f"{name}[{key!r}]")[1]
+        keys |= skeleton(tree, component.tensors, place=f"{name}[{key!r}]")[1]
     tensors = _read(reader, name, keys)
     state = OrderedDict(
         (key, tensors[entry.stored])
@@ -145,7 +145,7 @@ def read_state(reader: CheckpointReader, name: str) -> Any:
 def _read(reader: CheckpointReader, name: str, keys: Iterable[str]) -> dict[str, torch.Tensor]:
     """Tensors by key, in the order of the index, on the CPU."""
     wanted = set(keys)
-    places = Places(name, reader.index.components[name].tensors, "cpu")
+    places = Destinations(name, reader.index.components[name].tensors, "cpu")
     for key in reader.index.components[name].tensors:
         if key in wanted:
             places.allocate(key)

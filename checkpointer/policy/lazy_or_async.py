@@ -47,7 +47,7 @@ class StepClock:
 
 
 @dataclass
-class Overlap:
+class LazyOrAsync:
     """Chooses between ``lazy`` and ``async`` by what both have cost in this run."""
 
     _costs: dict[Choice, list[float]] = field(default_factory=lambda: {"lazy": [], "async": []})

@@ -20,7 +20,7 @@ from checkpointer.format.tensor_files import TensorFile
 
 
 @dataclass(frozen=True)
-class Source:
+class ReuseSource:
     """A committed checkpoint whose files may be shared: this process wrote it, or has verified every byte of them."""
 
     info: CheckpointInfo
@@ -35,7 +35,7 @@ class Source:
     @classmethod
     def of(
         cls, info: CheckpointInfo, manifest: Manifest, index: Index, verified: Collection[str] | None = None
-    ) -> Source:
+    ) -> ReuseSource:
         """``verified``: the files whose every byte was checked; ``None`` where this process wrote all of them."""
         files = manifest.files if verified is None else {path: manifest.files[path] for path in verified}
         return cls(info, manifest.data, files, index.headers, index.chunks)
@@ -64,7 +64,7 @@ class Candidate:
         return Candidate(f"{changed} of {len(self.hashes)} tensors have changed")
 
 
-def candidate(file: TensorFile, source: Source | None, limit: int | Literal[False]) -> Candidate:
+def candidate(file: TensorFile, source: ReuseSource | None, limit: int | Literal[False]) -> Candidate:
     """Whether it is worth hashing the tensors of ``file`` to share it; ``limit`` is ``write: {share}``."""
     if limit is False:
         return Candidate("sharing is switched off")
@@ -75,7 +75,7 @@ def candidate(file: TensorFile, source: Source | None, limit: int | Literal[Fals
     return _compared(file, source, limit)
 
 
-def _compared(file: TensorFile, source: Source, limit: int) -> Candidate:
+def _compared(file: TensorFile, source: ReuseSource, limit: int) -> Candidate:
     if source.info.damaged is not None:
         return Candidate(f"{source.info} is damaged: {source.info.damaged}")
     if source.info.finite is False:
@@ -92,7 +92,7 @@ def _compared(file: TensorFile, source: Source, limit: int) -> Candidate:
     return Candidate(f"the same as in {source.info}", shared, hashes)
 
 
-def _hashes(file: TensorFile, source: Source) -> tuple[str, ...] | None:
+def _hashes(file: TensorFile, source: ReuseSource) -> tuple[str, ...] | None:
     """The hash of each tensor in the source's file; ``None`` where that is not laid out as the new one."""
     header = file.header
     if source.headers.get(file.path) != (len(header), xxhash.xxh3_128_hexdigest(header)):
@@ -108,4 +108,4 @@ def _hashes(file: TensorFile, source: Source) -> tuple[str, ...] | None:
     return tuple(hashes)
 
 
-__all__ = ["Candidate", "Source", "candidate"]
+__all__ = ["Candidate", "ReuseSource", "candidate"]

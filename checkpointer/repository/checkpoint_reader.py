@@ -62,14 +62,14 @@ class ChunkRead(NamedTuple):
     target: Target
 
 
-class Reader(NamedTuple):
+class ReadingRank(NamedTuple):
     """Who reads."""
 
     rank: int
     size: int
 
 
-ONE_PROCESS = Reader(0, 1)
+ONE_PROCESS = ReadingRank(0, 1)
 
 _OWN_AT_ANY_SIZE = frozenset({"rng", "generator"})
 """Kinds of components of which a rank takes its own state also where the number of ranks has changed: no two ranks are
@@ -88,7 +88,7 @@ class CheckpointReader:
         FileNotFoundError: the whole checkpoint has vanished (a writer pruned it).
     """
 
-    def __init__(self, storage: Storage, directory: str, manifest: Manifest, reader: Reader = ONE_PROCESS) -> None:
+    def __init__(self, storage: Storage, directory: str, manifest: Manifest, reader: ReadingRank = ONE_PROCESS) -> None:
         """``reader``: one of several ranks finds its own state in ``index``, where it differs from the others'."""
         self._storage = storage
         self._reader = reader

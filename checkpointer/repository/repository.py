@@ -19,8 +19,8 @@ from checkpointer.errors import (
 from checkpointer.format import paths
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import FileRecord, Manifest, parse_manifest
-from checkpointer.policy.reuse import Source
-from checkpointer.repository.checkpoint_reader import ONE_PROCESS, CheckpointReader, Reader
+from checkpointer.policy.reuse import ReuseSource
+from checkpointer.repository.checkpoint_reader import ONE_PROCESS, CheckpointReader, ReadingRank
 from checkpointer.repository.commit import Attempt, for_each, protocol_for, read_manifest
 from checkpointer.repository.lock import WriterLock
 from checkpointer.repository.notes import (
@@ -205,7 +205,7 @@ class Repository:
             raise CheckpointNotFoundError(f"{info.path} has been removed, or replaced, since it was listed")
         return manifest
 
-    def open(self, info: CheckpointInfo, reader: Reader = ONE_PROCESS) -> CheckpointReader:
+    def open(self, info: CheckpointInfo, reader: ReadingRank = ONE_PROCESS) -> CheckpointReader:
         """Open a listed checkpoint for reading.
 
         Raises:
@@ -290,7 +290,7 @@ class Repository:
             full.errno = errno.ENOSPC
             raise full
 
-    def current_source(self, source: Source) -> Source | None:
+    def current_source(self, source: ReuseSource) -> ReuseSource | None:
         """``source`` with the notes of this moment; ``None`` if it has been removed, replaced or damaged since."""
         try:
             self.manifest(source.info)
@@ -298,16 +298,16 @@ class Repository:
             return None
         return replace(source, info=self.current(source.info))
 
-    def can_share(self, source: Source) -> bool:
+    def can_reuse(self, source: ReuseSource) -> bool:
         """Whether ``source`` is still there, and nothing is known against it."""
         current = self.current_source(source)
         return current is not None and current.info.damaged is None
 
-    def share(self, attempt: Attempt, path: str, source: Source, record: FileRecord) -> bool:
+    def reuse(self, attempt: Attempt, path: str, source: ReuseSource, record: FileRecord) -> bool:
         """Let a file of an attempt share the bytes of the same file of ``source``; ``False``: it has to be written."""
-        if not self.can_share(source):
+        if not self.can_reuse(source):
             return False
-        return attempt.share(path, f"{name_of(source.info)}/{source.place(path)}", record)
+        return attempt.reuse(path, f"{name_of(source.info)}/{source.place(path)}", record)
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> CheckpointInfo:
         """Make an attempt visible and durable: the one commit point."""

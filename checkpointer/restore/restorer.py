@@ -23,8 +23,8 @@ from checkpointer.errors import (
 )
 from checkpointer.format.index import Chunk, Component, Json
 from checkpointer.format.info import CheckpointInfo
-from checkpointer.policy.reuse import Source
-from checkpointer.repository.checkpoint_reader import CheckpointReader, Reader
+from checkpointer.policy.reuse import ReuseSource
+from checkpointer.repository.checkpoint_reader import CheckpointReader, ReadingRank
 from checkpointer.repository.notes import Note
 from checkpointer.repository.repository import Listing, Repository, Unreadable
 from checkpointer.restore.report import Restored, RestoreReport, Skipped
@@ -61,7 +61,7 @@ class Restorer:
         self._repository = repository
         self._job = job
         self._adapters = adapters
-        self.source: Source | None = None
+        self.source: ReuseSource | None = None
         """The checkpoint restored last, with the files whose every byte was verified: later saves may share them."""
 
     @property
@@ -144,7 +144,7 @@ class Restorer:
                 prepared = self._prepared(info, request, stack)
                 report, verified = self._restore(prepared, request)
                 reader = prepared.reader
-                self.source = Source.of(info, reader.manifest, reader.index, verified)
+                self.source = ReuseSource.of(info, reader.manifest, reader.index, verified)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"{info.path} was removed while it was read") from error
         except CorruptCheckpointError as error:
@@ -209,7 +209,7 @@ class Restorer:
 
         def prepare() -> Json:
             refuse_to_restore(info.path)
-            who = Reader(self._ranks.rank, self._ranks.size)
+            who = ReadingRank(self._ranks.rank, self._ranks.size)
             reader = stack.enter_context(self._repository.open(info, who))
             found.append(self._prepare_all(reader, request))
             return found[0].reads.partial

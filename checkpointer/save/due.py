@@ -11,7 +11,7 @@ from checkpointer.policy.schedule import SavePolicy, due
 from checkpointer.save.handle import PendingSave
 from checkpointer.save.pacing import Pace
 from checkpointer.save.preemption import Preemption
-from checkpointer.save.tip import Position
+from checkpointer.save.tip import Tip
 from checkpointer.system import messages
 
 
@@ -19,12 +19,12 @@ class DueSaves:
     """Whether a save is due, and whether it is time to stop. ``last`` is the save in flight, else the tip."""
 
     def __init__(
-        self, policy: SavePolicy, monitors: Collection[str], position: Position, job: Job, preemption: Preemption
+        self, policy: SavePolicy, monitors: Collection[str], tip: Tip, job: Job, preemption: Preemption
     ) -> None:
         """``monitors``: the metrics that ``best`` rules go by."""
         self._policy = policy
         self._without_clock = policy.without_clock()
-        self._position = position
+        self._tip = tip
         self._job = job
         self._preemption = preemption
         self._pace = Pace(policy)
@@ -69,7 +69,7 @@ class DueSaves:
         """Whether this step is one to save at."""
         if self.stop_agreed(step, epoch, last):
             alone = self._job.ranks.size == 1  # else all have to come to one answer
-            return not alone or self._preemption.allows(self._position.recent) or _in_flight(last)
+            return not alone or self._preemption.allows(self._tip.recent) or _in_flight(last)
         if self._job.ranks.size == 1:
             return self._rules_fire(self._policy, step, epoch, last)
         if self._without_clock is not None and self._rules_fire(self._without_clock, step, epoch, last):
@@ -99,8 +99,8 @@ class DueSaves:
         writing = _in_flight(last)
         last_created = interval = None
         if self._policy.every is not None:
-            last_created = last.created if last and writing else self._position.newest_created
-            interval = self._pace.interval(self._position.recent)
+            last_created = last.created if last and writing else self._tip.newest_created
+            interval = self._pace.interval(self._tip.recent)
         reasons = due(
             policy,
             step=step,

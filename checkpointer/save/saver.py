@@ -16,10 +16,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from checkpointer.config.settings import Config, Mode
-from checkpointer.distributed.save_plan import Share
+from checkpointer.distributed.save_plan import RankPlan
 from checkpointer.errors import CheckpointerError, SaveError
 from checkpointer.format.info import CheckpointInfo
-from checkpointer.policy.reuse import Source
+from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.prune import Pruner
 from checkpointer.repository.repository import Repository
 from checkpointer.save.commit_callbacks import CommitCallbacks
@@ -28,7 +28,7 @@ from checkpointer.save.snapshot import Snapshot
 from checkpointer.save.space import Space
 from checkpointer.save.writer import is_full, write_checkpoint
 from checkpointer.staging.live import Stepped
-from checkpointer.staging.stager import Shareable, Staged, Stager
+from checkpointer.staging.stager import Reusable, Staged, Stager
 from checkpointer.staging.step_hook import StepWatch, WatchedSave
 from checkpointer.system import messages
 from checkpointer.system.threads import Pool
@@ -90,7 +90,7 @@ class Saver:
         self._steps = StepWatch()
         if config.write.mode == "lazy":
             self._steps.begin()
-        self._share_with: Source | None = None
+        self._reuse_from: ReuseSource | None = None
         """The checkpoint before, if this process wrote or verified it."""
         self._pool: Pool | None = None
         self._current: PendingSave | None = None
@@ -142,7 +142,7 @@ class Saver:
             messages.log(logger.info, "waiting for the save of step %d, which is still being written", handle.step)
             handle.error()
 
-    def stage(self, share: Share, mode: Mode, step: int) -> Staged:
+    def stage(self, rank_plan: RankPlan, mode: Mode, step: int) -> Staged:
         """Make state ready for writing: by reference in ``sync`` mode, by a copy in ``async`` mode.
 
         ``lazy`` mode copies what not only a step changes; the rest is copied before a step, unless written by then.
@@ -151,7 +151,7 @@ class Saver:
             SaveError: there is no memory for the copy.
         """
         try:
-            return self._stage(share, mode, step)
+            return self._stage(rank_plan, mode, step)
         except (MemoryError, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.ENOMEM:
                 raise
@@ -160,21 +160,21 @@ class Saver:
                 "write: {mode: sync} needs no copy, and keeps training waiting while it writes"
             ) from error
 
-    def _stage(self, share: Share, mode: Mode, step: int) -> Staged:
-        captured = share.captured
-        shareable = Shareable(self._share_with, self._config.write.share)
+    def _stage(self, rank_plan: RankPlan, mode: Mode, step: int) -> Staged:
+        captured = rank_plan.captured
+        reusable = Reusable(self._reuse_from, self._config.write.share)
         if mode == "sync":
-            return self._stager.live(captured, shareable)
+            return self._stager.live(captured, reusable)
         if mode == "lazy":
             self._steps.save_begins()
             changes = self._stepped() if self._steps.choose() == "lazy" else None
             if changes:
-                return self._stager.lazily(captured, changes, shareable, seed=step)
-        return self._stager.copies(captured, shareable)
+                return self._stager.lazily(captured, changes, reusable, seed=step)
+        return self._stager.copies(captured, reusable)
 
-    def share_with(self, source: Source | None) -> None:
+    def reuse_from(self, source: ReuseSource | None) -> None:
         """Let the next save share files with what was restored."""
-        self._share_with = source
+        self._reuse_from = source
 
     def staged(self) -> None:
         """Copy whatever a save in flight still has to read from live memory."""
@@ -190,7 +190,7 @@ class Saver:
         ``None`` where it has no room and is left out, as configured, if that shows before this returns.
         """
         self._collect()
-        alone = snapshot.share.ranks.size == 1
+        alone = snapshot.rank_plan.ranks.size == 1
         if alone and not self._space.admits(snapshot, self._settle_pruning):
             if snapshot.staged.live is not None:
                 snapshot.staged.live.end()
@@ -311,7 +311,7 @@ class Saver:
         snapshot = save.snapshot
         try:
             make_room = partial(self._make_room, snapshot)
-            info, self._share_with = write_checkpoint(self._repository, snapshot, make_room)
+            info, self._reuse_from = write_checkpoint(self._repository, snapshot, make_room)
         except BaseException as error:  # noqa: BLE001  handed to whoever waits
             failure = self._as_save_error(snapshot.step, error)
             try:
@@ -321,7 +321,7 @@ class Saver:
             self._say_who_takes_space(failure)
         else:
             self.committed_at = time.monotonic()
-            if self._callbacks is not None and snapshot.share.coordinator:
+            if self._callbacks is not None and snapshot.rank_plan.coordinator:
                 self._callbacks.add(info, save.context)  # before the next commit, after which it may be pruned
             save.future.set_result(info)
             messages.log(logger.info, "saved %s (%d bytes)", info.path, info.size)
@@ -363,7 +363,7 @@ class Saver:
 
     def _follow_up(self, save: _Save) -> None:
         """After a durable commit, on the coordinator: let the user's callback be called, then prune. Never raises."""
-        if save.handle.failed or not save.snapshot.share.coordinator:
+        if save.handle.failed or not save.snapshot.rank_plan.coordinator:
             return
         info = save.future.result()
         with self.keeping_warnings():

@@ -8,12 +8,12 @@ from datetime import datetime
 from functools import cached_property
 
 from checkpointer.distributed.exchange import Alone
-from checkpointer.distributed.save_plan import Share
+from checkpointer.distributed.save_plan import RankPlan
 from checkpointer.format import paths
 from checkpointer.format.index import Json
 from checkpointer.format.tensor_files import shard_indexes
 from checkpointer.repository.repository import Repository
-from checkpointer.staging.stager import SharedFile, Staged
+from checkpointer.staging.stager import ReusedFile, Staged
 
 BLOCK = 4096
 """Bytes that a file takes a multiple of."""
@@ -39,7 +39,7 @@ class Snapshot:
     parent: str | None
     environment: Mapping[str, Json]
     mode: str = "sync"
-    share: Share = field(default_factory=lambda: Share(Alone(), {}, {}, {}))
+    rank_plan: RankPlan = field(default_factory=lambda: RankPlan(Alone(), {}, {}, {}))
     """Which part of the save this process writes; all of it where there is one."""
     wait_seconds: float = 0.0
     """How long ``save`` waited for the one before."""
@@ -49,10 +49,10 @@ class Snapshot:
     @cached_property
     def small_files(self) -> dict[str, bytes]:
         """Attachments, and the indexes of sharded components, by path."""
-        if not self.share.coordinator:
+        if not self.rank_plan.coordinator:
             return {}
         attached = {f"{paths.ATTACHMENTS}/{name}": data for name, data in self.attachments.items()}
-        if self.share.ranks.size > 1:  # the shards of all ranks are known only when all have written
+        if self.rank_plan.ranks.size > 1:  # the shards of all ranks are known only when all have written
             return attached
         return {**shard_indexes([file for file, _ in self.staged.files], self.staged.parts), **attached}
 
@@ -60,12 +60,12 @@ class Snapshot:
 def bytes_to_write(repository: Repository, snapshot: Snapshot) -> int:
     """What a save takes on disk: whole blocks of every file but those shared with a checkpoint that is still there."""
     staged = snapshot.staged
-    earlier = {source.earlier.info.id: source.earlier for _, source in staged.files if isinstance(source, SharedFile)}
-    there = {id for id, source in earlier.items() if repository.can_share(source)}
+    earlier = {source.earlier.info.id: source.earlier for _, source in staged.files if isinstance(source, ReusedFile)}
+    there = {id for id, source in earlier.items() if repository.can_reuse(source)}
     sizes = [
         file.size
         for file, source in staged.files
-        if not isinstance(source, SharedFile) or source.earlier.info.id not in there
+        if not isinstance(source, ReusedFile) or source.earlier.info.id not in there
     ]
     sizes += map(len, snapshot.small_files.values())
     sizes.append(sum(INDEX_ENTRY + 2 * len(key) for part in staged.components.values() for key in part.tensors))

@@ -12,7 +12,7 @@ import xxhash
 from checkpointer.format import tensor_files
 from checkpointer.format.boxes import Box
 from checkpointer.format.index import Chunk, TensorSpec
-from checkpointer.format.tensor_files import Naming, TensorFile
+from checkpointer.format.tensor_files import FileNaming, TensorFile
 from checkpointer.repository.commit import Attempt
 from checkpointer.staging.digest import Digest
 from checkpointer.staging.stager import LiveTensors, StagedFile
@@ -21,12 +21,12 @@ from checkpointer.storage import Buffer
 from checkpointer.system.memory import Ring
 
 
-def write_file(attempt: Attempt, item: StagedFile, learned: frozenset[tuple[str, str]] = frozenset()) -> Digest:
+def write_file(attempt: Attempt, item: StagedFile, trainable: frozenset[tuple[str, str]] = frozenset()) -> Digest:
     """Write one file; durable when this returns. The digest has the hash of each tensor.
 
-    ``learned``: which of them are parameters and moments, to be looked at for NaN and infinities.
+    ``trainable``: which of them are parameters and moments, to be looked at for NaN and infinities.
     """
-    digest = Digest(item.file, learned)
+    digest = Digest(item.file, trainable)
     attempt.write(item.file.path, _pieces(item, digest), item.file.size, steady=item.source.steady)
     return digest
 
@@ -75,7 +75,7 @@ class Written(NamedTuple):
     """Of each file, as the index has them."""
 
 
-def write_pieces(attempt: Attempt, component: str, naming: Naming, pieces: Sequence[Piece]) -> Written:
+def write_pieces(attempt: Attempt, component: str, naming: FileNaming, pieces: Sequence[Piece]) -> Written:
     """Write ``pieces`` to as many files as they need; durable when this returns."""
     shards = shards_of([piece.spec.nbytes for piece in pieces])
     found: dict[int, Chunk] = {}

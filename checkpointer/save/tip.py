@@ -13,7 +13,7 @@ from checkpointer.repository.strangers import warning_of
 from checkpointer.system import messages
 
 
-class Position:
+class Tip:
     """The tip is the last commit or restore of this manager, and so the parent of its next commit."""
 
     def __init__(self, repository: Repository, *, require_resume: bool) -> None:
@@ -23,7 +23,7 @@ class Position:
         """Newest sequence when this manager last looked; ``None`` before its first restore or save."""
         self._checked = False
         self._said = False
-        self.tip: CheckpointInfo | None = None
+        self.info: CheckpointInfo | None = None
         self.restored_from: CheckpointInfo | None = None
         """Protected from retention until the first own commit."""
         self._recent: tuple[CheckpointInfo, ...] = ()
@@ -47,12 +47,12 @@ class Position:
         self._remember(listing)
         self._checked = False
         if info is not None:
-            self.tip = self.restored_from = info
+            self.info = self.restored_from = info
         self._say_what_is_strange(listing)
 
     def committed(self, info: CheckpointInfo) -> None:
         """A save of this manager is durable."""
-        self.tip, self.restored_from = info, None
+        self.info, self.restored_from = info, None
         self._recent = (*self._recent, info)[-RECENT:]
         self._seen = info.sequence
 

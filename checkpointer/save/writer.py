@@ -12,9 +12,9 @@ from functools import partial
 
 from checkpointer.distributed.exchange import AS_JSON, Meeting
 from checkpointer.distributed.rank_report import (
+    IndexParts,
     NoRoom,
     PartForm,
-    Places,
     RankFiles,
     all_finite_over_ranks,
     joined_index,
@@ -23,19 +23,19 @@ from checkpointer.distributed.rank_report import (
     separated,
     write_index,
 )
-from checkpointer.distributed.save_plan import OWN, Share
+from checkpointer.distributed.save_plan import OWN, RankPlan
 from checkpointer.errors import SaveError
 from checkpointer.format import paths, strict_json
 from checkpointer.format.boxes import whole
 from checkpointer.format.index import Chunk, Index, Json
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest, parse_manifest
-from checkpointer.policy.reuse import Source
+from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.commit import Attempt
 from checkpointer.repository.repository import Repository
 from checkpointer.save.snapshot import Snapshot, bytes_to_write
 from checkpointer.save.tensor_writer import chunks_of, header_of, write_file
-from checkpointer.staging.stager import SharedFile, Staged, StagedFile
+from checkpointer.staging.stager import ReusedFile, Staged, StagedFile
 from checkpointer.system import messages
 
 logger = logging.getLogger("checkpointer")
@@ -55,7 +55,7 @@ def no_room_is_made() -> bool:
 
 def write_checkpoint(
     repository: Repository, snapshot: Snapshot, make_room: Callable[[], bool] = no_room_is_made
-) -> tuple[CheckpointInfo, Source]:
+) -> tuple[CheckpointInfo, ReuseSource]:
     """Write and commit; durable when this returns. On any error nothing is visible and what was written is removed.
 
     Returns the checkpoint, and what a later one needs to share the files that this rank has written. Every rank calls
@@ -78,7 +78,7 @@ class _Writing:
         self._snapshot = snapshot
         self._make_room = make_room
         self._began = began
-        self._ranks = snapshot.share.ranks
+        self._ranks = snapshot.rank_plan.ranks
         self._what = f"the save of step {snapshot.step} to {repository.url}"
         self._repeatable = False
         """Whether every rank could write its files once more. Known to the coordinator."""
@@ -86,7 +86,7 @@ class _Writing:
         self._full: OSError | None = None
         """What told this rank that there is no room."""
 
-    def carried_out(self) -> tuple[CheckpointInfo, Source] | None:
+    def carried_out(self) -> tuple[CheckpointInfo, ReuseSource] | None:
         """The checkpoint, and what may be shared of it; ``None`` where there was no room, and now there is some."""
         attempt = self._begin()
         meeting = Meeting(self._what, PartForm(), _ReplyForm())
@@ -102,7 +102,7 @@ class _Writing:
             return None
         mine = self._written
         assert mine is not None
-        return reply.info, Source(reply.info, reply.manifest.data, mine.files, mine.headers, mine.chunks)
+        return reply.info, ReuseSource(reply.info, reply.manifest.data, mine.files, mine.headers, mine.chunks)
 
     def _begin(self) -> Attempt:
         """A new attempt, of which every rank knows."""
@@ -170,7 +170,7 @@ class _Writing:
         return error
 
 
-def refuse(share: Share, what: str, error: BaseException) -> None:
+def refuse(rank_plan: RankPlan, what: str, error: BaseException) -> None:
     """Let the other ranks know that this one cannot write its part: they are waiting for it."""
 
     def fail() -> Json:
@@ -180,7 +180,7 @@ def refuse(share: Share, what: str, error: BaseException) -> None:
         raise AssertionError(sizes)
 
     with contextlib.suppress(BaseException):  # ``error`` itself, which the caller raises
-        share.ranks.meet(Meeting(what, AS_JSON, AS_JSON), fail, begin)
+        rank_plan.ranks.meet(Meeting(what, AS_JSON, AS_JSON), fail, begin)
 
 
 def _write_files(repository: Repository, attempt: Attempt, snapshot: Snapshot) -> RankFiles:
@@ -193,13 +193,13 @@ def _write_files(repository: Repository, attempt: Attempt, snapshot: Snapshot) -
     shared, own = separated(tensors.chunks, _headers(snapshot.staged))
     if any(name.startswith(OWN) for name in snapshot.staged.components):
         data = _own_index(snapshot.staged, own).to_bytes()
-        attempt.write(paths.rank_index(snapshot.share.ranks.rank), [data], len(data))
+        attempt.write(paths.rank_index(snapshot.rank_plan.ranks.rank), [data], len(data))
     return RankFiles(
         files=dict(attempt.files),
         headers=shared.headers,
         chunks=shared.chunks,
         finite=tensors.finite,
-        learned=bool(snapshot.staged.learned),
+        trainable=bool(snapshot.staged.trainable),
         fsync_seconds=attempt.fsync_seconds,
     )
 
@@ -259,8 +259,8 @@ class _TensorFiles:
     def __init__(self, repository: Repository, attempt: Attempt, snapshot: Snapshot) -> None:
         self._repository = repository
         self._attempt = attempt
-        self._learned = snapshot.staged.learned
-        self._boxes = snapshot.share.boxes
+        self._learned = snapshot.staged.trainable
+        self._boxes = snapshot.rank_plan.boxes
         self._not_finite: list[str] = []
         self._unseen = False
         self.chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {}
@@ -276,7 +276,7 @@ class _TensorFiles:
         """Write one file, or share it with an earlier checkpoint."""
         file, source = item
         hashes: Sequence[str]
-        if isinstance(source, SharedFile) and self._share(file.path, source):
+        if isinstance(source, ReusedFile) and self._share(file.path, source):
             hashes = source.hashes
             self._unseen = self._unseen or source.earlier.info.finite is None
         else:
@@ -292,15 +292,15 @@ class _TensorFiles:
             {(slot.component, slot.key): (chunk,) for slot, chunk in zip(file.slots, chunks, strict=True)}
         )
 
-    def _share(self, path: str, source: SharedFile) -> bool:
-        return self._repository.share(self._attempt, path, source.earlier, source.record)
+    def _share(self, path: str, source: ReusedFile) -> bool:
+        return self._repository.reuse(self._attempt, path, source.earlier, source.record)
 
 
 def _headers(staged: Staged) -> dict[str, tuple[int, str]]:
     return {file.path: header_of(file) for file, _ in staged.files}
 
 
-def _own_index(staged: Staged, own: Places) -> Index:
+def _own_index(staged: Staged, own: IndexParts) -> Index:
     """What this rank has otherwise than the coordinator."""
     components = {name.removeprefix(OWN): part for name, part in staged.components.items() if name.startswith(OWN)}
     return Index(components, own.chunks, own.headers)
@@ -308,7 +308,7 @@ def _own_index(staged: Staged, own: Places) -> Index:
 
 def _index(snapshot: Snapshot, parts: Sequence[RankFiles]) -> Index:
     """Of all ranks. Where there is one, as it stands."""
-    components = snapshot.share.components or snapshot.staged.components
+    components = snapshot.rank_plan.components or snapshot.staged.components
     if len(parts) == 1:
         return Index(dict(components), parts[0].chunks, parts[0].headers)
     return joined_index(components, parts)

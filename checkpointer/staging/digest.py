@@ -18,8 +18,8 @@ class Digest:
     So there are few of them, on as many bytes as possible.
     """
 
-    def __init__(self, file: TensorFile, learned: Collection[tuple[str, str]] = ()) -> None:
-        """``learned``: (component, key) of tensors that are looked at for NaN and infinities."""
+    def __init__(self, file: TensorFile, trainable: Collection[tuple[str, str]] = ()) -> None:
+        """``trainable``: (component, key) of tensors that are looked at for NaN and infinities."""
         self.hashes: list[str] = []
         """The xxh3-128 of each tensor that has passed."""
         self.not_finite: list[str] = []
@@ -28,7 +28,7 @@ class Digest:
         self._position = 0
         self._hasher: xxhash.xxh3_128 | None = None
         """Of the tensor that has passed in part."""
-        self._runs = list(_runs(file, learned))
+        self._runs = list(_runs(file, trainable))
 
     def update(self, block: memoryview) -> None:
         """The next bytes: whole elements."""
@@ -76,10 +76,10 @@ class _Run(NamedTuple):
     end: int
 
 
-def _runs(file: TensorFile, learned: Collection[tuple[str, str]]) -> Iterator[_Run]:
+def _runs(file: TensorFile, trainable: Collection[tuple[str, str]]) -> Iterator[_Run]:
     dtype, begin, end = "", 0, 0
     for slot, spec in zip(file.slots, file.specs, strict=True):
-        if (slot.component, slot.key) not in learned:
+        if (slot.component, slot.key) not in trainable:
             continue
         if (dtype, end) != (spec.dtype, slot.begin):
             if begin < end:

@@ -25,7 +25,7 @@ from checkpointer.staging.sample import Sample, Span
 from checkpointer.state.dtensor import PLAIN_TYPES, is_sharded, local_part
 from checkpointer.state.optimizer.adapter import STATE
 from checkpointer.system import messages
-from checkpointer.system.memory import Part, Ring, copy_memory, part_of_memory
+from checkpointer.system.memory import MemoryPart, Ring, copy_memory, part_of_memory
 
 WORTH_TIMING = 4 << 20
 """Bytes. Copies of less say nothing about the memory's speed."""
@@ -334,7 +334,7 @@ class LazyFile:
             yield block
         self._state.check(memoryview(b""), place)
 
-    def _part(self, slot: LiveTensor | Copy) -> Part:
+    def _part(self, slot: LiveTensor | Copy) -> MemoryPart:
         if isinstance(slot, LiveTensor):
-            return Part(slot.size, partial(self._state.take, slot))
+            return MemoryPart(slot.size, partial(self._state.take, slot))
         return part_of_memory(self._memory + slot.offset, slot.size)

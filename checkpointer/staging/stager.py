@@ -15,8 +15,7 @@ from checkpointer.errors import SaveError
 from checkpointer.format.index import Component
 from checkpointer.format.manifest import FileRecord
 from checkpointer.format.tensor_files import ComponentTensors, TensorFile, plan_files
-from checkpointer.policy.reuse import Source as EarlierCheckpoint
-from checkpointer.policy.reuse import candidate
+from checkpointer.policy.reuse import ReuseSource, candidate
 from checkpointer.staging.arena import Arena, Copy, copy_threads, is_flat
 from checkpointer.staging.digest import Digest
 from checkpointer.staging.gpu import Noted, copy_bytes_out, is_row_major, note_on_device, pin, unpin
@@ -25,7 +24,7 @@ from checkpointer.staging.sample import Items, Sample, Sampler
 from checkpointer.state.modes import wait_for_streams
 from checkpointer.state.protocol import Captured
 from checkpointer.state.tensors import host_bytes, spec_of
-from checkpointer.system.memory import Part, Ring, cache_aligned, page_aligned, part_of_memory, view_of
+from checkpointer.system.memory import MemoryPart, Ring, cache_aligned, page_aligned, part_of_memory, view_of
 from checkpointer.system.threads import Pool
 
 BLOCK = 1 << 20
@@ -45,7 +44,7 @@ WORTH_THREADS = 4 << 20
 logger = logging.getLogger("checkpointer")
 
 
-class Source(Protocol):
+class ByteSource(Protocol):
     """The bytes of one file's tensors."""
 
     @property
@@ -56,22 +55,22 @@ class Source(Protocol):
         """All bytes behind the header, in order; ``digest`` sees them on the way."""
 
 
-class Shareable(NamedTuple):
+class Reusable(NamedTuple):
     """The checkpoint whose files a save may share."""
 
-    source: EarlierCheckpoint | None
+    source: ReuseSource | None
     limit: int | Literal[False]
     """``write: {share}``."""
 
 
-NOTHING = Shareable(None, limit=False)
+NOTHING = Reusable(None, limit=False)
 
 
 class StagedFile(NamedTuple):
     """A file that is about to be written."""
 
     file: TensorFile
-    source: Source
+    source: ByteSource
 
 
 @dataclass(frozen=True)
@@ -81,20 +80,20 @@ class Staged:
     components: Mapping[str, Component]
     parts: Mapping[str, ComponentTensors]
     files: Sequence[StagedFile]
-    learned: frozenset[tuple[str, str]] = frozenset()
+    trainable: frozenset[tuple[str, str]] = frozenset()
     """(component, key) of parameters and moments."""
     live: LiveState | None = None
     """What is still in live memory, and has to be copied before it changes."""
 
 
-class SharedFile:
+class ReusedFile:
     """A file whose bytes are those of an earlier checkpoint's, hash for hash: it need not be written."""
 
     steady = True
 
     def __init__(
         self,
-        earlier: EarlierCheckpoint,
+        earlier: ReuseSource,
         record: FileRecord,
         hashes: Sequence[str],
         tensors: Sequence[torch.Tensor],
@@ -130,18 +129,18 @@ class Stager:
         self._parts: dict[str, ComponentTensors] = {}
         self._files: list[TensorFile] = []
 
-    def live(self, captured: Mapping[str, Captured], shareable: Shareable = NOTHING) -> Staged:
+    def live(self, captured: Mapping[str, Captured], reusable: Reusable = NOTHING) -> Staged:
         """Refer to live memory: for a writer that finishes before the state may change."""
-        shared = self._shared(captured, shareable)
+        shared = self._shared(captured, reusable)
         wait_for_streams(tensor for part in captured.values() for tensor in part.tensors.values())
         if _on_gpu(captured) and not self._ring_pinned:
             self._ring_pinned = pin(self._ring.region)
         sources = [shared.get(file.path) or LiveTensors(_tensors(file, captured), self._ring) for file in self._files]
         return self._staged(captured, sources)
 
-    def copies(self, captured: Mapping[str, Captured], shareable: Shareable = NOTHING) -> Staged:
+    def copies(self, captured: Mapping[str, Captured], reusable: Reusable = NOTHING) -> Staged:
         """Copy all tensors; when this returns, training may go on. Overwrites what was staged before."""
-        shared = self._shared(captured, shareable)
+        shared = self._shared(captured, reusable)
         starts: dict[str, int] = {}
         size = 0
         for file in self._files:
@@ -163,13 +162,13 @@ class Stager:
         return self._staged(captured, [shared.get(file.path) or images[file.path] for file in self._files])
 
     def lazily(
-        self, captured: Mapping[str, Captured], changes: Stepped, shareable: Shareable = NOTHING, seed: int = 0
+        self, captured: Mapping[str, Captured], changes: Stepped, reusable: Reusable = NOTHING, seed: int = 0
     ) -> Staged:
         """Refer to live memory for what only ``changes`` with a step, and copy everything else.
 
         ``seed`` decides what is noted of live memory, to see that nobody changes it otherwise: another one each time.
         """
-        shared = self._shared(captured, shareable)
+        shared = self._shared(captured, reusable)
         plan = _LazyPlan(changes)
         for file in self._files:
             if file.path not in shared:
@@ -177,7 +176,7 @@ class Stager:
         try:
             plan.note_on_gpu(seed)
         except torch.OutOfMemoryError:  # not for a few MiB: what is copied in the call needs no sample
-            return self.copies(captured, shareable)
+            return self.copies(captured, reusable)
         self._arena.reserve(plan.size, pinned=_on_gpu(captured))
         running = self._arena.begin(plan.beside, plan.copies)
         noted = self._sampler.take([live.span for live in plan.live], seed)
@@ -219,30 +218,30 @@ class Stager:
         if parts != self._parts:
             self._parts, self._files = parts, plan_files(parts)
 
-    def _shared(self, captured: Mapping[str, Captured], shareable: Shareable) -> dict[str, SharedFile]:
+    def _shared(self, captured: Mapping[str, Captured], reusable: Reusable) -> dict[str, ReusedFile]:
         """Plan, and find the files that need not be written. Only candidates are hashed."""
         self._plan(captured)
-        shared: dict[str, SharedFile] = {}
+        shared: dict[str, ReusedFile] = {}
         for file in self._files:
-            found = candidate(file, shareable.source, shareable.limit)
-            if found.record is not None and shareable.source is not None:
+            found = candidate(file, reusable.source, reusable.limit)
+            if found.record is not None and reusable.source is not None:
                 tensors = _tensors(file, captured)
                 found = found.confirmed(hash_tensors(tensors))
                 if found.record is not None:
-                    shared[file.path] = SharedFile(shareable.source, found.record, found.hashes, tensors, self._ring)
+                    shared[file.path] = ReusedFile(reusable.source, found.record, found.hashes, tensors, self._ring)
             logger.debug("%s: %s", file.path, found.reason)
         return shared
 
     def _staged(
-        self, captured: Mapping[str, Captured], sources: Sequence[Source], live: LiveState | None = None
+        self, captured: Mapping[str, Captured], sources: Sequence[ByteSource], live: LiveState | None = None
     ) -> Staged:
         components = {
             name: Component(kind=part.kind, tree=part.tree, tensors=self._parts[name].specs, meta=part.meta)
             for name, part in captured.items()
         }
         files = [StagedFile(file, source) for file, source in zip(self._files, sources, strict=True)]
-        learned = frozenset((name, key) for name, part in captured.items() for key in part.learned)
-        return Staged(components, self._parts, files, learned, live)
+        trainable = frozenset((name, key) for name, part in captured.items() for key in part.trainable)
+        return Staged(components, self._parts, files, trainable, live)
 
 
 class _LazyPlan:
@@ -327,21 +326,21 @@ class LiveTensors:
             yield block
 
 
-def parts_of(tensor: torch.Tensor) -> Iterator[Part]:
+def parts_of(tensor: torch.Tensor) -> Iterator[MemoryPart]:
     """The row-major bytes of a tensor, wherever it is."""
     if is_flat(tensor):
         yield part_of_memory(tensor.data_ptr(), tensor.nbytes)
     elif is_row_major(tensor):
-        yield Part(tensor.nbytes, partial(copy_bytes_out, tensor))
+        yield MemoryPart(tensor.nbytes, partial(copy_bytes_out, tensor))
     else:
         yield from map(_part_of_view, row_major_blocks(tensor))
 
 
-def _part_of_view(block: memoryview) -> Part:
+def _part_of_view(block: memoryview) -> MemoryPart:
     def copy(target: int, start: int, count: int) -> None:
         view_of(target, count)[:] = block[start : start + count]
 
-    return Part(len(block), copy)
+    return MemoryPart(len(block), copy)
 
 
 def hash_tensors(tensors: Sequence[torch.Tensor]) -> list[str]:

@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from checkpointer.policy.lazy_or_async import Choice, Overlap, StepClock
+from checkpointer.policy.lazy_or_async import Choice, LazyOrAsync, StepClock
 from checkpointer.staging.live import LiveState
 from checkpointer.system import messages
 
@@ -41,7 +41,7 @@ class StepWatch:
 
     def __init__(self) -> None:
         self._clock = StepClock()
-        self._overlap = Overlap()
+        self._overlap = LazyOrAsync()
         self._save: WatchedSave | None = None
         self._bytes_per_second: float | None = None
         """How fast live state is copied; measured where the hook had to."""

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from checkpointer.errors import IncompatibleStateError
-from checkpointer.state.destinations import Places, check_kind
+from checkpointer.state.destinations import Destinations, check_kind
 from checkpointer.state.modes import writing_to
 from checkpointer.state.protocol import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.tensors import is_ordinary, is_plain, memory_key
-from checkpointer.state.tree.decode import Leaf, decode, outline
+from checkpointer.state.tree.decode import Leaf, decode, skeleton
 from checkpointer.state.tree.encode import encode
 
 MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
@@ -44,9 +44,9 @@ class ContainerAdapter:
         """Check the tree against the live object and find the live tensors and arrays to read into."""
         check_kind(saved, self.kind, self.live)
         component = saved.component
-        value, keys = outline(component.tree, component.tensors, self.live, place=self.name)
+        value, keys = skeleton(component.tree, component.tensors, self.live, place=self.name)
         self._check_root(value)
-        places = Places(self.name, component.tensors, options.map_location)
+        places = Destinations(self.name, component.tensors, options.map_location)
         place_leaves(places, value, self.live, set())
         places.allocate_all(keys)
         report = ComponentReport(self.name, _names(value, self.name))
@@ -131,7 +131,7 @@ def _names(value: Any, name: str) -> list[str]:
     return [str(key) for key in value] if isinstance(value, dict) else [name]
 
 
-def place_leaves(places: Places, value: Any, live: Any, seen: set[int]) -> None:
+def place_leaves(places: Destinations, value: Any, live: Any, seen: set[int]) -> None:
     """Offer live memory for every :class:`Leaf` in an outline, walking the live value alongside."""
     if isinstance(value, Leaf):
         _place_leaf(places, value, live)
@@ -148,7 +148,7 @@ def place_leaves(places: Places, value: Any, live: Any, seen: set[int]) -> None:
             place_leaves(places, item, live_item, seen)
 
 
-def _place_leaf(places: Places, leaf: Leaf, live: Any) -> None:
+def _place_leaf(places: Destinations, leaf: Leaf, live: Any) -> None:
     if leaf.kind == "array":
         places.offer_array(leaf, live)
     elif leaf.kind in ("tensor", "parameter", "leaf") and _same_wrapper(leaf.kind, live):

@@ -20,7 +20,7 @@ from checkpointer.state.tree.encode import TORCH_NUMPY
 from checkpointer.system.memory import expect_use
 
 
-class Places:
+class Destinations:
     """The destination of every stored key of one component. No byte of live memory is used for two keys."""
 
     def __init__(

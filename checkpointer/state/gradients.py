@@ -11,12 +11,12 @@ from torch import nn
 from checkpointer.errors import ConfigError, CorruptCheckpointError, IncompatibleStateError
 from checkpointer.format.index import Json
 from checkpointer.state.containers import merge, place_leaves
-from checkpointer.state.destinations import Places, check_kind, nearest
+from checkpointer.state.destinations import Destinations, check_kind, nearest
 from checkpointer.state.module.match import refusal
 from checkpointer.state.module.names import Names, unwrap
 from checkpointer.state.protocol import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.tensors import dtype_name
-from checkpointer.state.tree.decode import Decoder, Leaf, outline
+from checkpointer.state.tree.decode import Decoder, Leaf, skeleton
 from checkpointer.state.tree.encode import Encoder
 
 
@@ -88,7 +88,7 @@ class _GradientsRestore:
         self.component = saved.component
         self.options = options
         self.report = ComponentReport(name)
-        self.places = Places(name, saved.component.tensors, options.map_location)
+        self.places = Destinations(name, saved.component.tensors, options.map_location)
         self.problems: list[str] = []
         self.convert: set[str] = set()
         """Live names of gradients whose saved dtype or shape is another."""
@@ -140,7 +140,7 @@ class _GradientsRestore:
         if pair.node is None:
             return True
         live = pair.parameter.grad
-        value, used = outline(pair.node, self.component.tensors, live, place=self._where(pair))
+        value, used = skeleton(pair.node, self.component.tensors, live, place=self._where(pair))
         if not isinstance(value, Leaf):
             raise CorruptCheckpointError(f"{self._where(pair)}: not a gradient")
         if not self._fits(pair, value):

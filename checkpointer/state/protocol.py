@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 
 from checkpointer.format.index import Component, Json
-from checkpointer.format.tensor_files import Naming
+from checkpointer.format.tensor_files import FileNaming
 
 Rename: TypeAlias = Mapping[str, str] | Callable[[str], str]
 Adapt: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -37,9 +37,9 @@ class Captured:
     """Modules: other ``state_dict`` names of a stored tensor (tied weights) -> the key it is stored under."""
     frozen: frozenset[str] = frozenset()
     """Modules: keys of parameters with ``requires_grad`` False."""
-    learned: frozenset[str] = frozenset()
+    trainable: frozenset[str] = frozenset()
     """Keys of parameters and moments: where these hold NaN or infinities, the run has diverged."""
-    naming: Naming | None = None
+    naming: FileNaming | None = None
     """How its files are called, where this is one rank's part of a component."""
 
 

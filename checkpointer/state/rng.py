@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from checkpointer.errors import CorruptCheckpointError, IncompatibleStateError, UnsupportedStateError
-from checkpointer.state.destinations import Places, check_kind
+from checkpointer.state.destinations import Destinations, check_kind
 from checkpointer.state.protocol import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
-from checkpointer.state.tree.decode import Leaf, decode, outline
+from checkpointer.state.tree.decode import Leaf, decode, skeleton
 from checkpointer.state.tree.encode import encode
 
 GENERATORS: tuple[type, ...] = (
@@ -42,9 +42,9 @@ class GeneratorAdapter:
         """Check that the saved state is one of the same algorithm."""
         check_kind(saved, self.kind, self.live)
         component = saved.component
-        value, keys = outline(component.tree, component.tensors, place=self.name)
+        value, keys = skeleton(component.tree, component.tensors, place=self.name)
         _check_like(self.name, value, generator_state(self.name, self.live))
-        places = Places(self.name, component.tensors, "cpu")
+        places = Destinations(self.name, component.tensors, "cpu")
         places.allocate_all(keys)
 
         def apply() -> None:
@@ -141,9 +141,9 @@ class RngState:
         """Check all states; ``apply`` sets them. A different number of devices is reported, not refused."""
         check_kind(saved, self.kind, self)
         component = saved.component
-        value, keys = outline(component.tree, component.tensors, place=self.name)
+        value, keys = skeleton(component.tree, component.tensors, place=self.name)
         devices = self._check(value)
-        places = Places(self.name, component.tensors, "cpu")
+        places = Destinations(self.name, component.tensors, "cpu")
         places.allocate_all(keys)
         report = ComponentReport(self.name, ["python", "numpy", "torch"])
         counts = {name: self._count(name, len(states), report) for name, states in devices.items()}

@@ -7,9 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, IncompatibleStateError
 from checkpointer.state.classes import CLASS, class_change, class_name, is_scheduler, refused_class, unwrapped
-from checkpointer.state.destinations import Places, check_kind
+from checkpointer.state.destinations import Destinations, check_kind
 from checkpointer.state.protocol import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
-from checkpointer.state.tree.decode import decode, outline
+from checkpointer.state.tree.decode import decode, skeleton
 from checkpointer.state.tree.encode import encode
 
 
@@ -58,11 +58,11 @@ class StatefulAdapter:
         if not self._check_class(saved, options, report):
             return RestorePlan({}, nothing, report)
         component = saved.component
-        value, keys = outline(component.tree, component.tensors, place=self.name)
+        value, keys = skeleton(component.tree, component.tensors, place=self.name)
         check = getattr(self.live, "check_state_dict", None)
         if callable(check):
             check(value)
-        places = Places(self.name, component.tensors, options.map_location)
+        places = Destinations(self.name, component.tensors, options.map_location)
         places.allocate_all(keys)
         report.restored += [str(key) for key in value] if isinstance(value, dict) else [self.name]
 

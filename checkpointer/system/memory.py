@@ -59,7 +59,7 @@ class Region:
         return len(self.view)
 
 
-class Part(NamedTuple):
+class MemoryPart(NamedTuple):
     """Bytes that are wanted in memory of ours."""
 
     size: int
@@ -67,9 +67,9 @@ class Part(NamedTuple):
     """``(target, start, count)``: copies ``count`` bytes, from byte ``start`` on, to the address ``target``."""
 
 
-def part_of_memory(address: int, size: int) -> Part:
+def part_of_memory(address: int, size: int) -> MemoryPart:
     """The bytes that lie at ``address``."""
-    return Part(size, lambda target, start, count: copy_memory(target, address + start, count))
+    return MemoryPart(size, lambda target, start, count: copy_memory(target, address + start, count))
 
 
 class Ring:
@@ -78,7 +78,7 @@ class Ring:
     def __init__(self) -> None:
         self.region = Region((STEADY + 1) * BLOCK)
 
-    def gather(self, parts: Iterable[Part]) -> Iterator[memoryview]:
+    def gather(self, parts: Iterable[MemoryPart]) -> Iterator[memoryview]:
         """All bytes of ``parts``, in order, in whole blocks but for the last."""
         region = self.region
         start = filled = 0

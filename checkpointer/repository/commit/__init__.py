@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from checkpointer.repository.commit.base import STALE_AFTER, Attempt, CommitProtocol, for_each, read_manifest, walk
-from checkpointer.repository.commit.by_manifest import MarkerCommit, owner_is_dead
+from checkpointer.repository.commit.by_manifest import ManifestCommit, owner_is_dead
 from checkpointer.repository.commit.by_rename import RenameCommit
 from checkpointer.repository.commit.removal import is_unfinished_record, recorded_removal
 from checkpointer.repository.lock import WriterLock
@@ -12,7 +12,7 @@ from checkpointer.storage import Storage
 
 def protocol_for(storage: Storage, lock: WriterLock) -> CommitProtocol:
     """The protocol that fits what the storage can do."""
-    return RenameCommit(storage, lock) if storage.can_rename else MarkerCommit(storage, lock)
+    return RenameCommit(storage, lock) if storage.can_rename else ManifestCommit(storage, lock)
 
 
 __all__ = [

@@ -54,7 +54,7 @@ class Attempt:
         record = self.files[path] = FileRecord(size, hasher.hexdigest())
         return record
 
-    def share(self, path: str, source: str, record: FileRecord) -> bool:
+    def reuse(self, path: str, source: str, record: FileRecord) -> bool:
         """Let ``path`` be what ``source`` is, a file of a committed checkpoint, instead of writing it.
 
         ``source`` is relative to the run root, ``record`` what the manifest will say. ``False``, and nothing done,
@@ -133,7 +133,7 @@ def read_manifest(storage: Storage, directory: str) -> Manifest | None:
 
 
 @dataclass(frozen=True)
-class Occupant:
+class Existing:
     """What lies where a checkpoint wants to go."""
 
     manifest: Manifest | None
@@ -142,19 +142,19 @@ class Occupant:
     """Pinned, of a newer format, or not to be read by this user: it must not be replaced."""
 
 
-def occupant(storage: Storage, name: str) -> Occupant | None:
+def existing_at(storage: Storage, name: str) -> Existing | None:
     """Who holds ``name``; ``None`` if it is free."""
     try:
         manifest = read_manifest(storage, name)
     except CorruptCheckpointError:
         entries = storage.list_directory(name)  # none where the name belongs to a file, or to a link
-        return Occupant(None, damaged=any(entry.name == paths.MANIFEST for entry in entries))
+        return Existing(None, damaged=any(entry.name == paths.MANIFEST for entry in entries))
     except (FormatVersionError, UnreadableCheckpointError):
-        return Occupant(None, keep=True)
+        return Existing(None, keep=True)
     if manifest is None:
-        return Occupant(None) if storage.exists(name) else None
+        return Existing(None) if storage.exists(name) else None
     info = annotated(manifest.info(name), read_notes(storage, manifest.id))
-    return Occupant(manifest, damaged=info.damaged is not None, keep=info.pinned)
+    return Existing(manifest, damaged=info.damaged is not None, keep=info.pinned)
 
 
 def is_pinned(storage: Storage, manifest: Manifest) -> bool:

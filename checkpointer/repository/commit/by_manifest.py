@@ -19,10 +19,10 @@ from checkpointer.format.manifest import FileRecord, Manifest
 from checkpointer.repository.commit.base import (
     STALE_AFTER,
     Attempt,
+    existing_at,
     for_each,
     is_pinned,
     new_id,
-    occupant,
     own_manifest,
     read_manifest,
     remove_empty_directories,
@@ -43,7 +43,7 @@ from checkpointer.system import messages
 logger = logging.getLogger("checkpointer")
 
 
-class MarkerCommit:
+class ManifestCommit:
     """The protocol for :class:`~checkpointer.storage.remote.FsspecStorage`."""
 
     def __init__(self, storage: Storage, lock: WriterLock) -> None:
@@ -71,7 +71,7 @@ class MarkerCommit:
         self._warn_without_conditional_put()
         self._lock.check()
         name = paths.checkpoint_name(attempt.step)
-        there = occupant(self._storage, name)
+        there = existing_at(self._storage, name)
         data = manifest.to_bytes()
         if there is not None and there.keep:
             second = paths.checkpoint_name(attempt.step, attempt.id)

@@ -17,10 +17,10 @@ from checkpointer.format.manifest import Manifest
 from checkpointer.repository.commit.base import (
     STALE_AFTER,
     Attempt,
+    existing_at,
     for_each,
     is_pinned,
     new_id,
-    occupant,
     own_manifest,
     remove_empty_directories,
     walk,
@@ -66,7 +66,7 @@ class RenameCommit:
         self._storage.sync(*_directories_bottom_up(attempt))
         self._lock.check()
         name = paths.checkpoint_name(attempt.step)
-        there = occupant(self._storage, name)
+        there = existing_at(self._storage, name)
         if there is None:
             return self._publish(attempt, name)
         if there.keep:

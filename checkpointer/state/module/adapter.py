@@ -91,8 +91,10 @@ class ModuleAdapter:
             meta["non_persistent"] = nodes
         self._warn_once(names, state)
         aliases = _aliases(tree, set(tensors))
-        learned = tensors.keys() & {name for name, _ in names.parameters()}
-        return Captured(self.kind, tree, tensors, meta, aliases, frozenset(frozen) & tensors.keys(), frozenset(learned))
+        trainable = tensors.keys() & {name for name, _ in names.parameters()}
+        return Captured(
+            self.kind, tree, tensors, meta, aliases, frozenset(frozen) & tensors.keys(), frozenset(trainable)
+        )
 
     def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:
         """Match saved with live keys. Raises :class:`IncompatibleStateError` with all mismatches."""

@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from checkpointer.errors import CheckpointerError, IncompatibleStateError
-from checkpointer.state.destinations import Places
+from checkpointer.state.destinations import Destinations
 from checkpointer.state.dtensor import PLAIN_TYPES, is_sharded, local_part
 from checkpointer.state.modes import writing_to
 from checkpointer.state.module.match import match
 from checkpointer.state.module.names import Names, assign, loads_plainly, module_versions, wrapped_attribute
 from checkpointer.state.protocol import ComponentReport, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.tensors import is_ordinary, memory_key
-from checkpointer.state.tree.decode import Decoder, outline
+from checkpointer.state.tree.decode import Decoder, skeleton
 
 
 class ModuleRestore:
@@ -41,7 +41,7 @@ class ModuleRestore:
         self.match = match(
             name, root, saved.component, options, self.report, include_non_persistent=include_non_persistent
         )
-        self.places = Places(name, saved.component.tensors, options.map_location)
+        self.places = Destinations(name, saved.component.tensors, options.map_location)
         versions = saved.component.meta.get("versions", {})
         self.direct = loads_plainly(root) and module_versions(self.names) == versions
         self.in_place: set[str] = set()
@@ -66,7 +66,7 @@ class ModuleRestore:
         for key, entry in self.match.pairs.items():
             if entry.stored is None:
                 place = f"{self.name}[{key!r}]"
-                _, used = outline(entry.node, self.component.tensors, self.match.live[key], place=place)
+                _, used = skeleton(entry.node, self.component.tensors, self.match.live[key], place=place)
                 self.places.allocate_all(used)
 
     def _place(self, key: str, stored: str) -> None:

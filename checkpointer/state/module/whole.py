@@ -18,7 +18,7 @@ from torch import nn
 
 from checkpointer.errors import ConfigError, CorruptCheckpointError, IncompatibleStateError, UnsupportedStateError
 from checkpointer.format.index import Json
-from checkpointer.state.destinations import Places, check_kind
+from checkpointer.state.destinations import Destinations, check_kind
 from checkpointer.state.module.adapter import ModuleAdapter, ModuleComponent, check_meta
 from checkpointer.state.module.names import loads_plainly, registered_tensors, unwrap
 from checkpointer.state.module.restore import ModuleRestore
@@ -138,7 +138,7 @@ class WholeModelLoader:
         check_kind(saved, self.kind, self)
         check_meta(saved)
         form, key = _saved_program(saved)
-        places = Places(self.name, saved.component.tensors, options.map_location)
+        places = Destinations(self.name, saved.component.tensors, options.map_location)
         places.allocate(key, "cpu")
         places.allocate_all(saved.component.tensors)
         report = ComponentReport(self.name)

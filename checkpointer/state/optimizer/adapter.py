@@ -25,7 +25,7 @@ from checkpointer.state.optimizer.restore import OptimizerRestore, loads_plainly
 from checkpointer.state.protocol import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.stateful import StatefulAdapter, nothing
 from checkpointer.state.tensors import dtype_name
-from checkpointer.state.tree.decode import outline
+from checkpointer.state.tree.decode import skeleton
 from checkpointer.state.tree.encode import encode, is_simple
 
 STATE = "state."
@@ -65,8 +65,8 @@ class OptimizerAdapter:
             CLASS: class_name(self.live),
             DEFAULTS: [str(key) for key in settings_of(self.live)],
         }
-        learned = frozenset(key for key in tensors if key.startswith(STATE))
-        return Captured(self.kind, tree, tensors, meta, learned=learned)
+        trainable = frozenset(key for key in tensors if key.startswith(STATE))
+        return Captured(self.kind, tree, tensors, meta, trainable=trainable)
 
     def _encode(self, state: dict[str, Any]) -> tuple[Json, dict[str, torch.Tensor]]:
         """The tree and the tensors of ``state``; the part of the tree that never changes is made once."""
@@ -156,7 +156,7 @@ class _AsStateful(StatefulAdapter):
         if not self._check_class(saved, options, report):
             return RestorePlan({}, nothing, report)
         if loads_plainly(self.optimizer):
-            state, _ = outline(saved.component.tree, saved.component.tensors, place=self.name)
+            state, _ = skeleton(saved.component.tree, saved.component.tensors, place=self.name)
             problems = misfits(state, self.optimizer)
             if problems:
                 raise IncompatibleStateError(

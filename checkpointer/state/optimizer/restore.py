@@ -10,7 +10,7 @@ from checkpointer.errors import CheckpointerError, CorruptCheckpointError, Incom
 from checkpointer.format.index import TensorSpec
 from checkpointer.state.classes import CLASS, class_change, class_name, is_of_torch, refused_class
 from checkpointer.state.containers import merge, place_leaves
-from checkpointer.state.destinations import Places
+from checkpointer.state.destinations import Destinations
 from checkpointer.state.dtensor import is_sharded
 from checkpointer.state.modes import writing_to
 from checkpointer.state.module.match import refusal
@@ -24,7 +24,7 @@ from checkpointer.state.optimizer.misfits import (
 )
 from checkpointer.state.protocol import ComponentReport, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.tensors import DTYPES, device_for, dtype_name
-from checkpointer.state.tree.decode import Leaf, decode, outline
+from checkpointer.state.tree.decode import Leaf, decode, skeleton
 
 _HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -52,11 +52,11 @@ class OptimizerRestore:
         self.options = options
         self.component = saved.component
         self.report = ComponentReport(name)
-        outlined, self.keys = outline(self.component.tree, self.component.tensors, place=name)
+        outlined, self.keys = skeleton(self.component.tree, self.component.tensors, place=name)
         self.value = _check_form(name, outlined)
         self.saved = saved_parameters(name, self.value["param_groups"], self.component.meta)
         self.match: Matched = match_parameters(name, self.saved, live, names, options=options, report=self.report)
-        self.places = Places(name, self.component.tensors, stepped=True)
+        self.places = Destinations(name, self.component.tensors, stepped=True)
         self.direct = loads_plainly(live)
         self.casts: dict[str, torch.dtype] = {}
         self.foreign = False

@@ -68,7 +68,7 @@ def decode(
     return Decoder(known, tensors, place=place).run(tree, live)
 
 
-def outline(tree: Json, specs: Mapping[str, TensorSpec], live: Any = None, *, place: str) -> tuple[Any, set[str]]:
+def skeleton(tree: Json, specs: Mapping[str, TensorSpec], live: Any = None, *, place: str) -> tuple[Any, set[str]]:
     """The value of a tree with a :class:`Leaf` for every tensor, and the keys it refers to.
 
     Raises as :func:`decode`.

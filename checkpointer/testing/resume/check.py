@@ -9,7 +9,7 @@ from pathlib import Path
 
 from checkpointer.errors import ConfigError
 from checkpointer.testing.resume.differences import explain, first_difference, leave_out_idle_generators
-from checkpointer.testing.resume.runs import Lab, MakeRun, Part
+from checkpointer.testing.resume.runs import Experiment, MakeRun, Segment
 
 
 def assert_resume_exact(make_run: MakeRun | str, *, steps: int, interrupt_at: int | Sequence[int]) -> None:
@@ -31,18 +31,18 @@ def assert_resume_exact(make_run: MakeRun | str, *, steps: int, interrupt_at: in
     cuts = _check_cuts(steps, interrupt_at)
     _check_picklable(make_run)
     with tempfile.TemporaryDirectory(prefix="checkpointer-") as folder:
-        problem = compare_runs(Lab(make_run, Path(folder), steps, cuts))
+        problem = compare_runs(Experiment(make_run, Path(folder), steps, cuts))
     if problem:
         raise AssertionError(problem)
 
 
-def compare_runs(lab: Lab) -> str:
+def compare_runs(experiment: Experiment) -> str:
     """What is wrong with the interrupted run, in words; empty if it is the uninterrupted one."""
-    straight = lab.run(Part("the uninterrupted run", None, lab.steps - 1))
-    resumed = lab.run_interrupted()
+    straight = experiment.run(Segment("the uninterrupted run", None, experiment.steps - 1))
+    resumed = experiment.run_interrupted()
     leave_out_idle_generators([straight, *resumed.parts.values()])
     found = first_difference(straight, resumed)
-    return "" if found is None else explain(found, straight, resumed, lab)
+    return "" if found is None else explain(found, straight, resumed, experiment)
 
 
 def _check_cuts(steps: int, interrupt_at: int | Sequence[int]) -> tuple[int, ...]:

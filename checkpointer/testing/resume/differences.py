@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from checkpointer.testing.resume.describing import Values
-from checkpointer.testing.resume.moments import Moment
-from checkpointer.testing.resume.runs import Interrupted, Lab, Part, Record
+from checkpointer.testing.resume.moments import StateAfterStep
+from checkpointer.testing.resume.runs import Experiment, Interrupted, Record, Segment
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def first_difference(straight: Record, other: Record | Interrupted) -> Differenc
     return None
 
 
-def compare(a: Moment, b: Moment) -> str:
+def compare(a: StateAfterStep, b: StateAfterStep) -> str:
     """The first difference in words; empty where there is none that matters."""
     lines = []
     if a.loss != b.loss:
@@ -38,7 +38,7 @@ def compare(a: Moment, b: Moment) -> str:
     return "; ".join(lines)
 
 
-def component_differences(a: Moment, b: Moment) -> list[str]:
+def component_differences(a: StateAfterStep, b: StateAfterStep) -> list[str]:
     found = []
     for name, values in a.components.items():
         other = b.components[name]
@@ -49,7 +49,7 @@ def component_differences(a: Moment, b: Moment) -> list[str]:
     return found
 
 
-def outside_differences(a: Moment, b: Moment) -> list[str]:
+def outside_differences(a: StateAfterStep, b: StateAfterStep) -> list[str]:
     return [place for place in dict.fromkeys((*a.outside, *b.outside)) if a.outside.get(place) != b.outside.get(place)]
 
 
@@ -74,25 +74,25 @@ def _generator(key: str) -> str:
     return key.partition(".")[0].partition("[")[0]
 
 
-def explain(found: Difference, straight: Record, resumed: Interrupted, lab: Lab) -> str:
-    again = lab.run(Part("the second uninterrupted run", None, lab.steps - 1, trace=found.step))
+def explain(found: Difference, straight: Record, resumed: Interrupted, experiment: Experiment) -> str:
+    again = experiment.run(Segment("the second uninterrupted run", None, experiment.steps - 1, trace=found.step))
     again.start.components["rng"] = _matching(again.start, straight.start)
     for number, moment in again.steps.items():
         moment.components["rng"] = _matching(moment, straight.steps[number])
     repeated = first_difference(straight, again)
     start = compare(straight.start, again.start)
-    cut = max((cut for cut in lab.cuts if cut < found.step), default=None)
+    cut = max((cut for cut in experiment.cuts if cut < found.step), default=None)
     where = f"step {found.step}" if cut is None else f"step {found.step}, resumed after step {cut}"
     if start or repeated is not None:
         cause = _never_the_same(start, repeated, straight, again)
     elif cut is None:
         cause = "not known: it differs before the interruption, though two uninterrupted runs are the same"
     else:
-        cause = _cause(straight, resumed, found.step, cut) or _trace(again, lab, found.step, cut)
+        cause = _cause(straight, resumed, found.step, cut) or _trace(again, experiment, found.step, cut)
     return f"the resumed run is not the uninterrupted one: {where}\n  {found.what}\n  likely cause: {cause}"
 
 
-def _matching(moment: Moment, other: Moment) -> Values:
+def _matching(moment: StateAfterStep, other: StateAfterStep) -> Values:
     """The generators of ``moment`` that ``other`` has."""
     return {key: value for key, value in moment.components["rng"].items() if key in other.components["rng"]}
 
@@ -139,11 +139,11 @@ def _cause(straight: Record, resumed: Interrupted, step: int, cut: int) -> str:
     return ""
 
 
-def _rng(a: Moment, b: Moment) -> list[str]:
+def _rng(a: StateAfterStep, b: StateAfterStep) -> list[str]:
     return [line for line in component_differences(a, b) if line.startswith("component 'rng'")]
 
 
-def _named(places: Sequence[str], a: Moment, b: Moment) -> str:
+def _named(places: Sequence[str], a: StateAfterStep, b: StateAfterStep) -> str:
     """The objects that places belong to; plain values (counts, logs) only where there is nothing else."""
     stateful = [place for place in places if a.kinds.get(place) or b.kinds.get(place)]
     names: dict[str, str] = {}
@@ -154,11 +154,11 @@ def _named(places: Sequence[str], a: Moment, b: Moment) -> str:
     return ", ".join(list(names.values())[:5])
 
 
-def _trace(again: Record, lab: Lab, step: int, cut: int) -> str:
+def _trace(again: Record, experiment: Experiment, step: int, cut: int) -> str:
     """Compare every call of a layer in the step, in a resume of its own."""
-    last = min((other for other in lab.cuts if other > cut), default=lab.steps - 1)
-    part = Part("the traced resume", cut, min(step, last), trace=step)
-    one, other = again.steps[step].calls, lab.run(part).steps[step].calls
+    last = min((other for other in experiment.cuts if other > cut), default=experiment.steps - 1)
+    part = Segment("the traced resume", cut, min(step, last), trace=step)
+    one, other = again.steps[step].calls, experiment.run(part).steps[step].calls
     for (name, given, output), (name_now, given_now, output_now) in zip(one, other, strict=False):
         if name != name_now:
             return (

@@ -16,7 +16,7 @@ from checkpointer.testing.resume.outside import Outside
 
 
 @dataclass
-class Moment:
+class StateAfterStep:
     """The state after a step, or before the first one."""
 
     loss: str = ""
@@ -39,7 +39,7 @@ class Watch:
         self._step = step
         self._modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
 
-    def moment(self, loss: Any = None) -> Moment:
+    def moment(self, loss: Any = None) -> StateAfterStep:
         """The state as it is now."""
         adapters = {name: adapter_for(name, part, self._modules) for name, part in self._components.items()}
         captured = {name: adapter.capture() for name, adapter in {**adapters, "rng": RngState()}.items()}
@@ -47,7 +47,7 @@ class Watch:
         outside.look(self._step)
         value = loss.item() if isinstance(loss, torch.Tensor) and loss.numel() == 1 else loss
         components = {name: values(state) for name, state in captured.items()}
-        return Moment(describe(value), components, outside.values, outside.kinds)
+        return StateAfterStep(describe(value), components, outside.values, outside.kinds)
 
     @contextmanager
     def forwards(self, *, calls: bool) -> Iterator[tuple[list[str], list[tuple[str, str, str]]]]:

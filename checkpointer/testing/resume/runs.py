@@ -13,13 +13,13 @@ from typing import Any, TypeAlias
 
 from checkpointer.errors import ConfigError
 from checkpointer.manager import CheckpointManager
-from checkpointer.testing.resume.moments import Moment, Watch
+from checkpointer.testing.resume.moments import StateAfterStep, Watch
 
 MakeRun: TypeAlias = "Callable[[], tuple[Mapping[str, Any], Callable[[int], Any]]]"
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """What one process does: restore, train, save."""
 
     title: str
@@ -34,8 +34,8 @@ class Part:
 class Record:
     """What one process saw."""
 
-    start: Moment
-    steps: dict[int, Moment] = field(default_factory=dict)
+    start: StateAfterStep
+    steps: dict[int, StateAfterStep] = field(default_factory=dict)
 
 
 @dataclass
@@ -45,13 +45,13 @@ class Interrupted:
     parts: dict[int | None, Record] = field(default_factory=dict)
 
     @property
-    def steps(self) -> dict[int, Moment]:
+    def steps(self) -> dict[int, StateAfterStep]:
         """Every step, whichever part did it."""
         return {number: moment for part in self.parts.values() for number, moment in part.steps.items()}
 
 
 @dataclass
-class Lab:
+class Experiment:
     """Runs parts in new processes."""
 
     make_run: MakeRun | str
@@ -59,7 +59,7 @@ class Lab:
     steps: int
     cuts: tuple[int, ...]
 
-    def run(self, part: Part) -> Record:
+    def run(self, part: Segment) -> Record:
         """Let a new process do one part. Raises ``AssertionError`` with its traceback."""
         out = self.folder / "record"
         out.unlink(missing_ok=True)
@@ -82,12 +82,12 @@ class Lab:
         for cut in (*self.cuts, None):
             title = "the run before the interruption" if before is None else f"the run resumed after step {before}"
             last = self.steps - 1 if cut is None else cut
-            run.parts[before] = self.run(Part(title, before, last, save=cut is not None))
+            run.parts[before] = self.run(Segment(title, before, last, save=cut is not None))
             before = cut
         return run
 
 
-def _child(make_run: MakeRun | str, root: str, part: Part, out: str) -> None:
+def _child(make_run: MakeRun | str, root: str, part: Segment, out: str) -> None:
     """In a new process: do one part and leave its record, or the traceback of its failure."""
     record, failure = None, ""
     try:
@@ -107,7 +107,7 @@ def _resolve(make_run: MakeRun | str) -> MakeRun:
     return found
 
 
-def do(make_run: MakeRun, root: str, part: Part) -> Record:
+def do(make_run: MakeRun, root: str, part: Segment) -> Record:
     made = make_run()
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Mapping) and callable(made[1])):
         raise ConfigError("make_run must return (components, step): a mapping by name, and a function of the step")

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from checkpointer import CheckpointManager
-from checkpointer.distributed.store import Mail
+from checkpointer.distributed.store import StoreClient
 from checkpointer.repository.commit.by_rename import RenameCommit
 from checkpointer.repository.repository import Repository
 from checkpointer.storage import Buffer, LocalStorage, open_storage
@@ -105,16 +105,16 @@ class Events:
         """From now on."""
         for name in OPERATIONS:
             setattr(LocalStorage, name, self._operation(name))
-        say = Mail.say
+        say = StoreClient.say
 
-        def saying(mail: Mail, key: str, value: dict[str, Any]) -> list[str]:
+        def saying(mail: StoreClient, key: str, value: dict[str, Any]) -> list[str]:
             told = _message(key, value)
             self.come(f"before {told}")
             keys = say(mail, key, value)
             self.come(f"after {told}")
             return keys
 
-        Mail.say = saying  # type: ignore[method-assign]
+        StoreClient.say = saying  # type: ignore[method-assign]
 
     def _operation(self, name: str) -> Callable[..., Any]:
         real = getattr(LocalStorage, name)

@@ -23,7 +23,7 @@ from torch import nn
 from checkpointer import CheckpointManager
 from checkpointer.distributed import session
 from checkpointer.distributed.exchange import AS_JSON, Meeting, StoreRanks
-from checkpointer.distributed.liveness import Neighbours, this_process
+from checkpointer.distributed.liveness import Liveness, this_process
 from checkpointer.distributed.session import Session
 from checkpointer.distributed.store import in_time
 from checkpointer.errors import SaveError
@@ -62,17 +62,17 @@ def dies_after_its_files() -> None:
     if name == "rename":
         LocalStorage.rename = die  # type: ignore[method-assign,assignment]
         return
-    from checkpointer.distributed.store import Mail
+    from checkpointer.distributed.store import StoreClient
 
-    say = Mail.say
+    say = StoreClient.say
 
-    def last_words(self: Mail, key: str, value: dict[str, Any]) -> list[str]:
+    def last_words(self: StoreClient, key: str, value: dict[str, Any]) -> list[str]:
         said = say(self, key, value)
         if "fsync_seconds" in str(value):
             die()
         return said
 
-    Mail.say = last_words  # type: ignore[method-assign]
+    StoreClient.say = last_words  # type: ignore[method-assign]
 
 
 def started_again(server: Any) -> Any:
@@ -155,7 +155,7 @@ def test_a_process_is_gone_once_it_has_ended_and_not_while_it_is_stopped():
     child = CONTEXT.Process(target=time.sleep, args=(60,))
     child.start()
     try:
-        neighbours = Neighbours({0: this_process(), 1: told_of(child.pid)})
+        neighbours = Liveness({0: this_process(), 1: told_of(child.pid)})
         assert neighbours.gone([0, 1]) == {}
         os.kill(child.pid, signal.SIGSTOP)
         time.sleep(0.05)
@@ -182,7 +182,7 @@ def test_nothing_is_said_of_a_process_that_was_not_seen_to_run(change):
         child.join()
     else:
         told = None
-    neighbours = Neighbours({1: told})
+    neighbours = Liveness({1: told})
     child.kill()
     child.join()
     assert neighbours.gone([1]) == {}

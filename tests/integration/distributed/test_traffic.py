@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from checkpointer import CheckpointManager
-from checkpointer.distributed.store import Mail
+from checkpointer.distributed.store import StoreClient
 from tests.support.ranks import run
 
 
@@ -20,13 +20,13 @@ class Counter:
 
     def __init__(self) -> None:
         asked: set[tuple[str, str, str]] = set()
-        ask, make = Mail._asked, Mail.__init__
+        ask, make = StoreClient._asked, StoreClient.__init__
 
-        def made(mail: Mail, store: Any, prefix: str) -> None:
+        def made(mail: StoreClient, store: Any, prefix: str) -> None:
             make(mail, store, prefix)
             mail.channel = prefix.rpartition("/")[2]  # type: ignore[attr-defined]
 
-        def asking(mail: Mail, function: Callable[..., Any], *arguments: Any) -> Any:
+        def asking(mail: StoreClient, function: Callable[..., Any], *arguments: Any) -> Any:
             what = str(arguments[0])
             if function.__name__ == "check":  # of one exchange: all ranks, or those that are missing
                 what = arguments[0][0].rpartition("/")[0]
@@ -34,7 +34,7 @@ class Counter:
                 asked.add((mail.channel, function.__name__, what))  # type: ignore[attr-defined]
             return ask(mail, function, *arguments)
 
-        Mail.__init__, Mail._asked = made, asking  # type: ignore[method-assign,assignment]
+        StoreClient.__init__, StoreClient._asked = made, asking  # type: ignore[method-assign,assignment]
         self._asked = asked
 
     def since(self) -> dict[str, int]:

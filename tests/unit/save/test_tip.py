@@ -15,7 +15,7 @@ from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import FileRecord, Manifest
 from checkpointer.policy.schedule import RECENT
 from checkpointer.repository.repository import Repository
-from checkpointer.save.tip import Position
+from checkpointer.save.tip import Tip
 from checkpointer.storage import LocalStorage
 
 START = datetime(2026, 3, 1, tzinfo=timezone.utc)
@@ -51,18 +51,18 @@ def commit(repository: Repository, tmp_path: Path) -> Commit:
 
 
 def test_the_first_save_of_an_empty_run_is_welcome(repository: Repository) -> None:
-    Position(repository, require_resume=True).check_first_save()
+    Tip(repository, require_resume=True).check_first_save()
 
 
 def test_a_first_save_without_a_restore_is_refused_where_there_are_checkpoints(
     repository: Repository, commit: Commit
 ) -> None:
     commit(5)
-    position = Position(repository, require_resume=True)
+    position = Tip(repository, require_resume=True)
     for _ in range(2):  # a refusal does not wear off
         with pytest.raises(RunNotEmptyError, match=r"the newest is checkpoint-5 \(sequence 1\).*restore_latest"):
             position.check_first_save()
-    Position(repository, require_resume=False).check_first_save()
+    Tip(repository, require_resume=False).check_first_save()
 
 
 def test_a_run_of_which_nothing_can_be_read_is_not_taken_for_an_empty_one(
@@ -71,11 +71,11 @@ def test_a_run_of_which_nothing_can_be_read_is_not_taken_for_an_empty_one(
     commit(5)
     (tmp_path / "checkpoint-5" / "manifest.json").write_bytes(b"{}")
     with pytest.raises(RunNotEmptyError, match="the newest is damaged"):
-        Position(repository, require_resume=True).check_first_save()
+        Tip(repository, require_resume=True).check_first_save()
 
 
 def test_a_save_after_a_restore_is_welcome_and_checked_once(repository: Repository, commit: Commit) -> None:
-    position = Position(repository, require_resume=True)
+    position = Tip(repository, require_resume=True)
     position.restored(commit(5))
     position.check_first_save()
     commit(6)  # the lock keeps others out from here on: whoever looks again pays for nothing
@@ -86,7 +86,7 @@ def test_a_save_after_a_restore_is_welcome_and_checked_once(repository: Reposito
 def test_a_run_that_another_job_continued_since_the_restore_is_refused(
     repository: Repository, commit: Commit, empty: bool
 ) -> None:
-    position = Position(repository, require_resume=True)
+    position = Tip(repository, require_resume=True)
     position.restored(None if empty else commit(5))
     commit(6)
     for _ in range(2):
@@ -95,7 +95,7 @@ def test_a_run_that_another_job_continued_since_the_restore_is_refused(
 
 
 def test_whoever_restores_again_is_checked_again(repository: Repository, commit: Commit) -> None:
-    position = Position(repository, require_resume=True)
+    position = Tip(repository, require_resume=True)
     position.restored(commit(5))
     position.check_first_save()
     position.restored(commit(6))
@@ -111,7 +111,7 @@ def test_a_run_in_which_an_older_checkpoint_was_restored_may_be_continued_from_i
 ) -> None:
     old = commit(5)
     commit(6)
-    position = Position(repository, require_resume=True)
+    position = Tip(repository, require_resume=True)
     position.restored(old)
     position.check_first_save()
     assert position.tip == position.restored_from == old
@@ -120,7 +120,7 @@ def test_a_run_in_which_an_older_checkpoint_was_restored_may_be_continued_from_i
 def test_the_tip_is_the_last_commit_or_restore_and_the_first_commit_ends_the_protection(
     repository: Repository, commit: Commit
 ) -> None:
-    position = Position(repository, require_resume=True)
+    position = Tip(repository, require_resume=True)
     assert (position.tip, position.restored_from) == (None, None)
     position.restored(None)
     assert (position.tip, position.restored_from) == (None, None)
@@ -137,7 +137,7 @@ def test_the_tip_is_the_last_commit_or_restore_and_the_first_commit_ends_the_pro
 def test_the_schedule_goes_by_the_newest_commits_of_the_run_whoever_made_them(
     repository: Repository, commit: Commit
 ) -> None:
-    position = Position(repository, require_resume=True)
+    position = Tip(repository, require_resume=True)
     assert (position.recent, position.newest_created) == ((), None)
     others = [commit(step) for step in range(RECENT - 1)]
     assert list(position.recent) == others  # looked up, as long as this manager has neither restored nor saved
@@ -153,7 +153,7 @@ def test_the_schedule_goes_by_the_newest_commits_of_the_run_whoever_made_them(
 
 @given(st.integers(0, 10**18), st.none() | st.integers(0, 10**18))
 def test_a_step_may_not_go_back(step: int, last: int | None) -> None:
-    position = Position(Repository(LocalStorage("nowhere")), require_resume=True)
+    position = Tip(Repository(LocalStorage("nowhere")), require_resume=True)
     if last is None or step >= last:
         position.check_order(step, last)
     else:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpointer.policy.lazy_or_async import QUIET_STEPS, TRIALS, Overlap, StepClock
+from checkpointer.policy.lazy_or_async import QUIET_STEPS, TRIALS, LazyOrAsync, StepClock
 from checkpointer.staging import step_hook
 from checkpointer.staging.arena import Arena
 from checkpointer.staging.gpu import Transfers
@@ -117,7 +117,7 @@ def test_whatever_happens_a_cost_is_finite_or_unknown(events):
 # ------------------------------------------------------------------------------------------------------ the choice
 
 
-def follow(overlap: Overlap, costs: dict[str, float], copying: float, saves: int) -> list[str]:
+def follow(overlap: LazyOrAsync, costs: dict[str, float], copying: float, saves: int) -> list[str]:
     """What is chosen for ``saves`` saves that cost what ``costs`` says."""
     chosen: list[str] = []
     for _ in range(saves):
@@ -128,27 +128,27 @@ def follow(overlap: Overlap, costs: dict[str, float], copying: float, saves: int
 
 
 def test_cheap_overlapping_stays_without_ever_trying_a_copy():
-    overlap = Overlap()
+    overlap = LazyOrAsync()
     assert follow(overlap, {"lazy": 0.5}, copying=1.0, saves=10) == ["lazy"] * 10
     assert overlap.decided == "lazy"
 
 
 def test_overlapping_that_is_measured_to_be_dearer_gives_way_to_copying():
-    overlap = Overlap()
+    overlap = LazyOrAsync()
     chosen = follow(overlap, {"lazy": 3.0, "async": 2.0}, copying=1.0, saves=10)
     assert chosen == ["lazy"] * TRIALS + ["async"] * (10 - TRIALS)
     assert overlap.decided == "async"
 
 
 def test_overlapping_that_looks_dear_stays_where_copying_is_dearer():
-    overlap = Overlap()
+    overlap = LazyOrAsync()
     chosen = follow(overlap, {"lazy": 3.0, "async": 4.0}, copying=1.0, saves=10)
     assert chosen == ["lazy"] * TRIALS + ["async"] * TRIALS + ["lazy"] * (10 - 2 * TRIALS)
     assert overlap.decided == "lazy"
 
 
 def test_one_hiccup_decides_nothing():
-    overlap = Overlap()
+    overlap = LazyOrAsync()
     overlap.record("lazy", 1000.0, 1.0)
     follow(overlap, {"lazy": 0.5}, copying=1.0, saves=TRIALS - 1)
     assert overlap.decided == "lazy"
@@ -160,7 +160,7 @@ records = st.tuples(st.sampled_from(["lazy", "async"]), st.floats(-1e3, 1e6), se
 @given(st.lists(records, max_size=30))
 def test_whatever_was_recorded_a_copy_is_decided_on_only_by_enough_trials_of_both(costs):
     """Saves that were to be lazy may have copied (no optimizer that allows it): then async costs come uncalled for."""
-    overlap = Overlap()
+    overlap = LazyOrAsync()
     seen: dict[str, list[float]] = {"lazy": [], "async": []}
     for choice, cost, copying in costs:
         before = overlap.decided
@@ -179,7 +179,7 @@ def test_whatever_was_recorded_a_copy_is_decided_on_only_by_enough_trials_of_bot
 
 @given(st.lists(records, max_size=30))
 def test_a_decision_comes_as_soon_as_both_were_tried_enough(costs):
-    overlap = Overlap()
+    overlap = LazyOrAsync()
     seen = {"lazy": 0, "async": 0}
     for choice, cost, copying in costs:
         overlap.record(choice, cost, copying)
