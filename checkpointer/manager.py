@@ -38,7 +38,7 @@ from checkpointer.repository.repository import Repository
 from checkpointer.repository.verify import VerifyReport
 from checkpointer.repository.watch import watch
 from checkpointer.restore.report import Restored
-from checkpointer.restore.request import RestoreKeywords, RestoreRequest, restore_request
+from checkpointer.restore.request import RestoreRequest, restore_request
 from checkpointer.restore.restorer import RNG, Restorer
 from checkpointer.save.commit_callbacks import PATIENCE
 from checkpointer.save.due import DueSaves
@@ -60,15 +60,16 @@ from checkpointer.state import (
     optimizers_of,
 )
 from checkpointer.state.modes import outside_inference_mode
+from checkpointer.state.protocol import Adapt, MapLocation, Rename
 from checkpointer.storage import open_storage
 from checkpointer.system import messages
 from checkpointer.system.gc import collector_paused
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Self
 
-StepOrInfo: TypeAlias = "int | CheckpointInfo"
-Files: TypeAlias = "Mapping[str, bytes | str | os.PathLike[str]]"
+StepOrInfo: TypeAlias = int | CheckpointInfo
+Files: TypeAlias = Mapping[str, bytes | str | os.PathLike[str]]
 
 
 class CheckpointManager:
@@ -87,6 +88,8 @@ class CheckpointManager:
     A writable manager takes the single-writer lock of the run at its first restore or save, and holds it until
     ``close``. It belongs to the process that made it and to one thread of it: forked children cannot use it.
     """
+
+    __module__ = "checkpointer"
 
     def __init__(
         self,
@@ -126,6 +129,7 @@ class CheckpointManager:
         self._adapters = adapters
         self._unregistered = Unregistered(components)
         self._read_only = read_only
+        self._request = partial(restore_request, configured=self._config.restore.verify, read_only=read_only)
         write = self._config.write
         storage = open_storage(root, storage_options, durable=write.durable, threads=write.threads)
         self._repository = Repository(storage, must_exist=read_only)
@@ -267,7 +271,18 @@ class CheckpointManager:
 
     # ---------------------------------------------------------------------------------------------- restoring
 
-    def restore_latest(self, *, finite: bool = False, **options: Unpack[RestoreKeywords]) -> Restored | None:
+    def restore_latest(
+        self,
+        *,
+        finite: bool = False,
+        strict: bool = True,
+        components: Iterable[str] | None = None,
+        ignore_keys: Iterable[str] = (),
+        rename: Rename | None = None,
+        adapt: Adapt | None = None,
+        map_location: MapLocation = None,
+        verify: str | None = None,
+    ) -> Restored | None:
         """Restore the newest checkpoint that is whole; ``None`` if the run has none (``read_only``: but is there).
 
         Damaged ones are skipped with a warning and listed in ``Restored.skipped``.
@@ -275,7 +290,7 @@ class CheckpointManager:
         Args:
             finite: pass over checkpoints whose parameters or optimizer state hold NaN or infinities: back to before
                 the run diverged.
-            **options: as for ``restore``.
+            strict, components, ignore_keys, rename, adapt, map_location, verify: as for ``restore``.
 
         Raises:
             CheckpointNotFoundError: ``finite``, and every checkpoint holds some.
@@ -284,34 +299,74 @@ class CheckpointManager:
             IncompatibleStateError: the newest does not fit the live objects, which stay as they are.
             RunLockedError: another job writes to this run.
         """
-        request = restore_request(options, self._config.restore.verify, read_only=self._read_only)
+        request = self._request(
+            strict=strict,
+            components=components,
+            ignore_keys=ignore_keys,
+            rename=rename,
+            adapt=adapt,
+            map_location=map_location,
+            verify=verify,
+        )
         self._open_for_restoring()
         restored = self._restorer.latest(request, finite=finite)
         self._note_restored(restored.checkpoint if restored else None)
         return restored
 
-    def restore(self, step: int, **options: Unpack[RestoreKeywords]) -> Restored:
+    def restore(
+        self,
+        step: int,
+        *,
+        strict: bool = True,
+        components: Iterable[str] | None = None,
+        ignore_keys: Iterable[str] = (),
+        rename: Rename | None = None,
+        adapt: Adapt | None = None,
+        map_location: MapLocation = None,
+        verify: str | None = None,
+    ) -> Restored:
         """Restore the checkpoint of ``step``.
 
         Args:
             step: a step that was saved.
-            **options: ``strict=True``; ``components=None`` (names; then ``rng`` only if named); ``ignore_keys=()``
-                (globs); ``rename=None`` (saved key to live key: mapping or function; a mapping also renames the class
-                of an optimizer or scheduler); ``adapt=None``
-                (``(key, saved_tensor, target_tensor) -> tensor``); ``map_location=None`` (device of new tensors);
-                ``verify=None`` (``stream``, ``before`` or ``off`` in place of the configured one).
+            strict: whatever the checkpoint has too much or too little is an error; else it is reported.
+            components: names of those to restore, ``rng`` among them only if it is named; ``None``: all.
+            ignore_keys: globs over keys, or over ``component.key``: what matches stays as it is.
+            rename: saved key to live key, a mapping or a function; a mapping also renames the class of an optimizer or
+                scheduler.
+            adapt: ``(key, saved_tensor, target_tensor) -> tensor``, for shapes that do not fit.
+            map_location: device of tensors that are made anew.
+            verify: ``stream``, ``before`` or ``off`` in place of the configured one.
 
         Raises:
             CheckpointNotFoundError: there is none of this step.
             CorruptCheckpointError: it is damaged.
             IncompatibleStateError: it does not fit the live objects, which stay as they are.
         """
-        request = restore_request(options, self._config.restore.verify, read_only=self._read_only)
+        request = self._request(
+            strict=strict,
+            components=components,
+            ignore_keys=ignore_keys,
+            rename=rename,
+            adapt=adapt,
+            map_location=map_location,
+            verify=verify,
+        )
         self._open_for_restoring()
         return self._restore_one(self._repository.find(check_step(step)), request)
 
     def restore_best(
-        self, monitor: str | None = None, *, mode: MetricMode | None = None, **options: Unpack[RestoreKeywords]
+        self,
+        monitor: str | None = None,
+        *,
+        mode: MetricMode | None = None,
+        strict: bool = True,
+        components: Iterable[str] | None = None,
+        ignore_keys: Iterable[str] = (),
+        rename: Rename | None = None,
+        adapt: Adapt | None = None,
+        map_location: MapLocation = None,
+        verify: str | None = None,
     ) -> Restored:
         """Restore the best checkpoint by ``monitor``, or by the first configured metric.
 
@@ -321,7 +376,15 @@ class CheckpointManager:
             CheckpointNotFoundError: no checkpoint has reported the metric.
             ConfigError: nothing says whether lower or higher is better.
         """
-        request = restore_request(options, self._config.restore.verify, read_only=self._read_only)
+        request = self._request(
+            strict=strict,
+            components=components,
+            ignore_keys=ignore_keys,
+            rename=rename,
+            adapt=adapt,
+            map_location=map_location,
+            verify=verify,
+        )
         rule = best_rule(self._config.keep.best, monitor, mode)
         self._open_for_restoring()
         info = self._best(rule)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from checkpointer.config.settings import Config
+from checkpointer.config.settings import Config, RestorePolicy, WritePolicy
 
-__all__ = ["Config"]
+__all__ = ["Config", "RestorePolicy", "WritePolicy"]

@@ -38,6 +38,8 @@ _Policy = TypeVar("_Policy")
 class WritePolicy:
     """How a checkpoint is written. Wrong values raise :class:`ConfigError`."""
 
+    __module__ = "checkpointer"
+
     mode: Mode = "async"
     """``"sync"``: ``save`` returns when the checkpoint is durable. ``"async"``: it returns once the state is staged.
     ``"lazy"``: it returns at once; parameters and optimizer state are written from live memory, and what is not written
@@ -77,6 +79,8 @@ class WritePolicy:
 class RestorePolicy:
     """How a checkpoint is read. Wrong values raise :class:`ConfigError`."""
 
+    __module__ = "checkpointer"
+
     verify: Verify = "stream"
     """``"stream"``: hashes are checked while reading. ``"before"``: all of them before any live object is touched.
     ``"off"``: not at all; ``False``, which is what YAML makes of ``off`` without quotes, means the same."""
@@ -93,6 +97,8 @@ class RestorePolicy:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole configuration. ``Config()`` holds the defaults: each call saves, and everything is kept."""
+
+    __module__ = "checkpointer"
 
     save: SavePolicy = field(default_factory=SavePolicy)
     """When a save is due."""

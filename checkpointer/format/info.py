@@ -17,6 +17,8 @@ class CheckpointInfo:
     Every field but ``step`` has a default, so that retention rules can be tried on made-up checkpoints.
     """
 
+    __module__ = "checkpointer"
+
     step: int
     """Training step given to ``save``."""
     epoch: int | None = None

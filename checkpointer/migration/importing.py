@@ -28,7 +28,7 @@ from checkpointer.errors import (
 )
 from checkpointer.format import strict_json
 from checkpointer.format.info import CheckpointInfo
-from checkpointer.migration.naming import FileNaming, ImportPlan, Part, plan_import
+from checkpointer.migration.naming import ImportPlan, Naming, Part, plan_import
 from checkpointer.repository.repository import Repository
 from checkpointer.save.snapshot import Snapshot
 from checkpointer.save.writer import write_checkpoint
@@ -61,7 +61,7 @@ def import_checkpoint(
     step: int | None = None,
     epoch: int | None = None,
     metrics: Mapping[str, Any] | None = None,
-    map: FileNaming | None = None,  # noqa: A002  what it does to keys
+    map: Naming | None = None,  # noqa: A002  what it does to keys
     kinds: Mapping[str, str] | None = None,
     append: bool = False,
     storage_options: Mapping[str, Any] | None = None,
@@ -154,7 +154,7 @@ def plan_of(
     *,
     step: int | None = None,
     epoch: int | None = None,
-    naming: FileNaming | None = None,
+    naming: Naming | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> ImportPlan:
     """What an import would do; ``name`` is that of the file, for messages."""

@@ -18,7 +18,7 @@ from checkpointer.errors import ConfigError
 from checkpointer.policy.values import did_you_mean
 from checkpointer.state.optimizer.misfits import has_usual_form
 
-FileNaming: TypeAlias = "Mapping[str, str | None] | Callable[[str], str | None]"
+Naming: TypeAlias = "Mapping[str, str | None] | Callable[[str], str | None]"
 
 KINDS = ("module", "optimizer", "stateful", "container")
 
@@ -72,7 +72,7 @@ class ImportPlan:
 
 
 def plan_import(
-    state: Mapping[Any, Any], naming: FileNaming | None = None, kinds: Mapping[str, str] | None = None
+    state: Mapping[Any, Any], naming: Naming | None = None, kinds: Mapping[str, str] | None = None
 ) -> ImportPlan:
     """Decide what each entry of ``state`` is.
 
@@ -145,7 +145,7 @@ def _flattened(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return entries
 
 
-def _plan_entries(plan: ImportPlan, entries: dict[Any, Any], naming: FileNaming | None) -> None:
+def _plan_entries(plan: ImportPlan, entries: dict[Any, Any], naming: Naming | None) -> None:
     if isinstance(naming, Mapping):
         for key in naming:
             if key not in entries:
@@ -161,7 +161,7 @@ def _plan_entries(plan: ImportPlan, entries: dict[Any, Any], naming: FileNaming 
             _place(plan, str(key), named if explicit else None, _state_of(value))
 
 
-def _named(key: str, naming: FileNaming | None) -> tuple[str | None, bool]:
+def _named(key: str, naming: Naming | None) -> tuple[str | None, bool]:
     """What the user calls ``key``, and whether the user has said anything about it."""
     if naming is None:
         return key, False

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Literal, TypeAlias
 
-Mode: TypeAlias = "Literal['min', 'max']"
+Mode: TypeAlias = Literal["min", "max"]
 
 MODES: tuple[Mode, ...] = ("min", "max")
 

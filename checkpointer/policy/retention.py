@@ -34,8 +34,8 @@ from checkpointer.policy.values import (
     size,
 )
 
-Reasons: TypeAlias = "tuple[str, ...]"
-Decision: TypeAlias = "tuple[CheckpointInfo, Reasons]"
+Reasons: TypeAlias = tuple[str, ...]
+Decision: TypeAlias = tuple[CheckpointInfo, Reasons]
 _Votes: TypeAlias = "Iterable[tuple[CheckpointInfo, str]]"
 _Spared: TypeAlias = "Sequence[tuple[Collection[str], str]]"
 _Order: TypeAlias = "tuple[int, datetime, int, str, str]"
@@ -44,6 +44,8 @@ _Order: TypeAlias = "tuple[int, datetime, int, str, str]"
 @dataclass(frozen=True, kw_only=True)
 class BestRule:
     """Keep the ``k`` checkpoints with the best value of one metric."""
+
+    __module__ = "checkpointer"
 
     monitor: str
     """Name of the metric, as given to ``save`` or ``annotate``."""
@@ -87,6 +89,8 @@ class KeepPolicy:
     Arguments may be written as in YAML (``every="12h"``, ``max_size="500GB"``, ``best={"monitor": "val_loss"}``);
     the fields hold the parsed values. Wrong values, zero included, raise :class:`ConfigError`.
     """
+
+    __module__ = "checkpointer"
 
     last: int | None
     """The newest N commits."""
@@ -132,6 +136,8 @@ class KeepPolicy:
 @dataclass(frozen=True)
 class RetentionPlan:
     """What retention decides, in commit order, each checkpoint with its reasons. ``str()`` prints it line by line."""
+
+    __module__ = "checkpointer"
 
     keep: list[Decision]
     """Checkpoints that stay."""

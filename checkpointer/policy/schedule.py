@@ -24,7 +24,7 @@ from checkpointer.policy.values import (
     shown,
 )
 
-Every: TypeAlias = "timedelta | Literal['auto']"
+Every: TypeAlias = timedelta | Literal["auto"]
 
 RECENT = 5
 """Saves whose cost decides: their median is blind to a first one that had its memory to allocate, and to one hiccup."""
@@ -44,6 +44,8 @@ class SavePolicy:
     Arguments may be written as in YAML (``every="30min"``, ``on_signal="SIGTERM"``); the fields hold the parsed
     values. Wrong values, zero included, raise :class:`ConfigError`.
     """
+
+    __module__ = "checkpointer"
 
     every_n_steps: int | None
     """Due at steps divisible by N."""

@@ -21,6 +21,8 @@ from checkpointer.storage import Storage, refusals_typed
 class CheckpointReport:
     """What a check of one checkpoint found."""
 
+    __module__ = "checkpointer"
+
     path: str
     step: int
     info: CheckpointInfo | None
@@ -33,6 +35,7 @@ class CheckpointReport:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing is damaged."""
         return not self.damage
 
     def __str__(self) -> str:
@@ -45,6 +48,8 @@ class CheckpointReport:
 @dataclass(frozen=True)
 class VerifyReport:
     """The result of ``verify``: one report for each checkpoint, in commit order, those without a manifest last."""
+
+    __module__ = "checkpointer"
 
     checkpoints: tuple[CheckpointReport, ...]
 

@@ -13,6 +13,8 @@ from checkpointer.state import ComponentReport
 class Skipped:
     """A checkpoint that ``restore_latest`` passed over because it is damaged."""
 
+    __module__ = "checkpointer"
+
     step: int
     path: str
     reason: str
@@ -24,6 +26,8 @@ class Skipped:
 @dataclass
 class RestoreReport:
     """What a restore did, component by component. Prints as a short table."""
+
+    __module__ = "checkpointer"
 
     components: dict[str, ComponentReport] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -43,6 +47,8 @@ class RestoreReport:
 @dataclass(frozen=True)
 class Restored:
     """A finished restore."""
+
+    __module__ = "checkpointer"
 
     step: int
     """The step given to ``save``; training goes on at ``step + 1``."""

@@ -12,6 +12,8 @@ from checkpointer.format.info import CheckpointInfo
 class PendingSave:
     """A save that has begun: done at the durable commit."""
 
+    __module__ = "checkpointer"
+
     def __init__(self, step: int, epoch: int | None, created: datetime, future: Future[CheckpointInfo]) -> None:
         self.step = step
         """The step that is being saved."""

@@ -30,6 +30,8 @@ class Gradients:
     ```
     """
 
+    __module__ = "checkpointer"
+
     def __init__(self, module: nn.Module) -> None:
         """Save ``.grad`` of every parameter of ``module``, dense or sparse; ``None`` comes back as ``None``.
 

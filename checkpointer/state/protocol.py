@@ -18,7 +18,7 @@ from checkpointer.format.tensor_files import FileNaming
 
 Rename: TypeAlias = Mapping[str, str] | Callable[[str], str]
 Adapt: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
-MapLocation: TypeAlias = "torch.device | str | None"
+MapLocation: TypeAlias = torch.device | str | None
 
 
 @dataclass
@@ -89,6 +89,8 @@ class RestoreOptions:
 @dataclass
 class ComponentReport:
     """What a restore did to one component. Prints as a short table."""
+
+    __module__ = "checkpointer"
 
     name: str = ""
     restored: list[str] = field(default_factory=list)

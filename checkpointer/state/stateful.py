@@ -17,6 +17,8 @@ from checkpointer.state.tree.encode import encode
 class Stateful(Protocol):
     """The protocol of ``torch.distributed.checkpoint``: state out, state in."""
 
+    __module__: str = "checkpointer"
+
     def state_dict(self) -> dict[str, Any]:
         """The state; it may hold live tensors."""
 

@@ -32,6 +32,8 @@ class ModuleComponent:
     ```
     """
 
+    __module__ = "checkpointer"
+
     def __init__(self, module: nn.Module, *, include_non_persistent: bool = False, silence: Iterable[str] = ()) -> None:
         """Choose what is saved, and what the first save warns of.
 

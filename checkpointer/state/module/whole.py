@@ -41,6 +41,8 @@ class WholeModel(ModuleComponent):
     :func:`checkpointer.load_whole_model` alone, and only with ``trust_pickle=True``.
     """
 
+    __module__ = "checkpointer"
+
     def __init__(
         self,
         module: nn.Module,

@@ -185,7 +185,7 @@ def test_a_pinned_checkpoint_of_an_abandoned_branch_stays_and_both_can_be_restor
     save(root, 3)  # a new writer leaves both where they are
     with CheckpointManager(root.url, storage_options=root.options, read_only=True) as reader:
         assert {info.id for info in reader.checkpoints()} > {first.id, second.id}
-        reader._restorer.one(first, restore_request({"components": []}, "stream", read_only=True))
+        reader._restorer.one(first, restore_request(components=[], configured="stream", read_only=True))
         assert reader.verify().ok
 
 

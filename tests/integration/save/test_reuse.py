@@ -218,7 +218,7 @@ def test_a_restore_makes_a_source_of_what_it_has_verified_as_a_whole(local, opti
     repository = Repository(open_storage(local.url))
     restorer = Restorer(repository, {"model": adapter_for("model", backbone(), {}), "rng": RngState()})
     assert restorer.source is None
-    restorer.one(info, restore_request(options, "stream", read_only=True))
+    restorer.one(info, restore_request(**options, configured="stream", read_only=True))
     (file,) = (file for file in planned(repository, info) if file.path == FROZEN)
     assert (candidate(file, restorer.source, 8).record is not None) is shared
 
@@ -229,10 +229,10 @@ def test_a_restore_that_finds_damage_makes_no_source(local):
     restorer = Restorer(
         Repository(open_storage(local.url)), {"model": adapter_for("model", backbone(), {}), "rng": RngState()}
     )
-    restorer.one(good, restore_request({}, "stream", read_only=True))
+    restorer.one(good, restore_request(configured="stream", read_only=True))
     flip(Path(bad.path, FROZEN), in_place=True)
     with pytest.raises(CorruptCheckpointError):
-        restorer.one(bad, restore_request({}, "stream", read_only=True))
+        restorer.one(bad, restore_request(configured="stream", read_only=True))
     assert restorer.source is None
 
 
