@@ -1,6 +1,6 @@
 """The command ``checkpointer``: what is in a run root, whether it is whole, and what retention would do.
 
-``base`` is what all commands share; ``commands`` declares most of them, ``comparing``, ``doctoring`` and ``migrating``
+``base`` is what all commands share; ``commands`` declares most of them, ``diff``, ``doctor`` and ``convert``
 the rest.
 ``gather`` collects what they ask for, ``render`` lays it out, ``output`` writes it. torch is imported by ``import`` and
 ``export``, and by ``diff`` once tensors differ; rich only for a terminal.
