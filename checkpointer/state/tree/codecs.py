@@ -77,13 +77,6 @@ def tensor_class(label: str) -> type[torch.Tensor] | None:
     return _tensor_classes.get(label)
 
 
-def unregister_codec(name: str) -> None:
-    """Forget a registration (for tests)."""
-    codec = _by_name.pop(name, None)
-    if codec is not None:
-        _by_class.pop(codec.cls, None)
-
-
 def _add(codec: Codec, *, derived: bool) -> None:
     if codec.cls in _BUILTIN:
         raise ConfigError(f"{codec.cls.__qualname__} is stored without registration")
