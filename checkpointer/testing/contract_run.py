@@ -32,11 +32,11 @@ class Run:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self._model.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
         self._optimizer.state.clear()
         for _ in range(steps):
             self._optimizer.zero_grad()
-            self._model(torch.randn(4, 8, generator=generator)).square().mean().backward()
+            self._model(torch.randn(4, 8, generator=generator, device="cpu")).square().mean().backward()
             self._optimizer.step()
 
     @contextlib.contextmanager

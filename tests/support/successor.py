@@ -12,14 +12,14 @@ from typing import Literal
 from checkpointer.errors import SaveError
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import FileRecord
-from checkpointer.policy.reuse import Source
+from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.repository import Repository
 
 
-def source_of(repository: Repository, info: CheckpointInfo) -> Source:
+def source_of(repository: Repository, info: CheckpointInfo) -> ReuseSource:
     """A committed checkpoint as one to share with."""
     with repository.open(info) as reader:
-        return Source.of(info, reader.manifest, reader.index)
+        return ReuseSource.of(info, reader.manifest, reader.index)
 
 
 def succeed(
@@ -33,7 +33,7 @@ def succeed(
         for path, record in manifest.files.items():
             shared = FileRecord(record.size, record.xxh3, record.origin or info.id, record.turn + 1)
             if share == "all" or path in share:
-                if not repository.share(attempt, path, source, shared):
+                if not repository.reuse(attempt, path, source, shared):
                     raise SaveError(f"{path} could not be shared")
             else:
                 data = repository.storage.read(f"checkpoint-{info.step}/{manifest.place(path)}", record.size)

@@ -27,7 +27,7 @@ from checkpointer import CheckpointManager
 from checkpointer.cli import render
 from checkpointer.cli.commands import cli
 from checkpointer.format.index import Component, TensorSpec
-from checkpointer.format.tree_text import leaves, outline
+from checkpointer.format.tree_text import describe_component, leaves
 from checkpointer.version import __version__
 from tests.support.forge import flip, forge_manifest
 
@@ -839,7 +839,7 @@ def test_an_error_quotes_hostile_arguments_safely(tmp_path):
 def test_a_malformed_value_is_shown_as_it_lies_in_the_file(tree):
     component = Component("stateful", {"bad": tree}, {"t": TensorSpec("float32", (2,))})
 
-    shown = dict(leaves(outline(component)))
+    shown = dict(leaves(describe_component(component)))
     assert shown["bad"].text == json.dumps(tree)
     assert shown["t"].spec is not None  # what the tree does not mention is shown all the same
 
@@ -848,7 +848,7 @@ def test_a_tree_nested_beyond_every_limit_is_no_traceback():
     tree: Any = 1
     for _ in range(5000):
         tree = [tree]
-    (node,) = outline(Component("stateful", tree, {}))
+    (node,) = describe_component(Component("stateful", tree, {}))
 
     assert node.text == "(nested too deeply to show)"
 

@@ -174,7 +174,7 @@ def test_tied_weights_and_flags_of_the_golden_model_are_restored(run):
 
 def tags() -> set[str]:
     """Every tag that the codec's source names."""
-    sources = (golden.ROOT / "checkpointer" / "state").glob("*.py")
+    sources = (golden.ROOT / "checkpointer" / "state").rglob("*.py")
     return {tag for path in sources for tag in re.findall(r'"(\$[a-z]+)"', path.read_text("utf-8"))}
 
 

@@ -471,7 +471,8 @@ def script(tmp_path: Path, body: str, *, code: int = 0) -> subprocess.CompletedP
     program = f"""
 import os, sys, threading, time
 import torch
-from checkpointer import CheckpointManager, commit_callbacks
+from checkpointer import CheckpointManager
+from checkpointer.save import commit_callbacks
 {textwrap.dedent(body)}
 """
     done = subprocess.run(

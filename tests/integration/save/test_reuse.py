@@ -18,7 +18,7 @@ from checkpointer.errors import CheckpointerWarning, CorruptCheckpointError
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.tensor_files import ComponentTensors, TensorFile, plan_files
 from checkpointer.policy.retention import KeepPolicy, physical_size
-from checkpointer.policy.reuse import Source, candidate
+from checkpointer.policy.reuse import ReuseSource, candidate
 from checkpointer.repository.notes import Note
 from checkpointer.repository.prune import prune
 from checkpointer.repository.repository import Repository
@@ -158,8 +158,8 @@ def test_a_file_that_is_gone_or_has_another_size_is_not_shared(repository):
     attempt = repository.begin(2, 0)
     record = manifest.files[FROZEN]
     earlier = source_of(repository, info)
-    assert not repository.share(attempt, "missing.safetensors", earlier, record)
-    assert not repository.share(attempt, FROZEN, earlier, replace(record, size=record.size + 1))
+    assert not repository.reuse(attempt, "missing.safetensors", earlier, record)
+    assert not repository.reuse(attempt, FROZEN, earlier, replace(record, size=record.size + 1))
     assert not attempt.files
     attempt.write(FROZEN, [b"x"], 1)  # nothing is in the way
     repository.abandon(attempt)
@@ -169,7 +169,7 @@ def test_an_attempt_that_is_given_up_takes_nothing_from_the_checkpoint_that_it_s
     info = newest(repository)
     attempt = repository.begin(2, 0)
     record = repository.manifest(info).files[FROZEN]
-    assert repository.share(attempt, FROZEN, source_of(repository, info), replace(record, origin=info.id, turn=2))
+    assert repository.reuse(attempt, FROZEN, source_of(repository, info), replace(record, origin=info.id, turn=2))
     assert attempt.bytes_shared == record.size
     repository.abandon(attempt)
     assert repository.verify_all().ok
@@ -195,7 +195,7 @@ def test_damage_that_another_process_found_is_seen_before_sharing(repository):
 def test_only_files_that_were_verified_are_shared(repository):
     info = newest(repository)
     with repository.open(info) as reader:
-        part = Source.of(info, reader.manifest, reader.index, verified=["index.json"])
+        part = ReuseSource.of(info, reader.manifest, reader.index, verified=["index.json"])
     (file,) = (file for file in planned(repository, info) if file.path == FROZEN)
     assert candidate(file, part, 8).record is None
 
@@ -291,7 +291,7 @@ def test_a_link_in_the_place_of_the_file_is_not_shared(local_repository, tmp_pat
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
     attempt = local_repository.begin(2, 0)
-    assert not local_repository.share(attempt, FROZEN, earlier, record)
+    assert not local_repository.reuse(attempt, FROZEN, earlier, record)
     local_repository.abandon(attempt)
     assert (tmp_path / "elsewhere").stat().st_mode & 0o200
 

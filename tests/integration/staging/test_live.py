@@ -458,7 +458,7 @@ def assert_copies_from_now_on(root: Path, mgr: CheckpointManager, case: Case) ->
                 handle.result()
             assert_identical(restored(root, step), expected)
     assert [(Path(warning.filename).name, warning.category) for warning in caught] == [
-        ("test_lazy.py", CheckpointerWarning)
+        ("test_live.py", CheckpointerWarning)
     ]
 
 

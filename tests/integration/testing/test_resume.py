@@ -19,7 +19,7 @@ from checkpointer.data import ResumableLoader
 from checkpointer.errors import ConfigError
 from checkpointer.testing import assert_resume_exact
 from checkpointer.testing.resume.check import compare_runs
-from checkpointer.testing.resume.runs import Experiment, Part, Record, do
+from checkpointer.testing.resume.runs import Experiment, Record, Segment, do
 from tests.support import processes
 from tests.unit.state.test_unregistered import Sam
 
@@ -260,7 +260,7 @@ def not_a_pair() -> Any:
 class SameProcess(Experiment):
     """Does every part in this process: four processes that import torch take ten seconds."""
 
-    def run(self, part: Part) -> Record:
+    def run(self, part: Segment) -> Record:
         return do(self.make_run, str(self.folder), part)
 
 

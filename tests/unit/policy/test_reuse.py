@@ -13,14 +13,14 @@ from checkpointer.format.index import Chunk, TensorSpec
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import FileRecord
 from checkpointer.format.tensor_files import ComponentTensors, TensorFile, plan_files
-from checkpointer.policy.reuse import Source, candidate
+from checkpointer.policy.reuse import ReuseSource, candidate
 
 SPEC = TensorSpec("float32", (4,))
 (FILE,) = plan_files({"model": ComponentTensors("module", {"a": SPEC, "b": SPEC}, frozenset({"a", "b"}))})
 INFO = CheckpointInfo(step=7, id="a" * 32, sequence=3)
 
 
-def source(file: TensorFile = FILE, *, origin=None, turn=1, info=INFO, **changes) -> Source:
+def source(file: TensorFile = FILE, *, origin=None, turn=1, info=INFO, **changes) -> ReuseSource:
     start = len(file.header)
     chunks = {
         (slot.component, slot.key): (
@@ -28,7 +28,7 @@ def source(file: TensorFile = FILE, *, origin=None, turn=1, info=INFO, **changes
         )
         for number, slot in enumerate(file.slots)
     }
-    made = Source(
+    made = ReuseSource(
         info=info,
         data=None,
         files={file.path: FileRecord(file.size, "f" * 32, origin, turn)},

@@ -114,24 +114,24 @@ def test_a_run_in_which_an_older_checkpoint_was_restored_may_be_continued_from_i
     position = Tip(repository, require_resume=True)
     position.restored(old)
     position.check_first_save()
-    assert position.tip == position.restored_from == old
+    assert position.info == position.restored_from == old
 
 
 def test_the_tip_is_the_last_commit_or_restore_and_the_first_commit_ends_the_protection(
     repository: Repository, commit: Commit
 ) -> None:
     position = Tip(repository, require_resume=True)
-    assert (position.tip, position.restored_from) == (None, None)
+    assert (position.info, position.restored_from) == (None, None)
     position.restored(None)
-    assert (position.tip, position.restored_from) == (None, None)
+    assert (position.info, position.restored_from) == (None, None)
     first = commit(5)
     position.restored(first)
-    assert (position.tip, position.restored_from) == (first, first)
+    assert (position.info, position.restored_from) == (first, first)
     second = commit(6)
     position.committed(second)
-    assert (position.tip, position.restored_from) == (second, None)
+    assert (position.info, position.restored_from) == (second, None)
     position.restored(None)  # a restore that found nothing changes no live object, and so not the tip
-    assert position.tip == second
+    assert position.info == second
 
 
 def test_the_schedule_goes_by_the_newest_commits_of_the_run_whoever_made_them(

@@ -15,7 +15,7 @@ from unittest import mock
 
 from checkpointer.format import paths
 from checkpointer.format.manifest import Manifest
-from checkpointer.repository.commit.base import Attempt, occupant
+from checkpointer.repository.commit.base import Attempt, existing_at
 from checkpointer.repository.commit.by_rename import RenameCommit
 from tests.campaign.crash.power.engine import Failure, look, states
 from tests.campaign.crash.power.persistence import Effort
@@ -31,12 +31,12 @@ REDUNDANT: Mapping[str, str] = {
     "storage.local._settle": "only where a process was killed between making a directory and its fsync",
     "storage.local.link": "only where nobody has fsynced the file before, as in a checkpoint that was copied by hand",
     "storage.local.write": "of the note that pins: one that cannot be read counts as a pin",
-    "commit.rename._settle": "only where a process was killed between a rename and its fsync",
-    "commit.rename._move": "a removal at the same time fsyncs the same directory, or nothing hangs on which of two "
-    "names (trash or quarantine, second or plain) a checkpoint has",
-    "commit.rename._replace": "a removal fsyncs the same directory before anything hangs on it",
-    "commit.rename.commit": "an inner directory's name, which was fsynced when it was made",
-    "commit.rename._delete_listed": "the files of a damaged run, some of which stay anyway",
+    "repository.commit.by_rename._settle": "only where a process was killed between a rename and its fsync",
+    "repository.commit.by_rename._move": "a removal at the same time fsyncs the same directory, or nothing hangs on which "
+    "of two names (trash or quarantine, second or plain) a checkpoint has",
+    "repository.commit.by_rename._replace": "a removal fsyncs the same directory before anything hangs on it",
+    "repository.commit.by_rename.commit": "an inner directory's name, which was fsynced when it was made",
+    "repository.commit.by_rename._delete_listed": "the files of a damaged run, some of which stay anyway",
 }
 """Why it may go unnoticed that a function leaves out one fsync, though not that it never asks for any."""
 
@@ -112,7 +112,7 @@ def _commit_before_the_data_is_durable(self: RenameCommit, attempt: Attempt, man
 def _delete_before_the_commit(self: RenameCommit, attempt: Attempt, manifest: Manifest) -> str:
     """Every older checkpoint goes, then the new one comes."""
     for entry in self._storage.list_directory(""):
-        there = occupant(self._storage, entry.name) if entry.name.startswith("checkpoint-") else None
+        there = existing_at(self._storage, entry.name) if entry.name.startswith("checkpoint-") else None
         if there is not None and there.manifest is not None:
             self.remove(entry.name, there.manifest)
     return _COMMIT(self, attempt, manifest)
@@ -120,7 +120,7 @@ def _delete_before_the_commit(self: RenameCommit, attempt: Attempt, manifest: Ma
 
 def _replace_in_two_steps(self: RenameCommit, attempt: Attempt, name: str) -> str:
     """The old one goes to trash, then the new one takes its name."""
-    there = occupant(self._storage, name)
+    there = existing_at(self._storage, name)
     assert there is not None
     assert there.manifest is not None
     self._to_trash(name, there.manifest)

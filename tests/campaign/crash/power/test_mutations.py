@@ -18,13 +18,13 @@ pytestmark = [
 
 ENOUGH: dict[str, tuple[str, ...] | None] = {
     "first save": None,
-    "overwrite": ("commit.rename._replace",),
-    "prune": ("commit.rename._delete_listed",),
+    "overwrite": ("repository.commit.by_rename._replace",),
+    "prune": ("repository.commit.by_rename._delete_listed",),
     "pin and annotate": ("storage.local.create",),
     "share with a copy": ("storage.local.link",),
 }
 """Scenarios that together go through every function that asks for an fsync, and which of those; ``None``: all."""
-SETTLING = ("storage.local._settle", "commit.rename._settle")
+SETTLING = ("storage.local._settle", "repository.commit.by_rename._settle")
 """Functions that matter where somebody was killed."""
 
 
@@ -40,8 +40,9 @@ def test_no_function_can_leave_out_its_fsyncs():
             verdicts.add(judge(run, damaged=False, singles=False, only=SETTLING))
     assert verdicts.sites.keys() == {
         "storage.local.write", "storage.local.link", "storage.local.make_directory", "storage.local.create",
-        "storage.local._settle", "commit.rename.commit", "commit.rename._move", "commit.rename._replace",
-        "commit.rename._settle", "commit.rename._delete_listed",
+        "storage.local._settle", "repository.commit.by_rename.commit", "repository.commit.by_rename._move",
+        "repository.commit.by_rename._replace", "repository.commit.by_rename._settle",
+        "repository.commit.by_rename._delete_listed",
     }  # fmt: skip
     assert [site for site, failure in verdicts.sites.items() if failure is None] == []
 
@@ -50,7 +51,7 @@ def test_no_single_fsync_of_a_first_save_can_be_left_out_unless_another_one_does
     verdicts = judge(record_scenario(SCENARIOS["first save"]), damaged=False)
     assert verdicts.odd == []
     assert verdicts.noticed["storage.local.write"] == 4  # tensors, attachment, index, manifest
-    assert verdicts.noticed["commit.rename._move"] == 2  # the new name's directory, and the old one's
+    assert verdicts.noticed["repository.commit.by_rename._move"] == 2  # the new name's directory, and the old one's
     assert verdicts.noticed["storage.local.make_directory"] >= 2  # the run root, and the directory above it
 
 

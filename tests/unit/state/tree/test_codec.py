@@ -22,7 +22,7 @@ from checkpointer.errors import ConfigError, IncompatibleStateError, Unsupported
 from checkpointer.format.index import ITEM_SIZES
 from checkpointer.state import register_codec
 from checkpointer.state.tensors import DTYPES, as_bytes, empty_for, spec_of
-from checkpointer.state.tree.codecs import unregister_codec
+from checkpointer.state.tree import codecs
 from checkpointer.state.tree.decode import decode
 from checkpointer.state.tree.encode import encode
 from tests.support.compare import assert_identical
@@ -395,6 +395,12 @@ def test_two_hundred_levels_come_back(wrap):
     for _ in range(199):
         assert type(back) is type(value)
         back, value = (next(iter(v.values())) if isinstance(v, dict) else v[0] for v in (back, value))
+
+
+def unregister_codec(name):
+    codec = codecs._by_name.pop(name, None)
+    if codec is not None:
+        codecs._by_class.pop(codec.cls, None)
 
 
 @pytest.fixture
