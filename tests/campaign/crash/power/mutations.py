@@ -32,8 +32,8 @@ REDUNDANT: Mapping[str, str] = {
     "storage.local.link": "only where nobody has fsynced the file before, as in a checkpoint that was copied by hand",
     "storage.local.write": "of the note that pins: one that cannot be read counts as a pin",
     "repository.commit.by_rename._settle": "only where a process was killed between a rename and its fsync",
-    "repository.commit.by_rename._move": "a removal at the same time fsyncs the same directory, or nothing hangs on which "
-    "of two names (trash or quarantine, second or plain) a checkpoint has",
+    "repository.commit.by_rename._move": "a removal at the same time fsyncs the same directory, or nothing hangs on "
+    "which of two names (trash or quarantine, second or plain) a checkpoint has",
     "repository.commit.by_rename._replace": "a removal fsyncs the same directory before anything hangs on it",
     "repository.commit.by_rename.commit": "an inner directory's name, which was fsynced when it was made",
     "repository.commit.by_rename._delete_listed": "the files of a damaged run, some of which stay anyway",
