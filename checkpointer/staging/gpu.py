@@ -58,11 +58,6 @@ def is_row_major(tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
-def copies_beside_training(tensor: torch.Tensor) -> bool:
-    """Whether :class:`Transfers` takes it without room for another copy on the GPU."""
-    return tensor.is_cuda and is_row_major(tensor)
-
-
 def bounce_buffer(device: torch.device) -> torch.Tensor:
     """Bytes that this thread uses again for each piece that it brings to ``device``: pinned where that helps."""
     pinned = device.type == "cuda"

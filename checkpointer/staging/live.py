@@ -18,10 +18,10 @@ from torch import nn
 
 from checkpointer.errors import SaveError
 from checkpointer.format.tensor_files import Slot
-from checkpointer.staging.arena import Arena, Copy, is_flat
+from checkpointer.staging.arena import Arena, Copy
 from checkpointer.staging.digest import Digest
-from checkpointer.staging.gpu import Transfers, copies_beside_training
-from checkpointer.staging.sample import Sample, Span
+from checkpointer.staging.gpu import Transfers, is_row_major
+from checkpointer.staging.sample import Sample
 from checkpointer.state.dtensor import PLAIN_TYPES, is_sharded, local_part
 from checkpointer.state.optimizer.adapter import STATE
 from checkpointer.system import messages
@@ -60,11 +60,6 @@ class LiveTensor:
     def gone(self) -> bool:
         """Whether its memory was given back: somebody has changed the size of the storage."""
         return self.size > 0 and self.tensor.data_ptr() != self.address
-
-    @property
-    def span(self) -> Span:
-        """What a sample is taken of."""
-        return Span(self.address, self.size, self.place)
 
 
 class LiveState:
@@ -281,7 +276,8 @@ class Stepped:
             found = slot.key.startswith(STATE)
         else:
             found = self.parameters.get(tensor.data_ptr()) == slot.end - slot.begin
-        return found and (is_flat(tensor) or copies_beside_training(tensor)) and not tensor.is_inference()
+        # What is not row-major would need room for another copy on the GPU.
+        return found and (tensor.is_cpu or tensor.is_cuda) and is_row_major(tensor) and not tensor.is_inference()
 
 
 def stepped(optimizers: Mapping[str, torch.optim.Optimizer], modules: Iterable[nn.Module]) -> Stepped:
@@ -299,13 +295,22 @@ def stepped(optimizers: Mapping[str, torch.optim.Optimizer], modules: Iterable[n
         for group in optimizer.param_groups:
             if group.get("capturable") or group.get("differentiable"):
                 return Stepped(frozenset(), {})
-            parts = [local_part(item) for item in group["params"] if type(item) in PLAIN_TYPES or is_sharded(item)]
-            parameters.update((part.data_ptr(), part.nbytes) for part in parts)
+            parameters.update(_memory_of(group["params"]))
     for module in modules:
         for inner in module.modules():
             if isinstance(inner, (nn.Embedding, nn.EmbeddingBag)) and inner.max_norm is not None:
                 parameters.pop(inner.weight.data_ptr(), None)
     return Stepped(frozenset(names), parameters)
+
+
+def _memory_of(parameters: Iterable[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    """Address and size in bytes of those that are plain, or in parts that the ranks hold."""
+    for parameter in parameters:
+        if type(parameter) in PLAIN_TYPES:  # nearly all: no alias is made for each
+            yield parameter.data_ptr(), parameter.nbytes
+        elif is_sharded(parameter):
+            part = local_part(parameter)
+            yield part.data_ptr(), part.nbytes
 
 
 class LazyFile:

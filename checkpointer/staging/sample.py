@@ -7,7 +7,8 @@ are noted in the call, other ones in each save, and compared with what was copie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ Integers = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
 
-class Span(NamedTuple):
+class Span(Protocol):
     """The memory of one tensor, and where its bytes go in what is written."""
 
     address: int
@@ -116,7 +117,7 @@ class Sampler:
     def take(self, spans: Sequence[Span], seed: int) -> list[Items]:
         """A sample of the memory of ``spans``; which lines is decided by ``seed``, and no random generator is used."""
         addresses, sizes, places = (
-            np.fromiter((span[column] for span in spans), np.int64, len(spans)) for column in range(3)
+            np.fromiter(map(attrgetter(column), spans), np.int64, len(spans)) for column in ("address", "size", "place")
         )
         if not np.array_equal(sizes, self._sizes):
             self._sizes, self._plans = sizes, _plans(sizes)

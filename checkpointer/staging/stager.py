@@ -179,7 +179,7 @@ class Stager:
             return self.copies(captured, reusable)
         self._arena.reserve(plan.size, pinned=_on_gpu(captured))
         running = self._arena.begin(plan.beside, plan.copies)
-        noted = self._sampler.take([live.span for live in plan.live], seed)
+        noted = self._sampler.take(plan.live, seed)
         sample = Sample([*noted, *plan.noted_on_gpu(self._arena.address)])
         state = LiveState(self._rest, plan.live, LiveOnGpu(plan.on_gpu, running), sample)
         files = {

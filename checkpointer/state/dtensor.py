@@ -34,7 +34,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 def address(tensor: torch.Tensor) -> int:
     """A number that differs for tensors in different memory: the address, where there are elements in this process."""
-    memory = _local(tensor)
+    memory = tensor if type(tensor) in PLAIN_TYPES else _local(tensor)
     return memory.data_ptr() or memory.untyped_storage()._cdata  # noqa: SLF001
 
 

@@ -486,7 +486,7 @@ def given_back(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("write", [clip, through_numpy, one_of_many, replaced_value])
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_a_write_that_no_version_shows_fails_that_save_and_the_next_ones_copy(tmp_path, write, pieces):
+def test_a_write_that_no_version_shows_fails_that_save_and_names_the_tensor_and_staged(tmp_path, write, pieces):
     torch.manual_seed(0)
     model = linear(size=2000)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from checkpointer.staging.sample import (
     Items,
     Sample,
     Sampler,
-    Span,
     _wanted,
 )
 from checkpointer.state.tensors import STORABLE, host_bytes
@@ -30,6 +30,15 @@ from checkpointer.system.memory import view_of
 dtypes = st.sampled_from(sorted(STORABLE, key=str))
 shapes = st.lists(st.integers(0, 40), max_size=3)
 seeds = st.integers(0, 1 << 62)
+
+
+@dataclass
+class Span:
+    """What a sample needs to know of a tensor."""
+
+    address: int
+    size: int
+    place: int
 
 
 def layout_of(tensors: list[torch.Tensor]) -> list[Span]:
