@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as program
-from benchmarks import environment, goals, memory, pagecache, plot, report
+from benchmarks import environment, goals, lazy_check, memory, pagecache, plot, report
 from benchmarks.buffers import Buffer, Reference
 from benchmarks.ceilings import Ceilings
 from benchmarks.contenders import (
@@ -328,3 +328,10 @@ def test_the_program_writes_its_report_and_strict_fails_where_a_goal_does(tmp_pa
 def test_a_name_that_does_not_exist_is_refused_with_those_that_do(capsys):
     assert program.main(["--only", "orbax"]) == 2
     assert "nothing is called orbax; there are checkpointer-sync" in capsys.readouterr().err
+
+
+def test_the_check_of_lazy_mode_is_timed_with_and_without(tmp_path, capsys):
+    lazy_check.main(["--scale", "0.0005", "--rounds", "2", "--dir", str(tmp_path)])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `save`")]
+    assert [row.split("|")[1].strip() for row in rows] == ["`save`, with the sample", "`save`, without"] * 2
+    assert not list(tmp_path.iterdir())

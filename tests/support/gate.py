@@ -1,4 +1,4 @@
-"""Holds the writer in the middle of a file, so that a race between it and training is certain, not lucky.
+"""Holds or slows the writer in the middle of a file, so that a race between it and training is certain, not lucky.
 
 ``with closed() as gate``: the first save inside is held in a tensor file; ``gate.reached()`` waits for that,
 ``gate.open()`` lets it go on.
@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -73,3 +75,22 @@ def closed(*, pieces: int = 1, file: str = "") -> Iterator[Gate]:
             yield gate
         finally:
             gate.open()
+
+
+@contextlib.contextmanager
+def slow(seed: int, pauses: Sequence[float] = (0, 0, 0.0001, 0.001)) -> Iterator[None]:
+    """Inside, the writer pauses after each piece of a tensor file, for one of ``pauses`` (seconds) each time."""
+    dice = random.Random(seed)
+
+    def paused(pieces: Iterable[Any]) -> Iterator[Any]:
+        for piece in pieces:
+            yield piece
+            time.sleep(dice.choice(pauses))
+
+    def write(storage: LocalStorage, path: str, pieces: Iterable[Any], size: int, **keywords: Any) -> float:
+        if path.endswith(".safetensors"):
+            pieces = paused(pieces)
+        return _write(storage, path, pieces, size, **keywords)
+
+    with mock.patch.object(LocalStorage, "write", write):
+        yield

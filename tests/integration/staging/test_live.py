@@ -7,6 +7,7 @@ import errno
 import gc
 import multiprocessing
 import os
+import random
 import threading
 import weakref
 from collections.abc import Callable
@@ -22,8 +23,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from checkpointer import CheckpointManager
 from checkpointer.errors import CheckpointerWarning, SaveError
+from checkpointer.policy.lazy_or_async import LazyOrAsync
 from checkpointer.staging.arena import Arena
 from checkpointer.storage import LocalStorage
+from checkpointer.system import memory
 from tests.support import gate
 from tests.support.compare import assert_identical
 
@@ -607,6 +610,73 @@ def test_staged_without_a_save_in_flight_does_nothing(tmp_path, case, mode):
         mgr.save(1)
         mgr.wait()
         mgr.staged()
+
+
+# -------------------------------------------------------------------------------------------- writes of training itself
+
+
+def averaged() -> Case:
+    """Averaged weights that follow each step."""
+    model = linear()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    ema = AveragedModel(model)
+    train = step_of(model, optimizer)
+
+    def step() -> None:
+        train()
+        ema.update_parameters(model)
+
+    live = {"model.weight", "optimizer.state.0.exp_avg"}
+    return Case({"model": model, "optimizer": optimizer, "ema": ema}, step, live=live, copied={"ema.module.weight"})
+
+
+def running_statistics() -> Case:
+    """Buffers that each forward pass changes."""
+    model = nn.Sequential(linear(0), nn.BatchNorm1d(300), linear(1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    return Case(
+        {"model": model, "optimizer": optimizer},
+        step_of(model, optimizer),
+        live={"model.0.weight", "optimizer.state.0.exp_avg"},
+        copied={"model.1.running_mean"},
+    )
+
+
+BUSY: dict[str, Callable[[], Case]] = {
+    "one optimizer": adam,
+    "a closure": lbfgs,
+    "gradient accumulation": accumulation,
+    "a scaler that skips steps": scaler,
+    "averaged weights": averaged,
+    "running statistics": running_statistics,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*holds NaN or infinities:checkpointer.errors.CheckpointerWarning")  # so many steps
+@pytest.mark.parametrize("name", list(BUSY))
+def test_no_step_backward_forward_or_average_fails_a_save_whenever_it_comes(tmp_path, monkeypatch, name):
+    """Many tiny steps against a slow disk, from some moment in the middle of the files on."""
+    monkeypatch.setattr(memory, "BLOCK", 8 << 10)  # many blocks of small tensors
+    monkeypatch.setattr(LazyOrAsync, "choose", lambda _: "lazy")  # though it costs more here than copying
+    dice = random.Random(name)
+    case = BUSY[name]()
+    case.step()
+    steps = 0
+    with gate.slow(seed=dice.randrange(1000)), manager(tmp_path, **case.components) as mgr:
+        for number in range(6):
+            expected = snapshot(case.components)
+            handle = mgr.save(number)
+            assert case.live <= live_tensors(mgr)
+            threading.Event().wait(number * dice.uniform(0, 0.01))  # the first steps come at once
+            while not handle.done():
+                case.step()
+                steps += 1
+            handle.result()
+            fresh = BUSY[name]()
+            with CheckpointManager(tmp_path, read_only=True, **fresh.components) as reader:
+                reader.restore(number)
+            assert_identical(snapshot(fresh.components), expected)
+    assert steps
 
 
 # ----------------------------------------------------------------------------------------- saves from inside a step
