@@ -22,14 +22,16 @@ def doctor_command(*, root: str, fix: bool, deep: bool, as_json: bool, storage_o
     without a manifest, orphaned locks and notes, missing space, wrong permissions, what protects it from two writers.
 
     One line for each finding: what it means, and what to do. Without --deep it reads manifests, indexes, headers and
-    sizes. Exit code 0: healthy, notes aside; 1: there are problems.
+    sizes, and "healthy" means no more than that. Exit code 0: healthy, notes aside; 1: there are problems.
 
-    --fix removes what dead writers have left, finishes their removals, and moves damaged checkpoints to quarantine,
-    where nothing is ever deleted. It is refused while a job writes to the run.
+    --fix removes what dead writers have left, finishes their removals, clears away empty directories and what systems
+    leave behind (.DS_Store, ._*, Thumbs.db, desktop.ini) where no checkpoint is, and moves damaged checkpoints to
+    quarantine, where nothing else is ever deleted. It is refused while a job writes to the run.
 
     \b
-    --json: {"root", "ok", "checkpoints": number, "findings": [{"level", "kind",
-      "path", "meaning", "advice"}]}
+    --json: {"root", "ok", "checkpoints": number, "deep", "findings": [{"level",
+      "kind", "path", "meaning", "advice"}]}
+    "deep" says whether every byte was read.
     "level" is "problem", "note", or "fixed" for what --fix has mended.
     """
     from checkpointer.cli import gather, render

@@ -236,6 +236,7 @@ def diagnosis_to_json(diagnosis: Diagnosis) -> Json:
     """The findings, those that are mended last."""
     return {
         "checkpoints": diagnosis.checkpoints,
+        "deep": diagnosis.deep,
         "findings": [
             {
                 "level": level,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from checkpointer.cli.output import clean, color_system, one_line
 from checkpointer.policy.cost import SaveCost
 from checkpointer.policy.values import roughly
+from checkpointer.repository.verify import extra_text
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -177,14 +178,15 @@ def diagnosis_summary(diagnosis: Diagnosis) -> str:
     problems = sum(finding.level == "problem" for finding in diagnosis.findings)
     fixed = f", {len(diagnosis.fixed)} fixed" if diagnosis.fixed else ""
     verdict = "healthy" if diagnosis.ok else f"{problems} problem{'' if problems == 1 else 's'}"
-    return f"{count} checkpoint{'' if count == 1 else 's'}{fixed}, {verdict}"
+    unread = " (bytes not read; --deep reads them)" if diagnosis.ok and count and not diagnosis.deep else ""
+    return f"{count} checkpoint{'' if count == 1 else 's'}{fixed}, {verdict}{unread}"
 
 
 def checked_lines(checked: Checked) -> str:
     """The verdict on one checkpoint, then a line for each problem."""
     lines = [f"{checked.row.name}  {checked.row.status}  {human_size(checked.bytes_read)} read"]
     lines += [f"  problem: {problem}" for problem in checked.problems]
-    lines += [f"  extra file: {name}" for name in checked.extra]
+    lines += [f"  extra file: {extra_text(name)}" for name in checked.extra]
     return "\n".join(map(clean, lines))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Literal, TypeAlias
 
 from checkpointer.errors import CorruptCheckpointError
 
@@ -100,6 +101,28 @@ def rank_index(rank: int) -> str:
 def shard_index(component: str) -> str:
     """The Hugging Face index file of a component that is stored in several shards."""
     return f"{component_file(component)}.safetensors.index.json"
+
+
+Unasked: TypeAlias = Literal["debris", "open"]
+"""What a system leaves in directories without being asked: ``debris``, which is worth nothing; or ``open``, the content
+of a file that was removed while a process had it open. The latter goes by itself when that process closes the file."""
+
+_DEBRIS = frozenset({"thumbs.db", "desktop.ini"})
+"""Windows' names, on file systems that tell no upper from lower case."""
+
+_OPEN = (".nfs", ".fuse_hidden", ".smbdelete")
+"""How the clients of NFS, libfuse and macOS' SMB begin the new name of such a file."""
+
+
+def left_by_system(path: str) -> Unasked | None:
+    """What a file that no manifest lists is by its name, if a system has left it; ``None``: it is somebody's.
+
+    Whoever asks has seen to it that the file is not listed: an attachment is content whatever it is called.
+    """
+    name = path.rpartition("/")[2]
+    if name == ".DS_Store" or (name.startswith("._") and name != "._") or name.lower() in _DEBRIS:
+        return "debris"
+    return "open" if name.startswith(_OPEN) and name not in _OPEN else None
 
 
 def parents(path: str) -> Iterator[str]:

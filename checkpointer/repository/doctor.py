@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from checkpointer.errors import (
@@ -25,6 +25,7 @@ from checkpointer.errors import (
 from checkpointer.format import paths, strict_json
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest
+from checkpointer.repository import debris
 from checkpointer.repository.checkpoint_reader import CheckpointReader
 from checkpointer.repository.commit import STALE_AFTER, is_unfinished_record, owner_is_dead, recorded_removal
 from checkpointer.repository.lock import described
@@ -66,6 +67,8 @@ class Diagnosis:
     """What there is, problems first."""
     fixed: tuple[Finding, ...] = ()
     """What there was before it was mended."""
+    deep: bool = False
+    """Whether every byte was read; if not, nothing is known of most of them."""
 
     @property
     def ok(self) -> bool:
@@ -93,8 +96,12 @@ class _Chart:
     """What one examination knows of the run root while it goes on."""
 
     listing: Listing = field(default_factory=lambda: Listing((), ()))
+    read_only: bool = False
+    """Whether the run root lies on a file system that is mounted read-only."""
     busy: bool = False
     """Whether a writer is, or may be, at work."""
+    debris: set[str] = field(default_factory=set)
+    """What lies in the private folders and is worth nothing."""
     unfinished: set[str] = field(default_factory=set)
     """Ids of attempts and removals that are on record."""
     leaving: set[str] = field(default_factory=set)
@@ -135,7 +142,7 @@ class Doctor:
             findings += [*self._notes(), *self._space()]
         findings.sort(key=lambda finding: finding.level != "problem")
         count = len(self._chart.listing.checkpoints) + len(self._chart.listing.unreadable)
-        return Diagnosis(count, tuple(dict.fromkeys(findings)))
+        return Diagnosis(count, tuple(dict.fromkeys(findings)), deep=self._deep)
 
     def mend(self) -> Diagnosis:
         """Examine, repair what is safe under the writer's lock, and examine again.
@@ -144,12 +151,14 @@ class Doctor:
             RunLockedError: a job is writing to the run.
         """
         before = self.examine()
-        if not before.ok:
+        if self._chart.read_only:
+            return before
+        if not before.ok or any(finding.kind == "debris" for finding in before.findings):
             self._repair()
         after = self.examine()
         left = {(finding.kind, finding.path) for finding in after.findings}
         fixed = [finding for finding in before.findings if (finding.kind, finding.path) not in left]
-        return Diagnosis(after.checkpoints, after.findings, tuple(fixed))
+        return replace(after, fixed=tuple(fixed))
 
     def _repair(self) -> None:
         repository = self._repository
@@ -159,6 +168,7 @@ class Doctor:
             raise RunLockedError(f"{error}. Without --fix, 'checkpointer doctor' needs no lock") from None
         try:
             repository.recover()
+            debris.clear_away(self._storage)
             self._chart = _Chart()
             list(self._checked())  # again: what was damaged may have been replaced by a save since
             if self._chart.sound:  # else the run would look empty, and be started from scratch
@@ -175,6 +185,7 @@ class Doctor:
         if not self._storage.can_rename:
             return
         owner = os.stat(self._storage.place("")).st_uid
+        mounts: set[int] = set()
         for path in self._places():
             place = self._storage.place(path)
             try:
@@ -185,6 +196,14 @@ class Doctor:
             directory = _is_directory(place)
             if not _may(place, os.R_OK | (os.X_OK if directory else 0)):
                 yield Finding("unreadable", place, f"this user may not read it ({whose})", "give read access to it")
+            elif directory and status.st_dev in mounts:
+                continue
+            elif directory and _is_read_only(place):
+                mounts.add(status.st_dev)
+                self._chart.read_only |= not path
+                meaning = "the file system is mounted read-only: restores work, saves and pruning fail"
+                advice = "for those who train, mount it writable, and look at the system's log for why it is not"
+                yield Finding("read-only", place, meaning, f"{advice}; readers need no more")
             elif directory and not _may(place, os.W_OK | os.X_OK):
                 meaning = f"this user may not write here, so saves or pruning fail ({whose})"
                 yield Finding("unwritable", place, meaning, "give write access to those who train; readers need none")
@@ -247,6 +266,8 @@ class Doctor:
 
     def _unfinished(self) -> Iterator[Finding]:
         """What dead writers have left half done, and what was moved out of the way."""
+        with _forbidden_is_nothing():
+            self._chart.debris |= {*debris.in_private_folders(self._storage)}
         save = "a save that never ended: not committed, and invisible to every reader"
         yield from self._records(paths.TMP, "leftover", save, _MEND.format("removes it"))
         removal = "a removal that never ended: retention had let this checkpoint go"
@@ -255,10 +276,30 @@ class Doctor:
             for entry in self._entries(directory):
                 if entry.is_dir and paths.is_id(entry.name):
                     yield from self._unremovable(f"{directory}/{entry.name}", "what is left of it takes space for ever")
+        yield from self._debris()
         for entry in self._entries(paths.QUARANTINE):
+            if f"{paths.QUARANTINE}/{entry.name}" in self._chart.debris:
+                continue
             meaning = "moved out of the way: it is damaged, or holds files that this library did not write"
             place = self._storage.place(f"{paths.QUARANTINE}/{entry.name}")
             yield Finding("quarantine", place, meaning, "nothing here is ever deleted: look at it, remove it", "note")
+
+    def _debris(self) -> Iterator[Finding]:
+        """What is worth nothing, and is in nobody's way; what is in the way of a save is a finding of its own."""
+        found = set(self._chart.debris)
+        if not self._storage.can_rename:
+            found |= {*debris.under_names_of_checkpoints(self._storage)}
+        for path in sorted(found):
+            meaning = "empty, or nothing but what systems leave behind (.DS_Store, ._*, Thumbs.db, desktop.ini)"
+            yield Finding("debris", self._storage.place(path), meaning, "harmless; --fix removes it", "note")
+
+    def _still_open(self, path: str, directory: str) -> Iterator[Finding]:
+        """A removal that waits for a process to close a file; that is worth a word only when it takes long."""
+        if (self._storage.age(path) or 0.0) > STALE_AFTER:
+            meaning = "what is left of a checkpoint: files that some process has had open for more than a day, or had "
+            meaning += "when its host died"
+            advice = "end that process ('lsof' names it); if there is none, remove the directory"
+            yield Finding("still-open", self._storage.place(directory), meaning, advice, "note")
 
     def _records(self, directory: str, kind: str, meaning: str, advice: str) -> Iterator[Finding]:
         for entry in self._entries(directory):
@@ -267,15 +308,21 @@ class Doctor:
             id = entry.name.removesuffix(".json") if in_place else entry.name
             if is_unfinished_record(entry.name):
                 continue  # nothing but some bytes, which the next writer removes
+            if f"{directory}/{entry.name}" in self._chart.debris:
+                continue
             if not paths.is_id(id):
                 other = "this library does not know it, and never touches it"
                 yield Finding("foreign-file", place, other, "remove it if nobody needs it", "note")
                 continue
             self._chart.unfinished.add(id)
-            if in_place and self._storage.can_rename:
-                recorded = recorded_removal(self._storage, f"{directory}/{entry.name}")
-                self._chart.leaving |= {recorded[0]} if recorded else set()
-            if not self._chart.busy and self._is_over(f"{directory}/{entry.name}"):
+            left = f"{directory}/{entry.name}"
+            if in_place and directory == paths.TRASH:
+                recorded = recorded_removal(self._storage, left)
+                left = recorded[0] if recorded else left
+                self._chart.leaving |= {left} if recorded and self._storage.can_rename else set()
+            if debris.only_open(self._storage, left):
+                yield from self._still_open(f"{directory}/{entry.name}", left)
+            elif not self._chart.busy and self._is_over(f"{directory}/{entry.name}"):
                 yield Finding(kind, place, meaning, advice)
 
     def _is_over(self, path: str) -> bool:
@@ -313,7 +360,7 @@ class Doctor:
         """Whether the next save has room."""
         free = self._storage.free_bytes()
         newest = next(reversed(self._chart.listing.checkpoints), None)
-        if free is None or newest is None:
+        if free is None or newest is None or self._chart.read_only:  # an image has no free bytes, and needs none
             return
         written = newest.statistics.get("bytes_written")
         size = written if isinstance(written, int) else newest.size
@@ -395,12 +442,13 @@ class Doctor:
         elif verdict.unreadable:
             yield Finding("unreadable", info.path, verdict.unreadable, "repair the disk, the mount or the permissions")
         elif info.damaged is not None:
-            meaning = f"a restore found it damaged: {info.damaged}"
-            advice = "retention does not count on it; restore another one"
+            meaning = f"a restore or 'checkpointer verify' found it damaged: {info.damaged}"
+            advice = "retention does not count on it; restore another one. A check that passes takes it back"
             yield Finding("damaged", info.path, meaning, advice)
         if not info.pinned:
             yield from self._unremovable(name_of(info), "retention cannot remove it, and a save cannot replace it")
-        foreign = [path for path in verdict.extra if path.partition("/")[0] not in self._chart.unfinished]
+        others = (path for path in verdict.extra if paths.left_by_system(path) is None)  # that goes with it
+        foreign = [path for path in others if path.partition("/")[0] not in self._chart.unfinished]
         if foreign:
             meaning = f"holds {len(foreign)} files that it does not list ({', '.join(foreign[:3])})"
             yield Finding(
@@ -499,6 +547,13 @@ def _forbidden_is_nothing() -> Iterator[None]:
 
 def _is_directory(place: str) -> bool:
     return os.path.isdir(place) and not os.path.islink(place)
+
+
+def _is_read_only(place: str) -> bool:
+    """Whether the file system is mounted read-only: then no right to a file helps."""
+    with contextlib.suppress(OSError, AttributeError):  # gone; or Windows, which does not tell
+        return bool(os.statvfs(place).f_flag & os.ST_RDONLY)
+    return False
 
 
 def _may(place: str, mode: int) -> bool:

@@ -82,7 +82,8 @@ def remove_notes(storage: Storage, checkpoint_id: str) -> None:
     """Forget the notes on a checkpoint that is gone."""
     directory = f"{paths.NOTES}/{checkpoint_id}"
     for entry in storage.list_directory(directory):
-        if _NAME.fullmatch(entry.name) or _UNFINISHED.fullmatch(entry.name):
+        debris = entry.is_file and paths.left_by_system(entry.name) == "debris"
+        if debris or _NAME.fullmatch(entry.name) or _UNFINISHED.fullmatch(entry.name):
             storage.remove(f"{directory}/{entry.name}")
     storage.remove_directory(directory)
 

@@ -70,6 +70,7 @@ class Pruner:
         leaving = {info.id: reasons for info, reasons in decided.remove}
         leaving |= {info.id: reasons for info, reasons in decide().remove if info.id in self._stuck}
         self._say_doubts(checkpoints, removing=bool(leaving))
+        self._repository.retry_removals()
         outcome = self._remove([info for info in checkpoints if info.id in leaving])
         self._stuck = outcome.stuck
         self._say_stuck(outcome.complaints)

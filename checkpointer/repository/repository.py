@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -37,6 +38,8 @@ from checkpointer.repository.verify import CheckpointReport, VerifyReport, verif
 from checkpointer.storage import Entry, Storage, is_refusal, refusals_typed, unreadable
 from checkpointer.storage.roots import check_content
 from checkpointer.system import messages
+
+logger = logging.getLogger("checkpointer")
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,7 @@ class Repository:
             raise CheckpointNotFoundError(f"{info.path} was removed while it was opened") from error
 
     def verify(self, info: CheckpointInfo) -> CheckpointReport:
-        """Check every byte of a listed checkpoint.
+        """Check every byte of a listed checkpoint. Damage is noted beside it, and taken back where there is none.
 
         Raises:
             CheckpointNotFoundError: it has been removed since, or meanwhile.
@@ -231,7 +234,21 @@ class Repository:
             return CheckpointReport(info.path, info.step, info, (str(error),), (), 0)
         if not report.ok:
             self.manifest(info)  # it is not damaged if it has been removed, or replaced, while it was read
+        self._remember(info, report)
         return report
+
+    def _remember(self, info: CheckpointInfo, report: CheckpointReport) -> None:
+        """Note beside a checkpoint what a check has found, where that is news, so that retention knows it.
+
+        Who may not write here is a reader, and has been told: nobody needs more of them.
+        """
+        damaged = "; ".join(report.damage)[:1000]
+        if damaged == (info.damaged or ""):
+            return
+        try:
+            self.note(info, Note(damaged=damaged))
+        except (OSError, CheckpointerError) as error:
+            messages.log(logger.info, "what the check of %s found is not remembered: %s", info.path, error)
 
     def verify_all(self) -> VerifyReport:
         """Check every byte of every checkpoint."""
@@ -328,8 +345,7 @@ class Repository:
             manifest = self.manifest(info)
         except CheckpointNotFoundError:
             return True
-        with contextlib.suppress(OSError):  # as above; this removal may succeed all the same
-            self._finish_removals()
+        self.retry_removals()
         try:
             return self._protocol.remove(name_of(info), manifest)
         except OSError:
@@ -376,12 +392,15 @@ class Repository:
         self._protocol.abandon(attempt)
         self._abandoned.remove(attempt)
 
-    def _finish_removals(self) -> None:
-        for_each(self._half_removed.copy(), self._finish_removal)
+    def retry_removals(self) -> None:
+        """Go on with removals that could not end: they had failed, or a process had a file open."""
+        with contextlib.suppress(OSError):  # said when it failed first; other removals may succeed all the same
+            for_each({*self._half_removed, *self._protocol.waiting}, self._finish_removal)
 
     def _finish_removal(self, id: str) -> None:
         self._protocol.finish_removal(id)
-        self._half_removed.remove(id)
+        if id in self._half_removed:
+            self._half_removed.remove(id)
 
     def _check_root(self, entries: list[Entry]) -> None:
         """Whether this is a run root, by what it holds."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from checkpointer.format import paths
-from checkpointer.repository.commit import walk
+from checkpointer.repository.commit import sorted_out
 from checkpointer.storage import Storage
 
 Kind: TypeAlias = Literal[
@@ -65,7 +65,7 @@ class Examined:
             found = next(path for path in self.files if _is_ours(path))
             return f"holds files of a checkpoint ({found}) without {paths.MANIFEST}: it was copied or deleted in part"
         if self.kind == "empty":
-            return "is empty"
+            return f"holds nothing but {self.files[0]}" if self.files else "is empty"
         if self.kind == "other":
             return f"holds no checkpoint but {self.files[0]}"
         return f"looks like a checkpoint of {_NAMES[self.kind]} ({self.files[0]})"
@@ -89,28 +89,30 @@ class Examined:
                 "move it away, or choose another run root; 'checkpointer import FILE NEW_ROOT --step "
                 f"{self.stranger.step}' takes over what torch.save wrote"
             )
+        if self.kind == "empty" and self.stranger.is_dir:
+            return "'checkpointer doctor --fix' removes it"
         return "move it away"
 
 
 def examine(storage: Storage, stranger: Stranger) -> Examined | None:
-    """Look into it; ``None`` where it is gone, has been committed meanwhile, or is the unfinished work of a writer."""
+    """Look into it.
+
+    ``None`` where it is gone, has been committed meanwhile, is the unfinished work of a writer, or holds nothing but
+    removed files that a process has open, with which it goes. What systems leave behind makes a directory no fuller.
+    """
     if not stranger.is_dir:
         return Examined(stranger, "other", ()) if storage.exists(stranger.name) else None
     entries = storage.list_directory(stranger.name)
     if any(entry.name == paths.MANIFEST for entry in entries):
         return None
-    if not entries:
-        there = storage.can_rename and storage.exists(stranger.name)
-        return Examined(stranger, "empty", ()) if there else None
-    files: list[str] = []
-    for entry in sorted(entries):
-        if not entry.is_dir:
-            files.append(entry.name)
-        elif not on_record(storage, entry.name):
-            inner = sorted(walk(storage, f"{stranger.name}/{entry.name}"))
-            files += [f"{entry.name}/{path}" for path in inner]
+    if not entries and not (storage.can_rename and storage.exists(stranger.name)):
+        return None
+    recorded = {entry.name for entry in entries if entry.is_dir and on_record(storage, entry.name)}
+    found = sorted_out(storage, stranger.name, [entry for entry in entries if entry.name not in recorded])
+    files = found.foreign
     if not files:
-        return Examined(stranger, "empty", ()) if storage.can_rename else None
+        unfinished = recorded or found.open or not storage.can_rename
+        return None if unfinished else Examined(stranger, "empty", found.debris)
     kind, telling = _kind_of(files)
     return Examined(stranger, kind, tuple(sorted(files, key=lambda path: (path not in telling, path))))
 
@@ -162,7 +164,7 @@ def warning_of(storage: Storage, strangers: Sequence[Stranger], others: Sequence
 def _foreign_names(names: Sequence[str]) -> Iterator[tuple[str, str]]:
     """The first name of each other library's habit."""
     for test, whose in ((_ACCELERATE_NAME.fullmatch, "Accelerate"), (lambda name: name.endswith(".ckpt"), "Lightning")):
-        first = next((name for name in sorted(names) if test(name)), None)
+        first = next((name for name in sorted(names) if test(name) and not paths.left_by_system(name)), None)
         if first is not None:
             what = f"looks like a checkpoint of {whose}, which this library does not read in place"
             yield first, f"{what}: 'checkpointer import' makes one of a file that torch.save wrote"

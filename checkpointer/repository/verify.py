@@ -30,7 +30,7 @@ class CheckpointReport:
     damage: tuple[str, ...]
     """Why it cannot be trusted; empty if it can."""
     extra: tuple[str, ...]
-    """Files in its directory that it does not list: harmless, and ignored by restore."""
+    """Files in its directory that it does not list: harmless, and ignored by restore. Also what systems leave there."""
     bytes_read: int
 
     @property
@@ -41,7 +41,7 @@ class CheckpointReport:
     def __str__(self) -> str:
         lines = [f"{self.path}: {'ok' if self.ok else 'DAMAGED'} ({self.bytes_read} bytes read)"]
         lines += [f"  damage: {reason}" for reason in self.damage]
-        lines += [f"  extra file: {name}" for name in self.extra]
+        lines += [f"  extra file: {extra_text(name)}" for name in self.extra]
         return "\n".join(lines)
 
 
@@ -137,3 +137,10 @@ def extra_files(storage: Storage, directory: str, manifest: Manifest) -> list[st
     """Files in a checkpoint's directory that it does not list."""
     listed = {paths.MANIFEST, *map(manifest.place, manifest.files)}
     return sorted(path for path in walk(storage, directory) if path not in listed)
+
+
+def extra_text(name: str) -> str:
+    """Name such a file, and say what becomes of it where it is nobody's."""
+    kind = paths.left_by_system(name)
+    about = {"debris": " (left by the system: it goes with the checkpoint)", "open": " (removed, and open somewhere)"}
+    return name if kind is None else name + about[kind]

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from checkpointer.repository.commit.base import STALE_AFTER, Attempt, CommitProtocol, for_each, read_manifest, walk
+from checkpointer.repository.commit.base import (
+    STALE_AFTER,
+    Attempt,
+    CommitProtocol,
+    clear,
+    for_each,
+    leftovers,
+    read_manifest,
+    sorted_out,
+    walk,
+)
 from checkpointer.repository.commit.by_manifest import ManifestCommit, owner_is_dead
 from checkpointer.repository.commit.by_rename import RenameCommit
 from checkpointer.repository.commit.removal import is_unfinished_record, recorded_removal
@@ -19,11 +29,14 @@ __all__ = [
     "STALE_AFTER",
     "Attempt",
     "CommitProtocol",
+    "clear",
     "for_each",
     "is_unfinished_record",
+    "leftovers",
     "owner_is_dead",
     "protocol_for",
     "read_manifest",
     "recorded_removal",
+    "sorted_out",
     "walk",
 ]

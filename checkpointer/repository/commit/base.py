@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -18,7 +19,7 @@ from checkpointer.errors import (
 from checkpointer.format import paths
 from checkpointer.format.manifest import FileRecord, Manifest, parse_manifest
 from checkpointer.repository.notes import annotated, read_notes
-from checkpointer.storage import Buffer, Storage, refusals_typed
+from checkpointer.storage import Buffer, Entry, Storage, refusals_typed
 
 _T = TypeVar("_T")
 
@@ -106,6 +107,10 @@ class CommitProtocol(Protocol):
         Raises OSError where that is not possible: it is still there, or what is left of it is finished later.
         """
 
+    @property
+    def waiting(self) -> Collection[str]:
+        """Ids of removed checkpoints whose directories cannot go yet, since a process has files in them open."""
+
     def finish_removal(self, id: str) -> None:
         """Try once more what ``remove`` of this checkpoint has begun and not ended."""
 
@@ -190,11 +195,81 @@ def for_each(items: Iterable[_T], work: Callable[[_T], object]) -> None:
 
 def walk(storage: Storage, directory: str) -> Iterator[str]:
     """Every non-directory below ``directory``, relative to it."""
+    return (path for path, _ in _below(storage, directory, storage.list_directory(directory)))
+
+
+@dataclass(frozen=True)
+class Leftovers:
+    """What a directory holds, beside what is listed, by whom it is from; paths relative to it."""
+
+    debris: tuple[str, ...] = ()
+    """What systems leave behind; worth nothing."""
+    open: tuple[str, ...] = ()
+    """What a process has open although it was removed."""
+    foreign: tuple[str, ...] = ()
+    """All else: somebody's."""
+
+
+def leftovers(storage: Storage, directory: str, listed: Collection[str] = ()) -> Leftovers:
+    """What lies in ``directory`` that is not ``listed``."""
+    return sorted_out(storage, directory, storage.list_directory(directory), listed)
+
+
+def sorted_out(
+    storage: Storage, directory: str, entries: Iterable[Entry], listed: Collection[str] = ()
+) -> Leftovers:
+    """The same of these ``entries`` of it. Only a regular file is debris: systems leave no others."""
+    found: dict[str | None, list[str]] = {"debris": [], "open": [], None: []}
+    for path, entry in _below(storage, directory, entries):
+        if path not in listed:
+            found[paths.left_by_system(path) if entry.is_file else None].append(path)
+    return Leftovers(*(tuple(sorted(found[kind])) for kind in ("debris", "open", None)))
+
+
+def clear(storage: Storage, directory: str) -> Leftovers:
+    """Remove debris and empty directories, ``directory`` itself too; what is left. Nothing in it may be listed.
+
+    A file that a process has open is left to the system, which removes it, and its directory to the next call.
+    """
+    opened: list[str] = []
+    foreign: list[str] = []
     for entry in storage.list_directory(directory):
+        path = f"{directory}/{entry.name}"
+        kind = paths.left_by_system(entry.name) if entry.is_file else None
         if entry.is_dir:
-            yield from (f"{entry.name}/{inner}" for inner in walk(storage, f"{directory}/{entry.name}"))
+            inner = clear(storage, path)
+            opened += (f"{entry.name}/{name}" for name in inner.open)
+            foreign += (f"{entry.name}/{name}" for name in inner.foreign)
+        elif kind == "debris":
+            storage.remove(path)
         else:
-            yield entry.name
+            (opened if kind == "open" else foreign).append(entry.name)
+    if not (opened or foreign):
+        storage.remove_directory(directory)
+    return Leftovers((), tuple(sorted(opened)), tuple(sorted(foreign)))
+
+
+def delete_everything(storage: Storage, directory: str) -> None:
+    """Delete a directory of ours with all that is in it, but for files that a process still has open."""
+    for path, entry in list(_below(storage, directory, storage.list_directory(directory))):
+        try:
+            storage.remove(f"{directory}/{path}")
+        except OSError as error:
+            if error.errno != errno.EBUSY or paths.left_by_system(entry.name) != "open":
+                raise
+    remove_empty_directories(storage, directory)
+
+
+def _below(
+    storage: Storage, directory: str, entries: Iterable[Entry], above: str = ""
+) -> Iterator[tuple[str, Entry]]:
+    """The path, relative to where it began, and the entry of every non-directory among ``entries`` and below them."""
+    for entry in entries:
+        if entry.is_dir:
+            inner = f"{directory}/{entry.name}"
+            yield from _below(storage, inner, storage.list_directory(inner), f"{above}{entry.name}/")
+        else:
+            yield f"{above}{entry.name}", entry
 
 
 def remove_empty_directories(storage: Storage, directory: str) -> bool:

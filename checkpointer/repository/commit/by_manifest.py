@@ -19,21 +19,21 @@ from checkpointer.format.manifest import FileRecord, Manifest
 from checkpointer.repository.commit.base import (
     STALE_AFTER,
     Attempt,
+    clear,
+    delete_everything,
     existing_at,
     for_each,
     is_pinned,
     new_id,
     own_manifest,
     read_manifest,
-    remove_empty_directories,
-    walk,
 )
 from checkpointer.repository.commit.removal import (
+    clear_rest,
     read_record,
     record_path,
     record_removal,
     recorded_removal,
-    warn_of_foreign_files,
 )
 from checkpointer.repository.lock import WriterLock
 from checkpointer.repository.notes import remove_notes
@@ -49,6 +49,7 @@ class ManifestCommit:
     def __init__(self, storage: Storage, lock: WriterLock) -> None:
         self._storage = storage
         self._lock = lock
+        self.waiting: set[str] = set()
         self._warned = False
         self._untidied: list[Callable[[], object]] = []
         """What could not be cleared away after a commit."""
@@ -165,9 +166,13 @@ class ManifestCommit:
         if pinned:
             self._bring_back(name, manifest)
         else:
-            self._delete_files(name, manifest)
-            warn_of_foreign_files(self._storage, name)
+            left_open = self._delete_files(name, manifest)
+            left_open |= clear_rest(self._storage, name)
             remove_notes(self._storage, manifest.id)
+            if left_open:
+                self.waiting.add(manifest.id)
+                return True  # the record stays: by it the directory is found again
+        self.waiting.discard(manifest.id)
         self._storage.remove(record_path(manifest.id))
         return not pinned
 
@@ -187,11 +192,11 @@ class ManifestCommit:
             source = self._storage.open(f"{name}/{id}/{path}")
             self._storage.write(f"{second}/{id}/{path}", _read_in_pieces(source, record.size), record.size)
 
-    def _delete_files(self, name: str, manifest: Manifest) -> None:
+    def _delete_files(self, name: str, manifest: Manifest) -> bool:
+        """Whether one of them is still open somewhere."""
         for path in manifest.files:
             self._storage.remove(f"{name}/{manifest.place(path)}")
-        if manifest.data:
-            remove_empty_directories(self._storage, f"{name}/{manifest.data}")
+        return bool(manifest.data and clear(self._storage, f"{name}/{manifest.data}").open)
 
     def _recover_attempt(self, id: str) -> None:
         path = f"{paths.TMP}/{id}.json"
@@ -213,6 +218,7 @@ class ManifestCommit:
     def _recover_removal(self, path: str) -> None:
         recorded = recorded_removal(self._storage, path)
         if recorded is None:
+            self.waiting -= {path.rpartition("/")[2].removesuffix(".json")}
             return
         name, manifest = recorded
         current = own_manifest(self._storage, name)
@@ -230,10 +236,7 @@ class ManifestCommit:
         return age is not None and age > STALE_AFTER
 
     def _delete_data(self, name: str, id: str) -> None:
-        directory = f"{name}/{id}"
-        for path in list(walk(self._storage, directory)):
-            self._storage.remove(f"{directory}/{path}")
-        remove_empty_directories(self._storage, directory)
+        delete_everything(self._storage, f"{name}/{id}")
 
     def _warn_without_conditional_put(self) -> None:
         if self._warned or self._storage.exclusive:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 from checkpointer.errors import SaveError, UnreadableCheckpointError
 from checkpointer.format import paths
@@ -17,16 +18,19 @@ from checkpointer.format.manifest import Manifest
 from checkpointer.repository.commit.base import (
     STALE_AFTER,
     Attempt,
+    clear,
+    delete_everything,
     existing_at,
     for_each,
     is_pinned,
+    leftovers,
     new_id,
     own_manifest,
     remove_empty_directories,
-    walk,
 )
 from checkpointer.repository.commit.removal import (
     is_unfinished_record,
+    log_open,
     record_path,
     recover_in_place,
     remove_in_place,
@@ -40,6 +44,8 @@ logger = logging.getLogger("checkpointer")
 
 ROOT = ""
 
+_T = TypeVar("_T")
+
 _IMMOVABLE = (errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES)
 """Of a rename: this very directory cannot be moved. It lies in a lower layer of overlayfs, is a mount or a subvolume,
 is immutable, or belongs to somebody else in a sticky directory."""
@@ -51,6 +57,7 @@ class RenameCommit:
     def __init__(self, storage: Storage, lock: WriterLock) -> None:
         self._storage = storage
         self._lock = lock
+        self.waiting: set[str] = set()
 
     def begin(self, step: int) -> Attempt:
         attempt = self.join(step, new_id())
@@ -79,17 +86,21 @@ class RenameCommit:
 
     def _in_the_way(self, name: str) -> SaveError:
         """What to say of a name that is taken by something that is no checkpoint, and that is nobody's to move."""
-        link = next((entry.link for entry in self._storage.list_directory(ROOT) if entry.name == name), None)
+        there = next((entry for entry in self._storage.list_directory(ROOT) if entry.name == name), None)
+        link = there.link if there else None
         why = f"it has no {paths.MANIFEST}" if link is None else f"it is a link to {link}, and links are not followed"
+        left = leftovers(self._storage, name)
+        worthless = there is not None and there.is_dir and not (left.open or left.foreign)
+        cure = f"'checkpointer doctor {self._storage.url} --fix' removes it" if worthless else "move it away"
         return SaveError(
             f"{self._storage.place(name)} exists but is not a checkpoint ({why}); "
-            "nothing in it was touched: move it away, then save again"
+            f"nothing in it was touched: {cure}, then save again"
         )
 
     def abandon(self, attempt: Attempt) -> None:
         there = own_manifest(self._storage, attempt.directory)
         if there is None or there.id == attempt.id:  # else the commit failed after an exchange: it is the old one
-            self._delete_everything(attempt.directory)
+            delete_everything(self._storage, attempt.directory)
 
     def remove(self, name: str, manifest: Manifest) -> bool:
         try:
@@ -97,14 +108,24 @@ class RenameCommit:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            return remove_in_place(self._storage, name, manifest)
+            return self._in_place(manifest.id, lambda: remove_in_place(self._storage, name, manifest))
         return self._dispose(f"{paths.TRASH}/{manifest.id}")
 
     def finish_removal(self, id: str) -> None:
+        record, directory = record_path(id), f"{paths.TRASH}/{id}"
+        if self._storage.exists(record):
+            recover_in_place(self._storage, record)
+        if self._storage.exists(directory):
+            self._dispose(directory)
+        if not any(map(self._storage.exists, (record, directory))):
+            self.waiting.discard(id)
+
+    def _in_place(self, id: str, work: Callable[[], _T]) -> _T:
+        """A removal where it lies; its record is left where a file is still open."""
+        result = work()
         if self._storage.exists(record_path(id)):
-            recover_in_place(self._storage, record_path(id))
-        if self._storage.exists(f"{paths.TRASH}/{id}"):
-            self._dispose(f"{paths.TRASH}/{id}")
+            self.waiting.add(id)
+        return result
 
     def recover(self) -> None:
         self._settle()
@@ -121,7 +142,7 @@ class RenameCommit:
         if _is_ours(entry):
             self._dispose(path)
         elif entry.is_file and path == record_path(entry.name.removesuffix(".json")):
-            recover_in_place(self._storage, path)
+            self._in_place(entry.name.removesuffix(".json"), lambda: recover_in_place(self._storage, path))
         elif entry.is_file and is_unfinished_record(entry.name):
             self._storage.remove(path)
 
@@ -215,26 +236,44 @@ class RenameCommit:
         self._move(directory, f"{paths.TRASH}/{manifest.id}")
 
     def _dispose(self, directory: str) -> bool:
-        """Delete a directory in tmp or trash, but not what is pinned, and no file that a checkpoint does not list."""
+        """Delete a directory in tmp or trash, but nothing pinned, and no file of somebody's that no checkpoint lists.
+
+        What systems leave there goes, too. Where a process has a file open it waits in trash, without its manifest.
+        """
         manifest = own_manifest(self._storage, directory)
         never_committed = directory.startswith(paths.TMP) and (
             manifest is None or directory == f"{paths.TMP}/{manifest.id}"
         )
         if never_committed:
-            self._delete_everything(directory)
+            delete_everything(self._storage, directory)
             return True
         if manifest is not None:
             if is_pinned(self._storage, manifest):
                 self._bring_back(directory, manifest)
                 return False
             self._delete_listed(directory, manifest)
-        if any(path != paths.MANIFEST or manifest is None for path in walk(self._storage, directory)):
+        left = leftovers(self._storage, directory, () if manifest is None else (paths.MANIFEST,))
+        if left.foreign:
             directory = self.quarantine(directory)  # before the manifest goes: without one, all in tmp would be ours
+        elif left.open and manifest is not None and directory.startswith(paths.TMP):
+            self._to_trash(directory, manifest)  # for the same reason
+            directory = f"{paths.TRASH}/{manifest.id}"
+            self._delete_listed(directory, manifest)
         if manifest is not None:
             self._storage.remove(f"{directory}/{paths.MANIFEST}")
             remove_notes(self._storage, manifest.id)
-        remove_empty_directories(self._storage, directory)
+        elif left.foreign:  # nobody can tell what it listed, so all of it stays
+            remove_empty_directories(self._storage, directory)
+            return True
+        self._clear(directory, waits=not left.foreign)
         return True
+
+    def _clear(self, directory: str, *, waits: bool) -> None:
+        """Remove what systems leave. ``waits``: in trash, where a file still open keeps it for the next time."""
+        left = clear(self._storage, directory)
+        if waits and left.open:
+            self.waiting.add(directory.rpartition("/")[2])
+            log_open(self._storage, directory, left.open)
 
     def _delete_listed(self, directory: str, manifest: Manifest) -> None:
         """Delete what the manifest lists; durably in trash, where a file that came back without it would be foreign."""
@@ -250,11 +289,6 @@ class RenameCommit:
         if self._storage.exists(name):
             name = paths.checkpoint_name(manifest.step, manifest.id)
         self._move(directory, name)
-
-    def _delete_everything(self, directory: str) -> None:
-        for path in list(walk(self._storage, directory)):
-            self._storage.remove(f"{directory}/{path}")
-        remove_empty_directories(self._storage, directory)
 
     def _make_way(self, name: str, second: str) -> None:
         """Finish a replacement without exchange: the old one goes, the new one takes its name."""

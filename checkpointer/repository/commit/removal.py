@@ -8,16 +8,20 @@ overlayfs, or on another file system than ``trash``.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError
 from checkpointer.format import paths, strict_json
 from checkpointer.format.manifest import Manifest, parse_manifest
-from checkpointer.repository.commit.base import is_pinned, own_manifest, remove_empty_directories, walk
+from checkpointer.repository.commit.base import clear, is_pinned, own_manifest
 from checkpointer.repository.notes import remove_notes
 from checkpointer.storage import Storage
 from checkpointer.system import messages
+
+logger = logging.getLogger("checkpointer")
 
 RECORD_LIMIT = 2 * paths.MANIFEST_LIMIT
 """Bytes."""
@@ -98,24 +102,36 @@ def _finish(storage: Storage, name: str, manifest: Manifest) -> bool:
             storage.remove(path)
         # Durably, and before the record goes: without it, a file that came back would be foreign, and in the way.
         storage.sync(*filter(storage.exists, sorted({path.rpartition("/")[0] for path in files})))
-        warn_of_foreign_files(storage, name)
+        left_open = clear_rest(storage, name)
         storage.sync("")
         remove_notes(storage, manifest.id)
+        if left_open:
+            return True  # the record stays: by it the directory is found again
     storage.remove(record_path(manifest.id))
     storage.sync(paths.TRASH)  # before a save may take the name
     return not pinned
 
 
-def warn_of_foreign_files(storage: Storage, name: str) -> None:
-    """Remove what is left of a directory that was a checkpoint, if that is nothing; else say what there is."""
+def clear_rest(storage: Storage, name: str) -> bool:
+    """Remove what is left of a directory that was a checkpoint, if that is nothing of anybody's; else say what it is.
+
+    Returns whether a file in it is still open somewhere, so that it cannot go yet.
+    """
     if storage.exists(f"{name}/{paths.MANIFEST}"):
-        return
-    left = sorted(walk(storage, name))
-    if not left:
-        remove_empty_directories(storage, name)
-        return
-    messages.warn(
-        f"{storage.place(name)} was removed, but {len(left)} files that this library did not write are left there: "
-        f"{', '.join(left[:5])}",
-        stacklevel=2,
-    )
+        return False
+    left = clear(storage, name)
+    if left.foreign:
+        messages.warn(
+            f"{storage.place(name)} was removed, but {len(left.foreign)} files that this library did not write are "
+            f"left there: {', '.join(left.foreign[:5])}",
+            stacklevel=2,
+        )
+    elif left.open:
+        log_open(storage, name, left.open)
+    return bool(left.open) and not left.foreign
+
+
+def log_open(storage: Storage, directory: str, names: Sequence[str]) -> None:
+    """Say, to those who look for it, why a directory cannot go yet: that ends by itself."""
+    text = "%s goes later: a process has %s of it open"
+    messages.log(logger.debug, text, storage.place(directory), ", ".join(names[:5]))

@@ -322,9 +322,11 @@ def test_what_only_bears_the_name_of_a_checkpoint_is_in_the_way_and_not_touched(
     Path(local.url, "checkpoint-8", "mine.txt").write_text("mine")
     Path(local.url, "checkpoint-9").write_text("a file")
     diagnosis = doctor(local).mend()
-    assert problems(diagnosis) == ["in-the-way"] * 3
-    assert all("cannot be saved" in item.meaning for item in diagnosis.findings)
-    assert len(names(local)) == 6
+    assert problems(diagnosis) == ["in-the-way"] * 2
+    assert [item.kind for item in diagnosis.fixed] == ["in-the-way"]  # the empty one: nothing is lost with it
+    assert all("cannot be saved" in item.meaning for item in (*diagnosis.findings, *diagnosis.fixed))
+    assert names(local)[-2:] == ["checkpoint-8", "checkpoint-9"]
+    assert len(names(local)) == 5
 
 
 def test_files_of_others_are_mentioned_and_stay(root: Root) -> None:
@@ -464,7 +466,9 @@ def test_a_file_of_another_user_is_mentioned(local: Root) -> None:
 def test_the_command_says_each_finding_in_a_line_and_exits_by_whether_there_are_problems(local: Root) -> None:
     make(local)
     result = invoke("doctor", local.url)
-    assert (result.exit_code, result.stdout) == (0, "3 checkpoints, healthy\n")
+    unread = "(bytes not read; --deep reads them)"
+    assert (result.exit_code, result.stdout) == (0, f"3 checkpoints, healthy {unread}\n")
+    assert invoke("doctor", local.url, "--deep").stdout == "3 checkpoints, healthy\n"
     flip(local, "checkpoint-2/index.json", 50)
     result = invoke("doctor", local.url)
     assert result.exit_code == 1
@@ -475,7 +479,7 @@ def test_the_command_says_each_finding_in_a_line_and_exits_by_whether_there_are_
     result = invoke("doctor", local.url, "--fix")
     assert result.exit_code == 0
     assert "\nfixed: damaged: " in result.stdout
-    assert result.stdout.endswith("2 checkpoints, 1 fixed, healthy\n")
+    assert result.stdout.endswith(f"2 checkpoints, 1 fixed, healthy {unread}\n")
 
 
 def test_the_command_prints_json_on_each_storage(root: Root) -> None:
@@ -483,7 +487,7 @@ def test_the_command_prints_json_on_each_storage(root: Root) -> None:
     storage_of(root).remove("checkpoint-2/manifest.json")
     options = [f"--storage-option={key}={json.dumps(value)}" for key, value in root.options.items()]
     shown = document("doctor", root.url, "--deep", *options)
-    assert (shown["ok"], shown["checkpoints"]) == (False, 2)
+    assert (shown["ok"], shown["checkpoints"], shown["deep"]) == (False, 2, True)
     assert [item["kind"] for item in shown["findings"] if item["level"] == "problem"] == ["no-manifest"]
     assert set(shown["findings"][0]) == {"level", "kind", "path", "meaning", "advice"}
 

@@ -90,13 +90,19 @@ def test_a_half_copied_checkpoint_is_named_though_an_older_one_is_restored(local
             mgr.save(3)
 
 
-@pytest.mark.parametrize("files, words", [([], "is empty"), (["notes.txt"], "holds no checkpoint but notes.txt")])
-def test_what_is_nobodys_checkpoint_is_named_too(local: Root, files: list[str], words: str) -> None:
+@pytest.mark.parametrize(
+    "files, words, cure",
+    [
+        ([], "is empty", "'checkpointer doctor --fix' removes it"),
+        (["notes.txt"], "holds no checkpoint but notes.txt", "move it away"),
+    ],
+)
+def test_what_is_nobodys_checkpoint_is_named_too(local: Root, files: list[str], words: str, cure: str) -> None:
     stranger(local.url, 7, files)
     mgr, _ = manager(local.url)
     with mgr:
         _, (text,) = said_by(lambda: mgr.save(1))  # the first save opens a run as well
-    assert f"checkpoint-7 {words}; move it away" in text
+    assert f"checkpoint-7 {words}; {cure}" in text
 
 
 def test_a_step_that_is_a_stranger_is_not_said_to_be_simply_not_there(local: Root) -> None:

@@ -83,3 +83,18 @@ def test_files_of_different_components_ranks_and_shards_have_different_names(com
 def test_the_parents_of_a_path_come_from_the_inside_out():
     assert list(paths.parents("a/b/c")) == ["a/b", "a"]
     assert list(paths.parents("a")) == []
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        (".DS_Store", "debris"), ("._.DS_Store", "debris"), ("._model.safetensors", "debris"), ("Thumbs.db", "debris"),
+        ("THUMBS.DB", "debris"), ("desktop.ini", "debris"), ("Desktop.ini", "debris"),
+        (".nfs000000000001a2b300000004", "open"), (".fuse_hidden0000000400000001", "open"), (".smbdeleteAAA1", "open"),
+        (".ds_store", None), ("DS_Store", None), ("._", None), (".", None), (".model", None), ("_model", None),
+        ("thumbs.db.txt", None), (".nfs", None), ("nfs0001", None), ("a._b", None), ("", None),
+    ],
+)  # fmt: skip
+def test_what_a_system_leaves_is_known_by_its_name_wherever_it_lies(name: str, kind: str | None) -> None:
+    assert paths.left_by_system(name) == kind
+    assert paths.left_by_system(f"files/._inner/{name}") == kind

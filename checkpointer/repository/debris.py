@@ -1,0 +1,64 @@
+"""What systems leave in a run root without being asked, where nothing else is: finding it, and clearing it away.
+
+Inside a checkpoint it goes with the checkpoint. Here is the rest: what lies about in ``.checkpointer`` by itself, and
+in directories that were checkpoints, or have the name of one. Empty directories count as such: nothing is lost with
+them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from checkpointer.format import paths
+from checkpointer.repository.commit import clear, leftovers
+from checkpointer.repository.strangers import on_record
+from checkpointer.storage import Storage
+
+PRIVATE = (paths.TMP, paths.TRASH, paths.QUARANTINE)
+
+
+def in_private_folders(storage: Storage) -> Iterator[str]:
+    """What is worth nothing among unfinished, removed and quarantined work. Directories of attempts and of removals
+    are none: whether anybody is at work on them is for recovery to find out.
+    """
+    for folder in PRIVATE:
+        for entry in sorted(storage.list_directory(folder)):
+            path = f"{folder}/{entry.name}"
+            if entry.is_file and paths.left_by_system(entry.name) == "debris":
+                yield path
+            elif entry.is_dir and (folder == paths.QUARANTINE or not paths.is_id(entry.name)):
+                yield from [path] if _is_worthless(storage, path) else []
+
+
+def under_names_of_checkpoints(storage: Storage) -> Iterator[str]:
+    """Directories that have the name of a checkpoint, and hold nothing of anybody's."""
+    for entry in sorted(storage.list_directory("")):
+        if not entry.is_dir or paths.parse_checkpoint_name(entry.name) is None:
+            continue
+        if any(on_record(storage, inner.name) for inner in storage.list_directory(entry.name) if inner.is_dir):
+            continue
+        if _is_worthless(storage, entry.name):
+            yield entry.name
+
+
+def clear_away(storage: Storage) -> None:
+    """Remove all of it; what cannot be removed is found again. Needs the writer's lock."""
+    for path in [*in_private_folders(storage), *under_names_of_checkpoints(storage)]:
+        with contextlib.suppress(OSError):
+            if paths.left_by_system(path) == "debris":
+                storage.remove(path)
+            else:
+                clear(storage, path)
+
+
+def only_open(storage: Storage, directory: str) -> bool:
+    """Whether a directory holds nothing but removed files that some process has open: it goes with them."""
+    found = leftovers(storage, directory)
+    return bool(found.open) and not found.foreign
+
+
+def _is_worthless(storage: Storage, directory: str) -> bool:
+    """Where directories are but prefixes, an empty one is none."""
+    found = leftovers(storage, directory)
+    return not (found.open or found.foreign) and (bool(found.debris) or storage.can_rename)
