@@ -238,8 +238,13 @@ def read_owner(path: Path) -> dict[str, object] | None:
         return None
 
 
+def one_spelling(url: str) -> str:
+    """The same for ``memory://run`` and ``memory:///run/``, which are one run root."""
+    return url.rstrip("/").replace(":///", "://")
+
+
 def _substitute_path(url: str) -> Path:
-    key = f"{url}#{os.getpid()}" if url.startswith("memory://") else url
+    key = f"{one_spelling(url)}#{os.getpid()}" if url.startswith("memory://") else one_spelling(url)
     digest = hashlib.sha256(key.encode()).hexdigest()[:32]
     return Path(tempfile.gettempdir()) / f"checkpointer-{_user()}" / f"{digest}.lock"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from checkpointer.errors import RunLockedError
+from checkpointer.repository.lock import one_spelling
 from checkpointer.repository.repository import Repository
 from checkpointer.save.commit_callbacks import CommitCallbacks, unfinished
 from checkpointer.save.preemption import Preemption
@@ -175,7 +176,7 @@ def _identity(storage: Storage) -> Identity:
     """Equal for one run root, however it is spelled."""
     lock = storage.lock_path
     if lock is None:
-        return storage.url.rstrip("/")
+        return one_spelling(storage.url)
     root = Path(lock).parents[1]
     try:
         status = os.stat(root)

@@ -258,19 +258,19 @@ def test_a_forked_child_neither_owns_the_lock_nor_frees_it_by_closing_collecting
 # --------------------------------------------------------------------------------------- the same process
 
 
-def test_a_second_manager_of_the_same_process_is_refused_and_told_to_close_the_first(root):
+def test_an_older_manager_of_the_same_process_is_refused_and_told_which_one_writes(root):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CheckpointerWarning)
-        first, second = manager(root), manager(root)
-        first.save(1)
-        with pytest.raises(RunLockedError, match=r"That is this process: close its other manager first"):
-            second.restore_latest()
+        old, new = manager(root), manager(root)
+        new.save(1)
+        with pytest.raises(RunLockedError, match=r"by the manager made at .*test_lock\.py:\d+, .* which is newer"):
+            old.restore_latest()
         with pytest.raises(RunLockedError):
-            second.save(2)
-        first.close()
-        second.restore_latest()
-        second.save(2)
-        second.close()
+            old.save(2)
+        new.close()
+        old.restore_latest()
+        old.save(2)
+        old.close()
 
 
 def test_a_lock_can_be_taken_again_after_it_was_released(local):
