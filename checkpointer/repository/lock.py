@@ -142,7 +142,7 @@ class WriterLock:
 
     def check(self) -> None:
         """Raise RunLockedError unless the lock file is still the one that was locked."""
-        if not self.held or not self._in_place():
+        if not self.held or not self.in_place():
             raise RunLockedError(
                 f"the writer's lock of {self._url} is no longer ours: {self._path} was removed or replaced. "
                 "Another job may be writing to this run; nothing was committed"
@@ -151,13 +151,13 @@ class WriterLock:
     def release(self) -> None:
         """Free the lock; does nothing where this process does not hold it."""
         if self.held and self._lock is not None:
-            if self._in_place():  # else the name is that of another owner
+            if self.in_place():  # else the name is that of another owner
                 with contextlib.suppress(OSError):  # on a disk that fails: it is only who was the last one
                     self._owner_path.unlink(missing_ok=True)
             self._lock.release()
         self._lock = None
 
-    def _in_place(self) -> bool:
+    def in_place(self) -> bool:
         """Whether the lock file is still the one that was locked."""
         try:
             status = os.stat(self._path)

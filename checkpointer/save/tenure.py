@@ -86,8 +86,10 @@ class Tenure:
             if other.lock.held:
                 tenure.refuse_unless_idle(self, repository.url)
                 tenure.retire(self)
-                repository.lock.adopt(other.lock, self._holder)
-                return
+                if other.lock.in_place():
+                    repository.lock.adopt(other.lock, self._holder)
+                    return
+                other.lock.release()  # its file was removed, or is another job's by now
         repository.lock.acquire(self._holder)
 
     def opened(self) -> None:

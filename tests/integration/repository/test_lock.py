@@ -310,11 +310,13 @@ def test_releasing_a_lock_that_was_replaced_leaves_the_new_owner_its_name(local)
     first, second = manager(local), manager(local)
     first.restore_latest()
     Path(local.url, ".checkpointer", "lock").unlink()
-    second.restore_latest()
+    with pytest.warns(CheckpointerWarning, match="has taken the run over"):
+        second.restore_latest()
     first.close()
     assert owner_of(local) is not None
     with pytest.raises(RunLockedError, match=f"pid {os.getpid()}"):
-        manager(local).restore_latest()
+        Repository(open_storage(local.url)).lock.acquire()
+    second.save(1)
     second.close()
 
 
@@ -341,7 +343,7 @@ def test_a_lock_whose_owner_has_not_said_who_it_is_is_still_a_lock(local):
         if content is not None:
             place.write_text(content)
         with pytest.raises(RunLockedError, match="has not said who it is"):
-            manager(local).restore_latest()
+            Repository(open_storage(local.url)).lock.acquire()
     first.close()
 
 
@@ -498,10 +500,13 @@ def test_a_file_system_without_locks_falls_back_to_a_local_lock_and_says_so(loca
     assert not first._repository.lock.proven
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CheckpointerWarning)
-        with pytest.raises(RunLockedError):
+        with first, pytest.raises(RunLockedError):
             second.restore_latest()
-        first.close()
         second.restore_latest()
+        third = manager(local)
+        third.restore_latest()
+        third.save(2)
+        third.close()
         second.close()
 
 
