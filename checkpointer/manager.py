@@ -506,6 +506,7 @@ class CheckpointManager:
         if dry_run:
             return plan(dry_run=True)
         with self._turn():
+            self._check_usable()  # another thread may have closed it meanwhile
             self._check_writable()
             self._saver.wait()
             self._lock()

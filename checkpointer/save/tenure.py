@@ -49,7 +49,7 @@ class Tenure:
         self._turn = threading.RLock()
         self._calls = 0
         self.thread = threading.get_ident()
-        """Of the last call."""
+        """That of its last save or restore."""
         self.blocks = 0
         """How many ``with`` blocks of the manager are open."""
         self._taken_by: Tenure | None = None
@@ -59,7 +59,6 @@ class Tenure:
     def __enter__(self) -> None:
         self._turn.acquire()
         self._calls += 1
-        self.thread = threading.get_ident()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -97,6 +96,7 @@ class Tenure:
 
         On the ranks that hold no lock, the managers that the coordinator has taken over from end here.
         """
+        self.thread = threading.get_ident()
         if self.identity is not None:
             return
         threading.current_thread()  # threads that Python has not started are known from now on
@@ -162,7 +162,9 @@ class Tenure:
         self._taken_by = new
         self.close()
         for error in errors:
-            messages.log(logger.error, "%s, which is taken over, had not reported: %s", self._holder, error)
+            messages.log(
+                logger.error, "%s, which is taken over, had not reported: %s", self._holder, error, error=error
+            )
         failed = "".join(f". It had not reported yet: {error}" for error in errors)
         new._news.append(
             f"{new._holder} has taken the run over from {self._holder}, which was idle and writes no more{failed}. "

@@ -343,6 +343,18 @@ def test_an_idle_manager_of_another_thread_is_not_taken_over_and_the_thread_is_n
     mgr.close()
 
 
+def test_a_thread_that_only_waits_for_a_manager_does_not_make_it_its_own(tmp_path):
+    old = manager(tmp_path)
+    old.save(1)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(old.wait).result()
+        new = manager(tmp_path)
+        with pytest.warns(CheckpointerWarning, match=TAKEN):
+            assert new.restore_latest() is not None
+    new.close()
+    old.close()
+
+
 def test_the_manager_of_a_thread_that_has_ended_is_taken_over(tmp_path):
     kept = []
 
