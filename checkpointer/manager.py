@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from checkpointer.config.arguments import (
     Extras,
@@ -28,6 +28,7 @@ from checkpointer.errors import (
     CheckpointerWarning,
     CheckpointNotFoundError,
     SaveError,
+    UnsupportedStateError,
 )
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.policy.monitoring import Mode as MetricMode
@@ -46,6 +47,7 @@ from checkpointer.save.handle import PendingSave, finished
 from checkpointer.save.preemption import Preemption
 from checkpointer.save.saver import Saver
 from checkpointer.save.snapshot import Snapshot
+from checkpointer.save.tenure import Tenure
 from checkpointer.save.tip import Tip
 from checkpointer.save.writer import refuse
 from checkpointer.staging.live import stepped
@@ -86,7 +88,9 @@ class CheckpointManager:
     ```
 
     A writable manager takes the single-writer lock of the run at its first restore or save, and holds it until
-    ``close``. It belongs to the process that made it and to one thread of it: forked children cannot use it.
+    ``close``, or until a newer manager of the same process and thread takes an idle one's place. It belongs to the
+    process that made it: forked children cannot use it, and it is neither copied nor pickled. Threads that call it at
+    the same time take turns.
     """
 
     __module__ = "checkpointer"
@@ -142,6 +146,7 @@ class CheckpointManager:
         self._warned_of_epoch = False
         self._pid = os.getpid()
         self._preemption = Preemption(self._config.save)
+        self._tenure = Tenure(self._repository, self._saver, self._preemption)
         self._due = DueSaves(
             self._config.save,
             [rule.monitor for rule in self._config.keep.best],
@@ -193,9 +198,10 @@ class CheckpointManager:
         """
         step = check_step(step)
         epoch = None if epoch is None else check_step(epoch, "epoch")
-        with self._saver.keeping_warnings():
-            handle, begun = self._save(step, epoch, metrics, tags, files, force=force, overwrite=overwrite)
-        self._saver.raise_errors(begun=begun)
+        with self._turn():
+            with self._saver.keeping_warnings():
+                handle, begun = self._save(step, epoch, metrics, tags, files, force=force, overwrite=overwrite)
+            self._saver.raise_errors(begun=begun)
         return handle
 
     def _save(
@@ -238,8 +244,9 @@ class CheckpointManager:
         self._check_usable()
         step = check_step(step)
         epoch = None if epoch is None else check_step(epoch, "epoch")
-        self._due.call(step)
-        return self._due.is_due(step, epoch, self._last())
+        with self._turn():
+            self._due.call(step)
+            return self._due.is_due(step, epoch, self._last())
 
     def wait(self) -> None:
         """Wait until every save begun is durable, and raise the error of one that failed, once.
@@ -248,7 +255,8 @@ class CheckpointManager:
         """
         self._check_usable()
         self._saver.settle()
-        self._saver.raise_errors()
+        with self._turn():
+            self._saver.raise_errors()
 
     def staged(self) -> None:
         """Wait until the save in flight needs live memory no more: then parameters may be changed by hand.
@@ -256,7 +264,8 @@ class CheckpointManager:
         Only ``lazy`` mode reads live memory after ``save`` has returned, and only until the next ``Optimizer.step``.
         """
         self._check_usable()
-        self._saver.staged()
+        with self._turn():
+            self._saver.staged()
 
     def stop_requested(self) -> bool:
         """Whether one of the ``on_signal`` signals has come, to this rank or, as far as it knows, to another."""
@@ -308,9 +317,10 @@ class CheckpointManager:
             map_location=map_location,
             verify=verify,
         )
-        self._open_for_restoring()
-        restored = self._restorer.latest(request, finite=finite)
-        self._note_restored(restored.checkpoint if restored else None)
+        with self._turn():
+            self._open_for_restoring()
+            restored = self._restorer.latest(request, finite=finite)
+            self._note_restored(restored.checkpoint if restored else None)
         return restored
 
     def restore(
@@ -352,8 +362,9 @@ class CheckpointManager:
             map_location=map_location,
             verify=verify,
         )
-        self._open_for_restoring()
-        return self._restore_one(self._repository.find(check_step(step)), request)
+        with self._turn():
+            self._open_for_restoring()
+            return self._restore_one(self._repository.find(check_step(step)), request)
 
     def restore_best(
         self,
@@ -386,11 +397,12 @@ class CheckpointManager:
             verify=verify,
         )
         rule = best_rule(self._config.keep.best, monitor, mode)
-        self._open_for_restoring()
-        info = self._best(rule)
-        if info is None:
-            raise CheckpointNotFoundError(f"no checkpoint in {self._repository.url} has a finite {rule.monitor}")
-        return self._restore_one(info, request)
+        with self._turn():
+            self._open_for_restoring()
+            info = self._best(rule)
+            if info is None:
+                raise CheckpointNotFoundError(f"no checkpoint in {self._repository.url} has a finite {rule.monitor}")
+            return self._restore_one(info, request)
 
     # ------------------------------------------------------------------------------------------- what there is
 
@@ -492,17 +504,18 @@ class CheckpointManager:
     def prune(self, *, dry_run: bool = False) -> RetentionPlan:
         """Apply retention now; ``dry_run`` only says what it would do, and why. Every rank calls it; one removes."""
         self._check_usable(on_commit_may=dry_run)
-        if not dry_run:
-            self._check_writable()
-            self._saver.wait()
-            self._lock()
         restored_from = self._tip.restored_from
         protect = {restored_from.id} if restored_from else set()
         plan = partial(self._saver.pruner.prune, protect=protect, unreturned=self._saver.unreturned)
         if dry_run:
             return plan(dry_run=True)
-        with self._saver.keeping_warnings():  # raised by the next save, wait or close
-            return self._job.once(f"pruning {self._repository.url}", act=plan, look=partial(plan, dry_run=True))
+        with self._turn():
+            self._check_usable()  # another thread may have closed it meanwhile
+            self._check_writable()
+            self._saver.wait()
+            self._lock()
+            with self._saver.keeping_warnings():  # raised by the next save, wait or close
+                return self._job.once(f"pruning {self._repository.url}", act=plan, look=partial(plan, dry_run=True))
 
     # ---------------------------------------------------------------------------------------------- life cycle
 
@@ -514,23 +527,29 @@ class CheckpointManager:
         nobody has asked for. Closing twice does nothing.
         """
         self._check_not_in_on_commit()
-        if self._closed or self._pid != os.getpid():
+        if self._pid != os.getpid():
             return
-        self._closed = True
-        try:
-            self._saver.close(partial(self._preemption.time_left, PATIENCE))
-        finally:
-            self._preemption.restore()
-            self._repository.lock.release()
-        self._saver.raise_errors()
+        with self._tenure:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._saver.close(partial(self._preemption.time_left, PATIENCE))
+            finally:
+                self._preemption.restore()
+                self._tenure.close()
+                self._repository.lock.release()
+            self._saver.raise_errors()
 
     def __enter__(self) -> Self:
         self._check_usable()
+        self._tenure.blocks += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._tenure.blocks -= 1
         if error is None:
             self.close()
             return
@@ -538,6 +557,13 @@ class CheckpointManager:
             self.close()
         except (CheckpointerError, CheckpointerWarning) as failure:  # the loop's own goes on, and carries this one
             _chain(error, failure)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UnsupportedStateError(
+            "a CheckpointManager cannot be copied or pickled, for it holds the lock of its run, threads and live "
+            f"objects: where it is needed (in a process of multiprocessing, too), make one of {self._repository.url}, "
+            "with read_only=True if it only reads, and keep it out of what is copied or sent"
+        )
 
     def __repr__(self) -> str:
         return f"<CheckpointManager {self._repository.url} components={', '.join(self._adapters)}>"
@@ -662,12 +688,21 @@ class CheckpointManager:
 
     def _lock(self) -> None:
         """Become the run's only writer, and clear away what a dead one left half done."""
+        self._tenure.check()
         self._job.open(self._take_lock)
+        with self._saver.keeping_warnings():  # it has happened: raised by the next save, wait or close
+            self._tenure.opened()
+
+    def _turn(self) -> Tenure:
+        """For one call: threads wait for each other, but none for the one that is waited for, nor for a parent's."""
+        self._check_owner()
+        self._check_not_in_on_commit()
+        return self._tenure
 
     def _take_lock(self) -> None:
         if self._repository.lock.held:
             return
-        self._repository.lock.acquire()
+        self._tenure.take_lock()
         self._repository.recover()
 
     def _check_epoch_given(self, epoch: int | None) -> None:
@@ -681,16 +716,19 @@ class CheckpointManager:
 
     def _check_usable(self, *, on_commit_may: bool = False) -> None:
         """``on_commit_may``: it is no matter of the training thread, and works until ``on_commit`` has returned."""
-        if self._pid != os.getpid():
-            raise SaveError(
-                f"this CheckpointManager belongs to process {self._pid}, not to its forked child {os.getpid()}: "
-                "make one of its own here, with read_only=True if it only reads"
-            )
+        self._check_owner()
         if on_commit_may and self._saver.called_from_on_commit:
             return
         self._check_not_in_on_commit()
         if self._closed:
             raise SaveError(f"this CheckpointManager of {self._repository.url} is closed")
+
+    def _check_owner(self) -> None:
+        if self._pid != os.getpid():
+            raise SaveError(
+                f"this CheckpointManager belongs to process {self._pid}, not to its forked child {os.getpid()}: "
+                "make one of its own here, with read_only=True if it only reads"
+            )
 
     def _check_not_in_on_commit(self) -> None:
         if self._saver.called_from_on_commit:

@@ -275,7 +275,7 @@ def _prune_locked(repository: Repository, policy: KeepPolicy) -> RetentionPlan:
     from checkpointer.repository.prune import prune
 
     try:
-        repository.lock.acquire()
+        repository.lock.acquire("a command that writes")
     except RunLockedError as error:
         raise RunLockedError(f"{error}. 'checkpointer prune --dry-run' needs no lock") from None
     try:

@@ -94,7 +94,7 @@ class SafetensorsWriter(StorageWriter):
         storage = open_storage(place.root, self._options, durable=self._durable, threads=self._threads)
         repository = self._session.begin(Repository(storage))
         if is_coordinator:
-            repository.lock.acquire()
+            repository.lock.acquire("a save of checkpointer.dcp")
             repository.recover()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:

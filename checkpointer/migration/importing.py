@@ -176,7 +176,7 @@ def write_import(
 ) -> CheckpointInfo:
     """Carry a plan out, under the writer's lock."""
     snapshot = _snapshot(plan, name, metrics)
-    repository.lock.acquire()
+    repository.lock.acquire("an import")
     try:
         repository.recover()
         _check_room(repository, snapshot.step, append=append)

@@ -163,7 +163,7 @@ class Doctor:
     def _repair(self) -> None:
         repository = self._repository
         try:
-            repository.lock.acquire()
+            repository.lock.acquire("the doctor")
         except RunLockedError as error:
             raise RunLockedError(f"{error}. Without --fix, 'checkpointer doctor' needs no lock") from None
         try:

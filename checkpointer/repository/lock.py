@@ -11,6 +11,7 @@ import os
 import socket
 import stat
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -50,11 +51,17 @@ class WriterLock:
         self._pid = os.getpid()
         self._identity: tuple[int, int] | None = None
         self._warned = False
+        self.holder = ""
+        """What holds it, for the message to whoever in this process wants it too."""
 
     @property
     def held(self) -> bool:
         """Whether this very process holds it: a forked child inherits nothing."""
         return self._lock is not None and self._pid == os.getpid()
+
+    def held_as(self, identity: tuple[int, int]) -> bool:
+        """Whether this process holds it, by the lock file of this device and inode."""
+        return self.held and self._identity == identity
 
     @property
     def proven(self) -> bool:
@@ -91,8 +98,8 @@ class WriterLock:
             os.close(fd)
         return False
 
-    def acquire(self) -> None:
-        """Take the lock, or fail at once.
+    def acquire(self, holder: str = "a save or an import without a manager") -> None:
+        """Take the lock, or fail at once. ``holder`` is what takes it, for others in this process.
 
         Raises:
             RunLockedError: another manager holds it; names host, process and time.
@@ -116,18 +123,26 @@ class WriterLock:
                     f"cannot lock {self._url} for writing: {error}; "
                     "to read only, pass read_only=True, else make the run root writable"
                 ) from error
-            self._fall_back()
+            self._fall_back(holder)
             return
-        self._lock, self._pid = lock, os.getpid()
+        self._lock, self._pid, self.holder = lock, os.getpid(), holder
+        _held.add(self)
         status = os.stat(self._path)
         self._identity = (status.st_dev, status.st_ino)
         self._write_owner()
         if not self._inside_root and not self._url.startswith("memory://") and not self._warned:
             self._warn_unprotected("its storage has no lock that a dead owner frees")
 
+    def adopt(self, other: WriterLock, holder: str) -> None:
+        """Get the lock from ``other``, which holds it on the same run root: it is free at no moment in between."""
+        self._path, self._owner_path, self._inside_root = other._path, other._owner_path, other._inside_root
+        self._identity, self._pid, self._warned = other._identity, other._pid, other._warned
+        self._lock, other._lock, self.holder = other._lock, None, holder
+        _held.add(self)
+
     def check(self) -> None:
         """Raise RunLockedError unless the lock file is still the one that was locked."""
-        if not self.held or not self._in_place():
+        if not self.held or not self.in_place():
             raise RunLockedError(
                 f"the writer's lock of {self._url} is no longer ours: {self._path} was removed or replaced. "
                 "Another job may be writing to this run; nothing was committed"
@@ -136,13 +151,13 @@ class WriterLock:
     def release(self) -> None:
         """Free the lock; does nothing where this process does not hold it."""
         if self.held and self._lock is not None:
-            if self._in_place():  # else the name is that of another owner
+            if self.in_place():  # else the name is that of another owner
                 with contextlib.suppress(OSError):  # on a disk that fails: it is only who was the last one
                     self._owner_path.unlink(missing_ok=True)
             self._lock.release()
         self._lock = None
 
-    def _in_place(self) -> bool:
+    def in_place(self) -> bool:
         """Whether the lock file is still the one that was locked."""
         try:
             status = os.stat(self._path)
@@ -150,12 +165,12 @@ class WriterLock:
             return False
         return (status.st_dev, status.st_ino) == self._identity
 
-    def _fall_back(self) -> None:
+    def _fall_back(self, holder: str) -> None:
         self._warn_unprotected("its file system has no working OS locks")
         self._path = _substitute_path(self._url)
         self._owner_path = self._path.with_suffix(".owner.json")
         self._inside_root = False
-        self.acquire()
+        self.acquire(holder)
 
     def _warn_unprotected(self, reason: str) -> None:
         self._warned = True
@@ -179,10 +194,22 @@ class WriterLock:
         who = read_owner(self._owner_path)
         same = who is not None and who.get("pid") == os.getpid() and who.get("host") == socket.gethostname()
         if same:
-            advice = "That is this process: close its other manager first (mgr.close(), or use it as a context manager)"
+            advice = f"That is this process: {self._holder_here()}. Close it, or let it end, first"
         else:
             advice = "Wait for it to end or stop it; to read only (evaluation, a notebook), pass read_only=True"
         return f"{self._url} is being written by {described(who)}. {advice}"
+
+    def _holder_here(self) -> str:
+        """What holds it in this process."""
+        with contextlib.suppress(OSError):
+            status = os.stat(self._path)
+            identity = (status.st_dev, status.st_ino)
+            return next((lock.holder for lock in list(_held) if lock.held_as(identity)), "another manager")
+        return "another manager"
+
+
+_held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
+"""Those that this process holds, or has held."""
 
 
 def described(owner: Mapping[str, object] | None) -> str:
@@ -211,8 +238,13 @@ def read_owner(path: Path) -> dict[str, object] | None:
         return None
 
 
+def one_spelling(url: str) -> str:
+    """The same for ``memory://run`` and ``memory:///run/``, which are one run root."""
+    return url.rstrip("/").replace(":///", "://")
+
+
 def _substitute_path(url: str) -> Path:
-    key = f"{url}#{os.getpid()}" if url.startswith("memory://") else url
+    key = f"{one_spelling(url)}#{os.getpid()}" if url.startswith("memory://") else one_spelling(url)
     digest = hashlib.sha256(key.encode()).hexdigest()[:32]
     return Path(tempfile.gettempdir()) / f"checkpointer-{_user()}" / f"{digest}.lock"
 

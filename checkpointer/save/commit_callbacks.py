@@ -52,9 +52,9 @@ class CommitCallbacks:
         self._function = function
         self._name = getattr(function, "__qualname__", None) or type(function).__name__
         # The run's lock lives as long as the repository: a manager that is dropped while a call runs keeps it.
-        self._repository = repository
+        self.repository = repository
         self._keep = keep
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         self._guard = threading.Lock()
         self._calls: deque[_Call] = deque()
         """The first is running, if any is; the others wait."""
@@ -133,7 +133,7 @@ class CommitCallbacks:
 
     def at_exit(self, seconds: float) -> None:
         """As ``close``, for a program that has not called it; not in a forked child, which has no such thread."""
-        if os.getpid() == self._pid:
+        if os.getpid() == self.pid:
             left = self.close(seconds)
             if left is not None:
                 messages.log(logger.error, "%s", left)
@@ -162,7 +162,7 @@ class CommitCallbacks:
             try:
                 self._call(call)
             finally:
-                ours = os.getpid() == self._pid
+                ours = os.getpid() == self.pid
                 if ours:
                     with self._guard:
                         self._running_in = None
@@ -174,7 +174,7 @@ class CommitCallbacks:
         try:
             call.context.run(self._as_users_code, call.info)
         except BaseException as error:  # SystemExit, too: it would only end this thread
-            if os.getpid() != self._pid:
+            if os.getpid() != self.pid:
                 raise
             self._report(call.info.path, error)
             if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
@@ -198,6 +198,12 @@ class CommitCallbacks:
 
 _unfinished: weakref.WeakSet[CommitCallbacks] = weakref.WeakSet()
 """Those that have been given something to call for, and have not been closed."""
+
+
+def unfinished() -> list[CommitCallbacks]:
+    """Of all managers of this process that were not closed, those that have not returned for a checkpoint."""
+    ours = [callbacks for callbacks in list(_unfinished) if callbacks.pid == os.getpid()]  # a fork copies them
+    return [callbacks for callbacks in ours if callbacks.unreturned()]
 
 
 def _shown(error: BaseException) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import datetime
+from typing import NoReturn
 
+from checkpointer.errors import UnsupportedStateError
 from checkpointer.format.info import CheckpointInfo
 
 
@@ -54,6 +56,12 @@ class PendingSave:
             return self._future.exception(timeout)
         except FutureTimeoutError:  # before Python 3.11 not the builtin one
             raise TimeoutError(f"the save of step {self.step} is still being written after {timeout} s") from None
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UnsupportedStateError(
+            "a PendingSave cannot be copied or pickled, for a thread of this process completes it: "
+            "pass handle.result(), the CheckpointInfo, or the step"
+        )
 
     def __repr__(self) -> str:
         state = "writing" if not self.done() else "failed" if self.failed else "committed"

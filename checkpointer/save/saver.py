@@ -82,6 +82,8 @@ class Saver:
         self._callbacks: CommitCallbacks | None = None
         if on_commit is not None:
             self._callbacks = CommitCallbacks(on_commit, repository, self._kept_warnings.append)
+        self._earlier_callbacks: list[CommitCallbacks] = []
+        """Of managers of this run that this one has taken over from."""
         self._spared: frozenset[str] = frozenset()
         """What the last pruning let stay because ``on_commit`` had not returned for it."""
         self._stepped = stepped
@@ -109,7 +111,8 @@ class Saver:
     @property
     def in_flight(self) -> PendingSave | None:
         """The save that is being written."""
-        return self._current if self._current is not None and not self._current.done() else None
+        current = self._current  # another thread may be waiting for it
+        return current if current is not None and not current.done() else None
 
     @property
     def called_from_on_commit(self) -> bool:
@@ -118,7 +121,12 @@ class Saver:
 
     def unreturned(self) -> frozenset[str]:
         """The ids of the checkpoints that ``on_commit`` has not returned for."""
-        return frozenset() if self._callbacks is None else self._callbacks.unreturned()
+        own = () if self._callbacks is None else (self._callbacks,)
+        return frozenset().union(*(callbacks.unreturned() for callbacks in (*own, *self._earlier_callbacks)))
+
+    def also_unreturned(self, earlier: list[CommitCallbacks]) -> None:
+        """Protect the checkpoints that these have not returned for, too."""
+        self._earlier_callbacks = [callbacks for callbacks in earlier if callbacks is not self._callbacks]
 
     def keeping_warnings(self) -> AbstractContextManager[None]:
         """Within this block a warning that is an error waits for ``raise_errors``: what is being done is done."""
@@ -228,15 +236,19 @@ class Saver:
         """
         if not begun:
             self._collect()
+        errors = self._take_errors()
+        for extra in errors[1:]:
+            messages.log(logger.error, "another error of the background writer: %s", extra, error=extra)
+        if errors:
+            raise errors[0]
+
+    def _take_errors(self) -> list[BaseException]:
         with self._guard:
             errors = self._errors.copy()
             self._errors.clear()
         while self._kept_warnings:  # other threads append
             errors.append(self._kept_warnings.pop(0))
-        for extra in errors[1:]:
-            messages.log(logger.error, "another error of the background writer: %s", extra, error=extra)
-        if errors:
-            raise errors[0]
+        return errors
 
     def wait(self) -> None:
         """Wait for the write in flight and for the pruning after it."""
@@ -255,11 +267,24 @@ class Saver:
             with self.keeping_warnings():
                 self._await_callbacks(patience)
         finally:
-            if self._pool is not None:
-                self._pool.shutdown()  # only then is there nobody who reads the memory that is freed here
-                self._pool = None
-            self._steps.close()
-            self._stager.close()
+            self._free()
+
+    def retire(self) -> list[BaseException]:
+        """Finish for a new manager what was begun, and free memory and threads; the errors that nobody was told.
+
+        Calls of ``on_commit`` go on.
+        """
+        self.wait()
+        self._free()
+        self._collect()
+        return self._take_errors()
+
+    def _free(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()  # only then is there nobody who reads the memory that is freed here
+            self._pool = None
+        self._steps.close()
+        self._stager.close()
 
     def _await_callbacks(self, patience: Callable[[], float]) -> None:
         if self._callbacks is None:
@@ -267,7 +292,7 @@ class Saver:
         left = self._callbacks.close(patience())
         if left is not None:
             messages.warn(f"{left}. The checkpoints are committed", stacklevel=4)
-        if self._spared - self._callbacks.unreturned():
+        if self._repository.lock.held and self._spared - self.unreturned():
             self._prune()
 
     def _in_background(self, function: Callable[..., None], *arguments: Any) -> Future[None] | None:

@@ -29,7 +29,9 @@ def without_credentials(url: str) -> str:
 
 def _plain(url: str) -> str:
     parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
+    plain = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
+    dropped = "://" in url and "://" not in plain  # of memory:///run, which urllib takes for a path
+    return plain.replace(":", "://", 1) if dropped else plain
 
 
 def _url_secrets(url: str) -> Iterator[str]:

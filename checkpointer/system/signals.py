@@ -43,7 +43,7 @@ class SignalFlag:
         self._active = True
         for name in names:
             number = signal.Signals[name]
-            earlier = signal.getsignal(number)
+            earlier = _beneath(signal.getsignal(number), number)
             self._earlier[number] = signal.SIG_DFL if earlier is None else earlier  # None: not made by Python
             signal.signal(number, self._handle)
 
@@ -58,7 +58,12 @@ class SignalFlag:
             return
         for number, earlier in self._earlier.items():
             if signal.getsignal(number) == self._handle:
-                signal.signal(number, earlier)
+                signal.signal(number, _beneath(earlier, number))
+
+    def or_earlier(self, handler: Any, number: int) -> Any:
+        """``handler``, which is ours, or after ``restore`` what was there before."""
+        self._earlier[number] = _beneath(self._earlier[number], number)
+        return handler if self._active else self._earlier[number]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Set the flag and call the earlier handler: no more, for this may interrupt any line of Python."""
@@ -79,3 +84,12 @@ class SignalFlag:
         then waits for them. Other signals may reach the whole group, and data loading workers have to outlive them.
         """
         return self._active and (number != signal.SIGTERM or os.getpid() == self._pid)
+
+
+def _beneath(handler: Any, number: int) -> Any:
+    """``handler``, or what was set before it where it is one of ours that is over, but was not on top at that time.
+
+    So the handlers of managers that have been taken over do not pile up.
+    """
+    flag = getattr(handler, "__self__", None)
+    return flag.or_earlier(handler, number) if isinstance(flag, SignalFlag) else handler

@@ -205,14 +205,14 @@ def test_attachments_are_stored_and_verified(manager: MakeManager, tmp_path: Pat
 def test_a_second_manager_is_refused_by_name_and_may_read(manager: MakeManager) -> None:
     first, second = manager(), manager()
     saved(first, 0)
-    with pytest.raises(RunLockedError, match=rf"pid {os.getpid()} .*this process"):
-        second.restore_latest()
-    with pytest.raises(RunLockedError):
-        second.save(1)
-    reader = manager(read_only=True)
-    assert steps(reader) == [0]
-    assert reader.restore_latest() is not None
-    first.close()
+    with first:
+        with pytest.raises(RunLockedError, match=r"by the manager made at \S+\.py:\d+, in this process, and its with"):
+            second.restore_latest()
+        with pytest.raises(RunLockedError):
+            second.save(1)
+        reader = manager(read_only=True)
+        assert steps(reader) == [0]
+        assert reader.restore_latest() is not None
     assert second.restore_latest() is not None
 
 

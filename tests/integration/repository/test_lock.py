@@ -258,19 +258,19 @@ def test_a_forked_child_neither_owns_the_lock_nor_frees_it_by_closing_collecting
 # --------------------------------------------------------------------------------------- the same process
 
 
-def test_a_second_manager_of_the_same_process_is_refused_and_told_to_close_the_first(root):
+def test_an_older_manager_of_the_same_process_is_refused_and_told_which_one_writes(root):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CheckpointerWarning)
-        first, second = manager(root), manager(root)
-        first.save(1)
-        with pytest.raises(RunLockedError, match=r"That is this process: close its other manager first"):
-            second.restore_latest()
+        old, new = manager(root), manager(root)
+        new.save(1)
+        with pytest.raises(RunLockedError, match=r"by the manager made at .*test_lock\.py:\d+, .* which is newer"):
+            old.restore_latest()
         with pytest.raises(RunLockedError):
-            second.save(2)
-        first.close()
-        second.restore_latest()
-        second.save(2)
-        second.close()
+            old.save(2)
+        new.close()
+        old.restore_latest()
+        old.save(2)
+        old.close()
 
 
 def test_a_lock_can_be_taken_again_after_it_was_released(local):
@@ -310,11 +310,13 @@ def test_releasing_a_lock_that_was_replaced_leaves_the_new_owner_its_name(local)
     first, second = manager(local), manager(local)
     first.restore_latest()
     Path(local.url, ".checkpointer", "lock").unlink()
-    second.restore_latest()
+    with pytest.warns(CheckpointerWarning, match="has taken the run over"):
+        second.restore_latest()
     first.close()
     assert owner_of(local) is not None
     with pytest.raises(RunLockedError, match=f"pid {os.getpid()}"):
-        manager(local).restore_latest()
+        Repository(open_storage(local.url)).lock.acquire()
+    second.save(1)
     second.close()
 
 
@@ -341,7 +343,7 @@ def test_a_lock_whose_owner_has_not_said_who_it_is_is_still_a_lock(local):
         if content is not None:
             place.write_text(content)
         with pytest.raises(RunLockedError, match="has not said who it is"):
-            manager(local).restore_latest()
+            Repository(open_storage(local.url)).lock.acquire()
     first.close()
 
 
@@ -498,10 +500,13 @@ def test_a_file_system_without_locks_falls_back_to_a_local_lock_and_says_so(loca
     assert not first._repository.lock.proven
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CheckpointerWarning)
-        with pytest.raises(RunLockedError):
+        with first, pytest.raises(RunLockedError):
             second.restore_latest()
-        first.close()
         second.restore_latest()
+        third = manager(local)
+        third.restore_latest()
+        third.save(2)
+        third.close()
         second.close()
 
 

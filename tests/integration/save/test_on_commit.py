@@ -27,6 +27,7 @@ from checkpointer.policy.deadline import OUTLIVED, time_left
 from checkpointer.repository.repository import Repository
 from checkpointer.save import commit_callbacks
 from checkpointer.save.commit_callbacks import BEHIND
+from checkpointer.storage import open_storage
 from tests.support.ranks import run
 
 LONG = 60
@@ -569,13 +570,12 @@ def test_a_manager_that_is_dropped_while_it_runs_keeps_its_lock_until_it_returns
     del mgr
     gc.collect()
     assert gone() is None
-    second = make(tmp_path, print)
     with pytest.raises(RunLockedError):
-        second.restore_latest()
+        Repository(open_storage(tmp_path / "run")).lock.acquire()
     gate.open()
     until_idle()
     gc.collect()
-    with second:
+    with make(tmp_path, print) as second:
         assert second.restore_latest().step == 0
 
 
