@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("no-times", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no-times")  # how long a draw takes says how busy the machine is
 
 # Torch is not imported yet. Tests fork, and OpenMP that has run several threads hangs in a fork's first parallel loop.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -173,7 +173,7 @@ def forgotten_dtypes(names, torch_version):
     """Dtypes that cannot be stored: none. A torch that is newer than the tests may have some; then they are said."""
     unknown = sorted(set(names) - QUANTIZED - set(ITEM_SIZES))
     if unknown and release(torch_version) > release(NEWEST_TORCH):
-        warnings.warn(f"torch {torch_version} has dtypes that cannot be stored yet: {unknown}", UserWarning, stacklevel=2)
+        warnings.warn(f"torch {torch_version} has dtypes that cannot be stored yet: {unknown}", stacklevel=2)
         return []
     return unknown
 
