@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 if sys.platform != "win32":
     import fcntl
@@ -47,6 +48,18 @@ class SetupError(Exception):
     """The environment cannot be made. The message says what to do."""
 
 
+class Recipe(NamedTuple):
+    """An environment beside the usual one, with other versions in it."""
+
+    name: str
+    base: str
+    """The interpreter it is made from."""
+    made_by: str
+    """Asks for a new environment when it changes."""
+    install: Callable[[str], None]
+    """Fills the environment of the given Python."""
+
+
 def exit_with(program: Callable[[Sequence[str]], int]) -> None:
     """Run ``program`` on the command line's arguments and leave with the status that it returns."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: child processes end too
@@ -72,21 +85,23 @@ def runs(module: str, *, extra: str = "", options: Mapping[str, str] | None = No
 
 
 @contextlib.contextmanager
-def environment(extra: str = "") -> Iterator[str]:
+def environment(extra: str = "", recipe: Recipe | None = None) -> Iterator[str]:
     """The Python of a complete environment, which nobody changes inside the ``with`` block.
 
-    ``extra`` names one of pyproject.toml's that has to be there too; it is added where it is missing.
+    ``extra`` names one of pyproject.toml's that has to be there too; it is added where it is missing. ``recipe``: an
+    environment of its own, whose folder has the recipe's name behind that of the usual one.
     """
-    venv = Path(os.environ.get("CHECKPOINTER_VENV") or ROOT / ".venv").absolute()
-    base = _find_interpreter()
-    wanted = _stamp_for(base)
+    usual = Path(os.environ.get("CHECKPOINTER_VENV") or ROOT / ".venv").absolute()
+    venv = usual if recipe is None else Path(f"{usual}-{recipe.name}")
+    base = _find_interpreter() if recipe is None else recipe.base
+    wanted = _stamp_for(base, recipe)
     venv.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{venv}.lock", "w", encoding="utf-8") as lock:
         _lock(lock.fileno(), exclusive=False)
         while any(_read_stamp(venv, part) != wanted for part in ("", extra)):
             _lock(lock.fileno(), exclusive=True)  # gives up the shared lock first: two runs can't wait for each other
             if _read_stamp(venv) != wanted:
-                _set_up(venv, base, wanted)
+                _set_up(venv, base, wanted, recipe.install if recipe else _install)
             if _read_stamp(venv, extra) != wanted:
                 _add(venv, extra, wanted)
             _lock(lock.fileno(), exclusive=False)
@@ -99,28 +114,33 @@ def _find_interpreter() -> str:
         return getattr(sys, "_base_executable", None) or sys.executable  # not the one of a venv that may be removed
     for name in (*(f"python3.{minor}" for minor in (13, 12, 11, 10, 14)), "python3", "python"):
         found = shutil.which(name)
-        if found and _version(found) >= OLDEST:
+        if found and version_of(found) >= OLDEST:
             return found
     running = ".".join(map(str, sys.version_info[:3]))
     raise SetupError(f"this is Python {running} and no Python 3.10 or newer is on the PATH; install one")
 
 
-def _version(python: str) -> tuple[int, ...]:
-    """Version of an interpreter; empty if it does not start (the shims of version managers often don't)."""
+def version_of(python: str) -> tuple[int, ...]:
+    """Version of an interpreter; empty if it is missing or does not start (the shims of version managers often don't)."""
     ask = "import sys; print(*sys.version_info[:3])"
-    answer = subprocess.run([python, "-c", ask], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    try:
+        answer = subprocess.run([python, "-c", ask], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    except OSError:
+        return ()
     return tuple(map(int, answer.stdout.split()))
 
 
-def _stamp_for(base: str) -> str:
+def _stamp_for(base: str, recipe: Recipe | None) -> str:
     """First line: what asks for a new environment when it changes. Second line: what asks for another install."""
-    version = sys.version_info[:3] if sys.version_info >= OLDEST else _version(base)
-    made_by = f"Python {'.'.join(map(str, version))}, _env.py {_digest(__file__)}"
-    made_for = f"pyproject.toml {_digest(ROOT / 'pyproject.toml')}"
+    version = sys.version_info[:3] if recipe is None and sys.version_info >= OLDEST else version_of(base)
+    made_by = f"Python {'.'.join(map(str, version))}, _env.py {digest(__file__)}"
+    if recipe:
+        made_by = f"{made_by}, {recipe.made_by}"
+    made_for = f"pyproject.toml {digest(ROOT / 'pyproject.toml')}"
     return f"{made_by}\n{made_for}"
 
 
-def _digest(path: str | Path) -> str:
+def digest(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -152,7 +172,7 @@ def _lock(descriptor: int, *, exclusive: bool) -> None:
         fcntl.flock(descriptor, kind)
 
 
-def _set_up(venv: Path, base: str, wanted: str) -> None:
+def _set_up(venv: Path, base: str, wanted: str, install: Callable[[str], None]) -> None:
     """Make or update the environment; the stamp goes first and comes back last."""
     current = _read_stamp(venv)
     with contextlib.suppress(FileNotFoundError):
@@ -162,7 +182,7 @@ def _set_up(venv: Path, base: str, wanted: str) -> None:
     else:
         print(f"setting up {venv} (once; minutes on a slow network)", flush=True)
         _make_anew(venv, base)
-    _install(_python_of(venv))
+    install(_python_of(venv))
     _write_stamp(venv, "", wanted)
 
 
@@ -176,8 +196,8 @@ def _add(venv: Path, extra: str, wanted: str) -> None:
     """Install an extra, beside the very torch that is there."""
     python = _python_of(venv)
     installer = ["uv", "pip", "install", "--python", python] if _is_installed("uv", python) else ["pip", "install"]
-    wheels = [f"{ROOT}[{extra}]", f"torch=={_installed_version('torch', python)}"]
-    _step(f"what [{extra}] asks for", [python, "-m", *installer, "-e", *wheels])
+    wheels = [f"{ROOT}[{extra}]", f"torch=={installed_version('torch', python)}"]
+    step(f"what [{extra}] asks for", [python, "-m", *installer, "-e", *wheels])
     _write_stamp(venv, extra, wanted)
 
 
@@ -190,7 +210,7 @@ def _make_anew(venv: Path, base: str) -> None:
         if entry.name != MARK:  # stays to the end, so that an interrupted removal can be resumed
             _remove(entry)
     try:
-        _step("virtual environment", [base, "-m", "venv", str(venv)])
+        step("virtual environment", [base, "-m", "venv", str(venv)])
     except SetupError as error:
         raise SetupError(f"{error}\n(on Debian and Ubuntu: apt install python3-venv)") from None
 
@@ -207,22 +227,22 @@ def _install(python: str) -> None:
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
     uv = [python, "-m", "uv", "pip", "install", "--python", python]
     try:
-        _step("uv", [*pip, "uv"])
+        step("uv", [*pip, "uv"])
         fast = uv
     except SetupError:
         print("   no uv to be had: going on with pip, which is slower", flush=True)
         fast = pip
     if not _is_installed("torch", python):
-        _step(
+        step(
             "torch",
             [*pip, "--no-index", "--no-deps", TORCH_WHEEL],  # a configured folder of wheels; else fails at once
             [*fast, "--no-deps", "--index-url", TORCH_CPU_INDEX, TORCH],
             [*fast, TORCH],
         )
-    _step("checkpointer and its tools", [*fast, "-e", f"{ROOT}[dev]"])  # keeps the torch that is there
+    step("checkpointer and its tools", [*fast, "-e", f"{ROOT}[dev]"])  # keeps the torch that is there
     _install_torchvision(python, pip, fast)
     if sys.dont_write_bytecode:  # then it is now, or for seconds at each start of each process
-        _step("bytecode", [python, "-c", f"import sys; sys.dont_write_bytecode = False; import {SLOW_IMPORTS}"])
+        step("bytecode", [python, "-c", f"import sys; sys.dont_write_bytecode = False; import {SLOW_IMPORTS}"])
 
 
 def _install_torchvision(python: str, pip: Sequence[str], fast: Sequence[str]) -> None:
@@ -231,9 +251,9 @@ def _install_torchvision(python: str, pip: Sequence[str], fast: Sequence[str]) -
     Asking for the installed torch by its whole version ("2.13.0+cpu") keeps it: no index holds another of that name.
     Where there is none (a torch built at night) only the tests that need it fail.
     """
-    wanted = ["torchvision", f"torch=={_installed_version('torch', python)}"]
+    wanted = ["torchvision", f"torch=={installed_version('torch', python)}"]
     try:
-        _step(
+        step(
             "torchvision",
             [*pip, "--no-index", *wanted],  # a configured folder of wheels; else fails at once
             [*fast, "--index-url", TORCH_CPU_INDEX, *wanted],
@@ -244,17 +264,17 @@ def _install_torchvision(python: str, pip: Sequence[str], fast: Sequence[str]) -
 
 
 def _is_installed(distribution: str, python: str) -> bool:
-    return bool(_installed_version(distribution, python))
+    return bool(installed_version(distribution, python))
 
 
-def _installed_version(distribution: str, python: str) -> str:
+def installed_version(distribution: str, python: str) -> str:
     """Empty if it is not there."""
     ask = f"import importlib.metadata as m; print(m.version({distribution!r}))"
     answer = subprocess.run([python, "-c", ask], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
     return answer.stdout.decode().strip()
 
 
-def _step(what: str, *alternatives: Sequence[str]) -> None:
+def step(what: str, *alternatives: Sequence[str]) -> None:
     """Run the first of the commands that succeeds; their output is shown only if none does."""
     print(f"   {what} …", end=" ", flush=True)
     begin = time.monotonic()

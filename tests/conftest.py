@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import itertools
 import logging
 import os
 import secrets
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("no-times", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no-times")  # how long a draw takes says how busy the machine is
 
 # Torch is not imported yet. Tests fork, and OpenMP that has run several threads hangs in a fork's first parallel loop.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +29,25 @@ SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYsecretKEY"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="every crash point and variant, not a sample of them")
+
+
+    parser.addoption("--without-torch", action="store_true", help="no torch is there: skip each test that needs it")
+
+
+class NeedsTorch:
+    """Skips the test, or the file, that imports torch where there is none."""
+
+    @staticmethod
+    def find_spec(name: str, *_: object) -> None:
+        if name == "torch":
+            pytest.skip("needs torch", allow_module_level=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--without-torch"):
+        if importlib.util.find_spec("torch"):
+            raise pytest.UsageError("--without-torch, but torch is there")
+        sys.meta_path.insert(0, NeedsTorch())  # type: ignore[arg-type]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

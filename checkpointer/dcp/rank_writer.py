@@ -20,7 +20,7 @@ from checkpointer.format.tensor_files import FileNaming
 from checkpointer.repository.commit import Attempt
 from checkpointer.save.tensor_writer import Piece, shards_of, write_pieces
 from checkpointer.state.modes import wait_for_streams
-from checkpointer.state.tensors import STORABLE, dtype_name
+from checkpointer.state.tensors import STORABLE, dtype_name, unknown_dtype
 from checkpointer.state.tree.encode import Encoder
 
 
@@ -92,7 +92,7 @@ class RankPart:
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
             raise UnsupportedStateError(f"{name}: only strided tensors can be stored by DCP, got {type(tensor)}")
         if tensor.dtype not in STORABLE:
-            raise UnsupportedStateError(f"{name}: a tensor of dtype {tensor.dtype} cannot be stored")
+            raise UnsupportedStateError(f"{name}: {unknown_dtype(tensor.dtype)}")
         if (tensor.dtype, tensor.shape) != (data.properties.dtype, data.chunk.sizes):
             raise UnsupportedStateError(
                 f"{name}: {type(self._planner).__qualname__} announces {data.properties.dtype} "

@@ -6,6 +6,7 @@ import warnings
 from typing import Any, Protocol, runtime_checkable
 
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, IncompatibleStateError
+from checkpointer.state import annealing
 from checkpointer.state.classes import CLASS, class_change, class_name, is_scheduler, refused_class, unwrapped
 from checkpointer.state.destinations import Destinations, check_kind
 from checkpointer.state.protocol import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
@@ -37,7 +38,7 @@ class StatefulAdapter:
 
     def capture(self) -> Captured:
         """Encode ``state_dict()``. Raises :class:`UnsupportedStateError`."""
-        tree, tensors = encode(self.live.state_dict(), self.name)
+        tree, tensors = encode(annealing.named(self.live, self.live.state_dict()), self.name)
         return Captured(self.kind, tree, tensors, {CLASS: class_name(self.live)})
 
     @property
@@ -108,6 +109,7 @@ class StatefulAdapter:
             raise IncompatibleStateError(
                 f"{self.name}: {kind}.load_state_dict refused the saved state: {error!r}"
             ) from error
+        annealing.bind(self.live)
 
 
 def nothing() -> None:

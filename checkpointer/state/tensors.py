@@ -44,6 +44,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
+def unknown_dtype(dtype: torch.dtype) -> str:
+    """Why a tensor of a dtype outside ``STORABLE`` cannot be stored, and what to do."""
+    return (
+        f"a tensor of dtype {dtype}, which this version of checkpointer does not know how to store (PyTorch "
+        f"{torch.__version__} has it); update checkpointer, or convert the tensor to another dtype"
+    )
+
+
 def contiguous_strides(shape: Iterable[int]) -> tuple[int, ...]:
     """Row-major strides of ``shape``, in elements."""
     strides: list[int] = []

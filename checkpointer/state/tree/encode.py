@@ -231,7 +231,7 @@ class Encoder:
     def _plain_tensor(self, value: torch.Tensor) -> Json:
         self._refuse_as_key(value)
         if value.dtype not in tensors.STORABLE:
-            self._fail(f"a tensor of dtype {value.dtype}")
+            raise UnsupportedStateError(f"{self._place()}: {tensors.unknown_dtype(value.dtype)}")
         if _NAMED and value.has_names():  # type: ignore[attr-defined]
             self._fail("a named tensor; drop the names with rename(None)")
         return {"$tensor": self._add(value)}
@@ -307,8 +307,10 @@ class Encoder:
         return unique
 
     def _fail(self, what: str) -> NoReturn:
-        place = self.root + "".join(_show(kind, part) for kind, part in self._path)
-        raise UnsupportedStateError(f"{place}: cannot store {what}; {_REGISTER}")
+        raise UnsupportedStateError(f"{self._place()}: cannot store {what}; {_REGISTER}")
+
+    def _place(self) -> str:
+        return self.root + "".join(_show(kind, part) for kind, part in self._path)
 
 
 def is_simple(tensor: torch.Tensor) -> bool:

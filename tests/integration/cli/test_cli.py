@@ -19,7 +19,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 
@@ -29,6 +29,7 @@ from checkpointer.cli.commands import cli
 from checkpointer.format.index import Component, TensorSpec
 from checkpointer.format.tree_text import describe_component, leaves
 from checkpointer.version import __version__
+from tests.support.command import runner
 from tests.support.forge import flip, forge_manifest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -59,7 +60,7 @@ def config(tmp_path):
 
 def invoke(*args: Any) -> Result:
     """The command in this process, its output in a pipe."""
-    result = CliRunner().invoke(cli, [str(arg) for arg in args])
+    result = runner().invoke(cli, [str(arg) for arg in args])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

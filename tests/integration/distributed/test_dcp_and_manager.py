@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -22,6 +21,7 @@ from checkpointer.dcp import SafetensorsReader
 from checkpointer.dcp.contents import Contents
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError
 from checkpointer.format.index import Component, Index, TensorSpec
+from tests.support.command import runner
 from tests.support.ranks import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")  # DCP's own, in one process
@@ -201,7 +201,7 @@ def test_the_command_reads_what_dcp_has_saved(tmp_path):
     told = {}
     for command in ("ls", "show 2", "verify", "diff 1 2", f"consolidate 2 {tmp_path / 'out'}"):
         name, *arguments = command.split()
-        result = CliRunner().invoke(cli, [name, str(tmp_path), *arguments])
+        result = runner().invoke(cli, [name, str(tmp_path), *arguments])
         assert result.exit_code == (1 if name == "diff" else 0), result.output  # they do differ
         told[name] = result.output
     assert "optimizer.state.0.exp_avg" in told["show"]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from checkpointer import CheckpointManager
 from checkpointer.cli.commands import cli
 from checkpointer.errors import CheckpointerError, IncompatibleStateError, RunLockedError
 from tests.integration.hostile.attacks import ATTACKS, OWNERS
+from tests.support.command import runner
 from tests.support.compare import assert_identical
 from tests.support.training import assert_at, at
 
@@ -92,7 +92,7 @@ def test_an_attack_is_refused_and_the_checkpoint_before_it_is_restored(name, run
             assert mgr.restore_latest() is not None
     assert_at(live, 2 if name in HARMLESS else 1, frozen=True)
     for command in ("ls", "show", "verify", "doctor"):
-        done = CliRunner().invoke(cli, [command, str(run)])
+        done = runner().invoke(cli, [command, str(run)])
         assert done.exit_code in (0, 1, 3), done.exception
         assert all(char.isprintable() or char in "\n\t" for char in done.output), repr(done.output)
     assert kinds(tmp_path, run) == outside

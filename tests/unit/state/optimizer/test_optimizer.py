@@ -478,6 +478,58 @@ def test_every_scheduler_goes_on_bit_for_bit(name):
     assert_identical(scheduler.state_dict(), again.state_dict())
 
 
+class SWALROfOldTorch(SWALR):
+    """As torch 2.6 has it: the state holds the function, and nothing says its name."""
+
+    def __init__(self, optimizer, anneal_strategy):
+        super().__init__(optimizer, 0.05, 3, anneal_strategy)
+        vars(self).pop("_anneal_strategy", None)
+
+    state_dict = schedulers.LRScheduler.state_dict
+    load_state_dict = schedulers.LRScheduler.load_state_dict
+
+
+SWALROfOldTorch.__name__ = "SWALR"
+
+
+def of_old_torch(optimizer, strategy, nested):
+    if not nested:
+        return SWALROfOldTorch(optimizer, strategy)
+    warm = schedulers.LinearLR(optimizer, total_iters=2)
+    return schedulers.SequentialLR(optimizer, [warm, SWALROfOldTorch(optimizer, strategy)], milestones=[2])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("strategy, other", [("cos", "linear"), ("linear", "cos")])
+def test_the_annealing_function_that_old_torch_has_in_its_state_is_restored_by_name(strategy, other, nested):
+    source, target = model(0), model(1)
+    optimizer, restored = make("SGD", source), make("SGD", target)
+    scheduler, again = of_old_torch(optimizer, strategy, nested), of_old_torch(restored, other, nested)
+    train(source, optimizer, range(3), scheduler)
+    resume((source, optimizer), (target, restored))
+    carry(scheduler, again)
+    train(source, optimizer, range(3, 8), scheduler)
+    train(target, restored, range(3, 8), again)
+    assert_identical(state_of(source, optimizer), state_of(target, restored))
+    assert scheduler.get_last_lr() == again.get_last_lr()
+
+
+@pytest.mark.parametrize("saved_by, restored_by", [("old", "new"), ("new", "old")])
+def test_either_torch_restores_the_annealing_that_the_other_has_saved(saved_by, restored_by):
+    make_one = {"old": SWALROfOldTorch, "new": lambda o, s: SWALR(o, 0.05, 3, s)}
+    saved = make_one[saved_by](make("SGD", model(0)), "linear")
+    live = make_one[restored_by](make("SGD", model(0)), "cos")
+    carry(saved, live)
+    assert live.anneal_func is SWALR._linear_anneal
+
+
+def test_an_annealing_function_of_your_own_is_refused_by_its_name():
+    scheduler = SWALROfOldTorch(make("SGD", model(0)), "cos")
+    scheduler.anneal_func = lambda t: t * t
+    with pytest.raises(CheckpointerError, match="anneal_func"):
+        save(adapter_for("scheduler", scheduler, {}))
+
+
 def test_a_gradient_scaler_comes_back():
     source, target = torch.amp.GradScaler("cpu", init_scale=8.0), torch.amp.GradScaler("cpu")
     source.scale(torch.ones(1))
