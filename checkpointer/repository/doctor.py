@@ -185,7 +185,7 @@ class Doctor:
         if not self._storage.can_rename:
             return
         owner = os.stat(self._storage.place("")).st_uid
-        mounts: set[int] = set()
+        read_only: tuple[str, ...] = ()
         for path in self._places():
             place = self._storage.place(path)
             try:
@@ -196,12 +196,12 @@ class Doctor:
             directory = _is_directory(place)
             if not _may(place, os.R_OK | (os.X_OK if directory else 0)):
                 yield Finding("unreadable", place, f"this user may not read it ({whose})", "give read access to it")
-            elif directory and status.st_dev in mounts:
+            elif f"{path}/".startswith(read_only):
                 continue
             elif directory and _is_read_only(place):
-                mounts.add(status.st_dev)
+                read_only += (f"{path}/" if path else "",)
                 self._chart.read_only |= not path
-                meaning = "the file system is mounted read-only: restores work, saves and pruning fail"
+                meaning = "the file system is mounted read-only: restores work; saves, pruning and --fix do not"
                 advice = "for those who train, mount it writable, and look at the system's log for why it is not"
                 yield Finding("read-only", place, meaning, f"{advice}; readers need no more")
             elif directory and not _may(place, os.W_OK | os.X_OK):

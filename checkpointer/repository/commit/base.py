@@ -215,9 +215,7 @@ def leftovers(storage: Storage, directory: str, listed: Collection[str] = ()) ->
     return sorted_out(storage, directory, storage.list_directory(directory), listed)
 
 
-def sorted_out(
-    storage: Storage, directory: str, entries: Iterable[Entry], listed: Collection[str] = ()
-) -> Leftovers:
+def sorted_out(storage: Storage, directory: str, entries: Iterable[Entry], listed: Collection[str] = ()) -> Leftovers:
     """The same of these ``entries`` of it. Only a regular file is debris: systems leave no others."""
     found: dict[str | None, list[str]] = {"debris": [], "open": [], None: []}
     for path, entry in _below(storage, directory, entries):
@@ -260,9 +258,7 @@ def delete_everything(storage: Storage, directory: str) -> None:
     remove_empty_directories(storage, directory)
 
 
-def _below(
-    storage: Storage, directory: str, entries: Iterable[Entry], above: str = ""
-) -> Iterator[tuple[str, Entry]]:
+def _below(storage: Storage, directory: str, entries: Iterable[Entry], above: str = "") -> Iterator[tuple[str, Entry]]:
     """The path, relative to where it began, and the entry of every non-directory among ``entries`` and below them."""
     for entry in entries:
         if entry.is_dir:

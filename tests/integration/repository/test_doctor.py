@@ -21,10 +21,12 @@ from torch import nn
 from checkpointer import CheckpointManager
 from checkpointer.errors import CheckpointerWarning, CheckpointNotFoundError, RunLockedError
 from checkpointer.format import paths, strict_json
+from checkpointer.policy.retention import KeepPolicy, plan
 from checkpointer.repository.doctor import Diagnosis, Doctor, Finding
-from checkpointer.repository.notes import Note
+from checkpointer.repository.notes import Note, read_notes
 from checkpointer.repository.repository import Repository
 from checkpointer.storage import LocalStorage, Storage, open_storage
+from checkpointer.testing import Fault, faulty
 from tests.conftest import Root
 from tests.integration.cli.test_cli import document, error_of, invoke, on_terminal, visible
 from tests.support import processes
@@ -175,6 +177,67 @@ def test_a_checkpoint_of_a_newer_format_is_left_where_it_is(local: Root) -> None
     forge_manifest(Path(local.url, "checkpoint-3"), lambda fields: fields.update(version=99))
     assert "update this library" in finding(doctor(local).mend(), "newer-format").advice
     assert names(local) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("by", ["the manager", "the command"])
+def test_what_verify_finds_is_remembered_until_a_check_passes(root: Root, by: str) -> None:
+    mgr = make(root)
+    path = file_of(root, 2, paths.SHARED_TENSORS)
+    options = [f"--storage-option={key}={json.dumps(value)}" for key, value in root.options.items()]
+
+    def verify() -> None:
+        if by == "the command":
+            invoke("verify", root.url, "2", *options)
+        else:
+            CheckpointManager(root.url, storage_options=root.options, read_only=True).verify(2)
+
+    def known() -> list[str]:
+        repository = Repository(storage_of(root))
+        (info,) = [info for info in repository.list_checkpoints().checkpoints if info.step == 2]
+        return [] if info.damaged is None else [info.damaged, *map(str, read_notes(storage_of(root), info.id))]
+
+    verify()
+    assert known() == []
+    flip(root, path, -1)
+    verify()
+    verify()
+    reason, *notes = known()
+    assert "state.safetensors" in reason
+    assert len(notes) == 1  # what is known already is not noted again
+    assert reason in finding(doctor(root).examine(), "damaged").meaning
+    kept = plan(mgr.checkpoints(), KeepPolicy(last=2), now=mgr.checkpoints()[-1].created).keep
+    assert [info.step for info, why in kept if "last 2" in why] == [1, 3]
+    flip(root, path, -1)
+    verify()
+    assert known() == []
+
+
+def test_what_only_cannot_be_read_is_not_remembered_as_damage(local: Root) -> None:
+    make(local)
+    opened = LocalStorage.open
+
+    def failing(self: LocalStorage, path: str) -> Any:
+        if path == f"checkpoint-2/{paths.SHARED_TENSORS}":
+            raise PermissionError(13, "Permission denied", path)
+        return opened(self, path)
+
+    repository = Repository(storage_of(local))
+    with mock.patch.object(LocalStorage, "open", failing):
+        assert not repository.verify(repository.find(2)).ok
+    assert repository.find(2).damaged is None
+
+
+def test_a_reader_who_may_not_note_what_verify_finds_is_told_of_the_damage_alone(root: Root) -> None:
+    make(root)
+    flip(root, file_of(root, 2, paths.SHARED_TENSORS), -1)
+    denied = Fault("EACCES", on=["create", "put", "write"], forever=True)
+    with faulty(denied):
+        mgr = CheckpointManager(root.url, storage_options=root.options, read_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [item.ok for item in mgr.verify().checkpoints] == [True, False, True]
+    assert denied.hits
+    assert all(info.damaged is None for info in mgr.checkpoints())
 
 
 def test_damage_that_a_restore_has_noted_is_named(local: Root) -> None:
@@ -449,6 +512,48 @@ def test_what_this_user_may_not_read_or_write_is_named(local: Root) -> None:
     found = {(item["kind"], item["path"]) for item in json.loads(done.stdout)["findings"]}
     assert {("unreadable", str(unreadable)), ("unwritable", str(unwritable))} <= found
     assert done.returncode == 1
+
+
+READ_ONLY = """
+import subprocess, sys
+from pathlib import Path
+base = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "none", base], check=True)
+from tests.conftest import Root
+from tests.integration.repository.test_doctor import doctor, flip, make
+root, part = Root("local", str(base / "run")), Root("local", str(base / "part"))
+make(root)
+make(part)
+flip(root, "checkpoint-2/state.safetensors", -1)
+bind = [Path(part.url, "checkpoint-2")] * 2
+subprocess.run(["mount", "--bind", *bind], check=True)
+subprocess.run(["mount", "-o", "remount,ro,bind", bind[0]], check=True)
+kinds = [(finding.kind, finding.path) for finding in doctor(part).examine().findings]
+assert kinds.count(("read-only", str(bind[0]))) == 1, kinds
+assert {kind for kind, _ in kinds} == {"read-only", "unremovable"}, kinds
+subprocess.run(["mount", "-o", "remount,ro", base], check=True)
+for call in (doctor(root).examine, doctor(root).mend):
+    (finding,) = call().findings
+    assert (finding.kind, finding.level, finding.path) == ("read-only", "problem", root.url), finding
+    assert "the file system is mounted read-only" in finding.meaning
+    assert "this user" not in f"{finding}" and "write access" not in f"{finding}", finding
+from checkpointer import CheckpointManager
+report = CheckpointManager(root.url, read_only=True).verify()  # what it finds cannot be remembered: that is no error
+assert [item.ok for item in report.checkpoints] == [True, False, True]
+print("ok")
+"""
+
+
+def test_on_a_read_only_mount_there_is_one_finding_that_says_so(tmp_path: Path) -> None:
+    allowed = (
+        "mount -t tmpfs none /mnt && mkdir /mnt/a && mount --bind /mnt/a /mnt/a && mount -o remount,ro,bind /mnt/a"
+    )
+    command = ["unshare", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "sh", "-c", allowed], check=False).returncode:
+        pytest.skip("file systems can be mounted by root alone, and not in every container")
+    command += [sys.executable, "-W", "ignore", "-c", READ_ONLY, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert done.stdout == "ok\n", done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user: run the test as root")
