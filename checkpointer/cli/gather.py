@@ -19,6 +19,7 @@ from checkpointer.errors import (
 from checkpointer.format.index import Component
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest, metric_to_json
+from checkpointer.repository.copies import copies_by_file, on_disk
 from checkpointer.repository.notes import Note
 from checkpointer.repository.repository import Listing, Repository, Unreadable
 from checkpointer.storage import ReadFile, Storage, open_storage
@@ -158,7 +159,7 @@ def details(repository: Repository, step: int | None) -> Details:
         raise found.unreadable[-1].error
     info = repository.find(step) if step is not None else found.checkpoints[-1]
     manifest = repository.manifest(info)
-    shared = _shared(manifest, found)
+    shared = _shared(info, on_disk(repository.storage, found.checkpoints))
     try:
         with repository.open(info) as reader:
             return Details(_row(info), manifest, reader.index.components, shared)
@@ -167,11 +168,10 @@ def details(repository: Repository, step: int | None) -> Details:
         return Details(row, manifest, shared=shared, problem=error)
 
 
-def _shared(manifest: Manifest, found: Listing) -> dict[str, tuple[str, ...]]:
-    others = [info for info in found.checkpoints if info.id != manifest.id]
-    holders = {
-        path: tuple(_row(info).name for info in others if manifest.copy(path) in info.copies) for path in manifest.files
-    }
+def _shared(info: CheckpointInfo, checkpoints: Sequence[CheckpointInfo]) -> dict[str, tuple[str, ...]]:
+    own = next((copies_by_file(item) for item in checkpoints if item.id == info.id), copies_by_file(info))
+    others = [item for item in checkpoints if item.id != info.id]
+    holders = {path: tuple(_row(item).name for item in others if copy in item.copies) for path, copy in own.items()}
     return {path: names for path, names in holders.items() if names}
 
 

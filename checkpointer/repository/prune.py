@@ -11,6 +11,7 @@ from functools import partial
 from checkpointer.errors import CheckpointerError, CheckpointNotFoundError
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.policy.retention import KeepPolicy, RetentionPlan, doubts, plan
+from checkpointer.repository.copies import on_disk
 from checkpointer.repository.repository import Repository
 from checkpointer.system import messages
 
@@ -61,7 +62,7 @@ class Pruner:
         is pinned meanwhile stays. So does one that cannot be removed, with a warning: the others go, and the next call
         tries it again.
         """
-        checkpoints = self._repository.list_checkpoints().checkpoints
+        checkpoints = on_disk(self._repository.storage, self._repository.list_checkpoints().checkpoints)
         now = datetime.now(timezone.utc)
         decide = partial(plan, checkpoints, self._policy, now=now, protect=protect, unreturned=unreturned())
         decided = decide(stuck=self._stuck)

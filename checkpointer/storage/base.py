@@ -163,6 +163,11 @@ class Storage(Protocol):
     def free_bytes(self) -> int | None:
         """Bytes that can still be written, where that can be known."""
 
+    def identity(self, path: str) -> str | None:
+        """A name of the bytes that a file lies on: the same for files that were linked, and no others; ``None`` where
+        that cannot be told.
+        """
+
     def age(self, path: str) -> float | None:
         """Seconds since ``path`` was last written, by the file system's clock; ``None`` if unknown."""
 

@@ -239,6 +239,13 @@ class LocalStorage:
             directory = directory.parent
         return shutil.disk_usage(directory).free
 
+    def identity(self, path: str) -> str | None:
+        try:
+            status = os.lstat(self.place(path))
+        except OSError:
+            return None
+        return f"{status.st_dev:x}-{status.st_ino:x}" if stat.S_ISREG(status.st_mode) and status.st_ino else None
+
     def age(self, path: str) -> float | None:
         try:
             return time.time() - os.lstat(self.place(path)).st_mtime

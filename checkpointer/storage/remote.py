@@ -258,6 +258,9 @@ class FsspecStorage:
     def free_bytes(self) -> int | None:
         return None
 
+    def identity(self, path: str) -> str | None:  # noqa: ARG002  an object has no second name
+        return None
+
     @_as_os_errors
     def age(self, path: str) -> float | None:
         self.fs.invalidate_cache(self._full(path))

@@ -487,6 +487,11 @@ class StorageContract:
             assert not storage.exists("b/deep/target"), "`link` has answered no, and made a file all the same"
             return
         assert linked, f"{storage.url} does not link or copy files"
+        _write(storage, "other", b"data")
+        known = [storage.identity(path) for path in ("a/source", "b/deep/target", "other", "missing")]
+        assert known[0] == known[1] or "rename" not in self.capabilities
+        assert known[0] is None or known[2] not in known[:2], "two files of their own are taken for one"
+        assert known[3] is None
         assert storage.read("b/deep/target", LIMIT) == b"data"
         storage.remove("a/source")
         assert storage.read("b/deep/target", LIMIT) == b"data", "the file went with the one that it was made of"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,11 +17,13 @@ import torch
 from torch import nn
 
 from checkpointer import CheckpointManager
+from checkpointer.cli.gather import details
 from checkpointer.errors import CheckpointerWarning, CorruptCheckpointError
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.tensor_files import ComponentTensors, TensorFile, plan_files
 from checkpointer.policy.retention import KeepPolicy, physical_size
 from checkpointer.policy.reuse import ReuseSource, candidate
+from checkpointer.repository.copies import on_disk
 from checkpointer.repository.notes import Note
 from checkpointer.repository.prune import prune
 from checkpointer.repository.repository import Repository
@@ -268,6 +273,53 @@ def test_a_budget_on_disk_space_counts_shared_files_once(local_repository):
     assert not prune(local_repository, KeepPolicy(max_size=enough)).remove
     assert len(prune(local_repository, KeepPolicy(max_size=enough - 1)).remove) == 1
     assert local_repository.verify_all().ok
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only the cp of GNU keeps hard links")
+@pytest.mark.parametrize("command, linked", [(["cp", "-a"], True), (["cp", "-r"], False)])
+def test_a_budget_on_disk_space_counts_what_a_copied_run_takes_on_its_disk(
+    local_repository, tmp_path, command, *, linked
+):
+    enough = physical_size(chain(local_repository))
+    subprocess.run([*command, local_repository.url, tmp_path / "copy"], check=True)
+    copy = Repository(open_storage(tmp_path / "copy", durable=False))
+    names = {path: names for path, names in details(copy, 4).shared.items() if path == FROZEN}
+    assert names == ({FROZEN: ("checkpoint-1", "checkpoint-2", "checkpoint-3")} if linked else {})
+    before = on_its_disk(copy)
+    dry = prune(copy, KeepPolicy(max_size=enough), dry_run=True)
+    done = prune(copy, KeepPolicy(max_size=enough))
+    removed = [info.step for info, _ in done.remove]
+    assert removed == [info.step for info, _ in dry.remove] == ([] if linked else [1])
+    assert dry.freed == before - on_its_disk(copy)
+    assert on_its_disk(copy) <= enough
+    assert not prune(copy, KeepPolicy(max_size=enough)).remove
+    assert copy.verify_all().ok
+
+
+def test_of_a_run_of_which_only_some_links_are_broken_each_physical_copy_counts(local_repository):
+    chain(local_repository)
+    for file in files(local_repository)[2:]:
+        data = file.read_bytes()
+        file.unlink()
+        file.write_bytes(data)
+    first, second, third, fourth = files(local_repository)
+    fourth.unlink()
+    os.link(third, fourth)  # two that share one copy, and two that share another
+    assert first.stat().st_ino == second.stat().st_ino != third.stat().st_ino
+    listed = local_repository.list_checkpoints().checkpoints
+    assert physical_size(on_disk(local_repository.storage, listed)) == on_its_disk(local_repository)
+    assert physical_size(listed) < on_its_disk(local_repository)
+
+
+def on_its_disk(repository: Repository) -> int:
+    """Bytes of all files but the manifests."""
+    found = [
+        file.stat()
+        for info in repository.list_checkpoints().checkpoints
+        for file in Path(info.path).rglob("*")
+        if file.is_file() and file.name != "manifest.json"
+    ]
+    return sum({status.st_ino: status.st_size for status in found}.values())
 
 
 def test_a_copy_of_one_directory_is_a_full_backup(local_repository, tmp_path):
