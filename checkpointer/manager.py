@@ -480,7 +480,11 @@ class CheckpointManager:
         self._note(x, Note(metrics=check_metrics(metrics), tags=check_tags(tags), text=note))
 
     def verify(self, step: int | None = None) -> VerifyReport:
-        """Read every byte of one checkpoint, or of all, and check every hash."""
+        """Read every byte of one checkpoint, or of all, and check every hash.
+
+        Damage is noted beside the checkpoint where this user may write, so that retention, in any process, does not
+        count on it; a check that passes takes that back.
+        """
         if step is None:
             return self._repository.verify_all()
         return VerifyReport((self._repository.verify(self._repository.find(check_step(step))),))

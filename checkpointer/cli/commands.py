@@ -97,6 +97,9 @@ def show_command(*, root: str, step: int | None, as_json: bool, storage_options:
 def verify_command(*, root: str, step: int | None, as_json: bool, storage_options: Mapping[str, object]) -> int:
     """Read every byte of one checkpoint, or of all, and compare it with its hash. Prints each problem.
 
+    What it finds is noted beside the checkpoint, where this user may write: retention does not count on a damaged one,
+    until a check passes.
+
     \b
     --json: {"root", "ok", "checkpoints": [{"step", "path", "status", "problems",
       "extra_files", "bytes_read"}]}

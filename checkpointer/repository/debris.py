@@ -36,7 +36,8 @@ def under_names_of_checkpoints(storage: Storage) -> Iterator[str]:
     for entry in sorted(storage.list_directory("")):
         if not entry.is_dir or paths.parse_checkpoint_name(entry.name) is None:
             continue
-        if any(on_record(storage, inner.name) for inner in storage.list_directory(entry.name) if inner.is_dir):
+        inner = storage.list_directory(entry.name)
+        if any(item.name == paths.MANIFEST or (item.is_dir and on_record(storage, item.name)) for item in inner):
             continue
         if _is_worthless(storage, entry.name):
             yield entry.name

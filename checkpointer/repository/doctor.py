@@ -206,7 +206,10 @@ class Doctor:
                 yield Finding("read-only", place, meaning, f"{advice}; readers need no more")
             elif directory and not _may(place, os.W_OK | os.X_OK):
                 meaning = f"this user may not write here, so saves or pruning fail ({whose})"
-                yield Finding("unwritable", place, meaning, "give write access to those who train; readers need none")
+                advice = "give write access to those who train; readers need none"
+                if _user() == 0:  # whom no mode keeps from writing
+                    advice = "no right that could be given helps root: is it immutable, or a share that squashes root?"
+                yield Finding("unwritable", place, meaning, advice)
             elif status.st_uid != owner:
                 meaning = f"it belongs to another user than the run root ({whose})"
                 yield Finding("foreign-owner", place, meaning, "harmless as long as it can be read and removed", "note")

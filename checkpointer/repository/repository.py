@@ -243,9 +243,9 @@ class Repository:
         Who may not write here is a reader, and has been told: nobody needs more of them.
         """
         damaged = "; ".join(report.damage)[:1000]
-        if damaged == (info.damaged or ""):
-            return
         try:
+            if damaged == (self.current(info).damaged or ""):
+                return
             self.note(info, Note(damaged=damaged))
         except (OSError, CheckpointerError) as error:
             messages.log(logger.info, "what the check of %s found is not remembered: %s", info.path, error)

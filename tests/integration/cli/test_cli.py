@@ -285,6 +285,9 @@ def test_show_says_which_checkpoints_lie_on_the_same_bytes(run_root):
     for step in (200, 300):
         shared = {"model.safetensors": [document("show", run_root, 100)["id"], step // 100]}
         forge_manifest(run_root / f"checkpoint-{step}", lambda fields: fields.update(shared=shared))  # noqa: B023  called at once
+        file = run_root / f"checkpoint-{step}" / "model.safetensors"
+        file.unlink()
+        file.hardlink_to(run_root / "checkpoint-100" / "model.safetensors")
 
     shown = document("show", run_root, 200)["files"]
     assert shown["model.safetensors"]["shared_with"] == ["checkpoint-100", "checkpoint-300"]
