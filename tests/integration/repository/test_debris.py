@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +19,13 @@ import torch
 from checkpointer import CheckpointManager
 from checkpointer.errors import CheckpointerWarning, SaveError
 from checkpointer.format import paths
+from checkpointer.repository import debris
 from checkpointer.repository.doctor import Doctor
 from checkpointer.repository.repository import Repository
-from checkpointer.storage import LocalStorage, Storage, open_storage
+from checkpointer.storage import LocalStorage, Storage, open_storage, wrapping
+from checkpointer.testing import Fault, faulty_storage
 from tests.conftest import Root
-from tests.integration.repository.test_unremovable import refusing
+from tests.integration.repository.test_unremovable import refusing, silenced
 
 SYNC = {"write": {"mode": "sync", "durable": False}, "require_resume": False}
 DEBRIS = (".DS_Store", "._model.safetensors", "THUMBS.DB", "Desktop.ini", "files/.DS_Store", "empty/inner/._x")
@@ -163,6 +167,42 @@ def test_debris_among_the_notes_of_a_checkpoint_goes_with_them(local: Root) -> N
         litter(local, f"{paths.NOTES}/{mgr.latest().id}", (".DS_Store",))
         save(mgr, 2)
     assert left(local) == []
+
+
+@pytest.mark.parametrize("how", ["prune", "replace"])
+def test_wherever_a_removal_ends_the_next_writer_clears_the_debris_and_leaves_what_is_open(
+    tmp_path: Path, how: str
+) -> None:
+    """The storage changes nothing more from one operation on, as where a process has died."""
+    base = Root("local", str(tmp_path / "base"))
+    with manager(base) as mgr:
+        save(mgr, 1, 2)
+    litter(base, "checkpoint-2", (".DS_Store", "inner/._x", OPEN))
+    for at in range(1, 200):
+        root = Root("local", str(tmp_path / str(at)))
+        shutil.copytree(base.url, root.url)
+        fault = Fault("EIO", at=at, forever=True, on=["remove", "remove_directory", "rename", "exchange"])
+        fault.end()
+        with wrapping(lambda storage, fault=fault: faulty_storage(storage, fault)), silenced():
+            mgr = manager(root, keep={"last": 1} if how == "prune" else {})
+            mgr.restore_latest()
+            fault.restart()
+            with contextlib.suppress(OSError):
+                save(mgr, 3) if how == "prune" else mgr.save(2, overwrite=True)
+            fault.end()
+            with contextlib.suppress(OSError):
+                mgr.close()
+        with manager(root, keep={"last": 1}) as writer:
+            writer.restore_latest()  # a warning would be an error
+            writer.prune()
+            assert writer.verify().ok
+        left_open = {Path(path).parent for path in Path(root.url).rglob(OPEN)}
+        assert {path.parent.name for path in left_open} <= {"trash", str(at)}, at
+        assert set(left(root)) == {str(path.relative_to(root.url)) for path in left_open if path.parent.name == "trash"}
+        shutil.rmtree(root.url)
+        if not fault.reached:
+            return
+    raise AssertionError("it never ends")
 
 
 # ------------------------------------------------------------------------------------------------ files still open
@@ -308,9 +348,7 @@ def test_fix_takes_nothing_of_an_attempt_in_a_bucket_that_is_at_work(s3: Root) -
         save(mgr, 1)
         attempt = mgr._repository.begin(7, 100)
         attempt.write(".DS_Store", [b"listed"], 6)
-        Doctor(Repository(storage_of(s3)))._storage.put(f"{paths.QUARANTINE}/.DS_Store", b"")
-        from checkpointer.repository import debris
-
+        litter(s3, paths.QUARANTINE, (".DS_Store",))
         debris.clear_away(storage_of(s3))
         assert storage_of(s3).exists(f"checkpoint-7/{attempt.id}/.DS_Store")
         assert not storage_of(s3).exists(f"{paths.QUARANTINE}/.DS_Store")
