@@ -11,9 +11,9 @@ import contextlib
 from collections.abc import Iterator
 
 from checkpointer.format import paths
-from checkpointer.repository.commit import clear, leftovers
+from checkpointer.repository.commit import Leftovers, clear, leftovers
 from checkpointer.repository.strangers import on_record
-from checkpointer.storage import Storage
+from checkpointer.storage import Entry, Storage, is_refusal
 
 PRIVATE = (paths.TMP, paths.TRASH, paths.QUARANTINE)
 
@@ -23,7 +23,7 @@ def in_private_folders(storage: Storage) -> Iterator[str]:
     are none: whether anybody is at work on them is for recovery to find out.
     """
     for folder in PRIVATE:
-        for entry in sorted(storage.list_directory(folder)):
+        for entry in _entries(storage, folder):
             path = f"{folder}/{entry.name}"
             if entry.is_file and paths.left_by_system(entry.name) == "debris":
                 yield path
@@ -33,10 +33,10 @@ def in_private_folders(storage: Storage) -> Iterator[str]:
 
 def under_names_of_checkpoints(storage: Storage) -> Iterator[str]:
     """Directories that have the name of a checkpoint, and hold nothing of anybody's."""
-    for entry in sorted(storage.list_directory("")):
+    for entry in _entries(storage, ""):
         if not entry.is_dir or paths.parse_checkpoint_name(entry.name) is None:
             continue
-        inner = storage.list_directory(entry.name)
+        inner = _entries(storage, entry.name)
         if any(item.name == paths.MANIFEST or (item.is_dir and on_record(storage, item.name)) for item in inner):
             continue
         if _is_worthless(storage, entry.name):
@@ -46,20 +46,40 @@ def under_names_of_checkpoints(storage: Storage) -> Iterator[str]:
 def clear_away(storage: Storage) -> None:
     """Remove all of it; what cannot be removed is found again. Needs the writer's lock."""
     for path in [*in_private_folders(storage), *under_names_of_checkpoints(storage)]:
-        with contextlib.suppress(OSError):
-            if paths.left_by_system(path) == "debris":
+        if paths.left_by_system(path) == "debris":
+            with contextlib.suppress(OSError):  # a directory may have such a name, too
                 storage.remove(path)
-            else:
-                clear(storage, path)
+        with contextlib.suppress(OSError):
+            clear(storage, path)
 
 
 def only_open(storage: Storage, directory: str) -> bool:
     """Whether a directory holds nothing but removed files that some process has open: it goes with them."""
-    found = leftovers(storage, directory)
+    found = _leftovers(storage, directory)
     return bool(found.open) and not found.foreign
 
 
 def _is_worthless(storage: Storage, directory: str) -> bool:
     """Where directories are but prefixes, an empty one is none."""
-    found = leftovers(storage, directory)
+    found = _leftovers(storage, directory)
     return not (found.open or found.foreign) and (bool(found.debris) or storage.can_rename)
+
+
+def _leftovers(storage: Storage, directory: str) -> Leftovers:
+    """What this user may not look into is somebody's."""
+    try:
+        return leftovers(storage, directory)
+    except OSError as error:
+        if not is_refusal(error):
+            raise
+        return Leftovers(foreign=("",))
+
+
+def _entries(storage: Storage, directory: str) -> list[Entry]:
+    """The names in a directory, in order; none where this user may not list it."""
+    try:
+        return sorted(storage.list_directory(directory))
+    except OSError as error:
+        if not is_refusal(error):
+            raise
+        return []

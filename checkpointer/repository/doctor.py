@@ -269,8 +269,7 @@ class Doctor:
 
     def _unfinished(self) -> Iterator[Finding]:
         """What dead writers have left half done, and what was moved out of the way."""
-        with _forbidden_is_nothing():
-            self._chart.debris |= {*debris.in_private_folders(self._storage)}
+        self._chart.debris |= {*debris.in_private_folders(self._storage)}
         save = "a save that never ended: not committed, and invisible to every reader"
         yield from self._records(paths.TMP, "leftover", save, _MEND.format("removes it"))
         removal = "a removal that never ended: retention had let this checkpoint go"

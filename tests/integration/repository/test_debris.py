@@ -22,8 +22,8 @@ from checkpointer.format import paths
 from checkpointer.repository import debris
 from checkpointer.repository.doctor import Doctor
 from checkpointer.repository.repository import Repository
-from checkpointer.storage import LocalStorage, Storage, open_storage, wrapping
-from checkpointer.testing import Fault, faulty_storage
+from checkpointer.storage import LocalStorage, Storage, open_storage
+from checkpointer.testing import Fault, faulty
 from tests.conftest import Root
 from tests.integration.repository.test_unremovable import refusing, silenced
 
@@ -183,7 +183,7 @@ def test_wherever_a_removal_ends_the_next_writer_clears_the_debris_and_leaves_wh
         shutil.copytree(base.url, root.url)
         fault = Fault("EIO", at=at, forever=True, on=["remove", "remove_directory", "rename", "exchange"])
         fault.end()
-        with wrapping(lambda storage, fault=fault: faulty_storage(storage, fault)), silenced():
+        with faulty(fault), silenced():
             mgr = manager(root, keep={"last": 1} if how == "prune" else {})
             mgr.restore_latest()
             fault.restart()
@@ -325,7 +325,8 @@ def test_fix_clears_debris_and_empty_directories_and_nothing_else(root: Root) ->
         litter(root, f"{folder}/checkpoint-3-abcdef01")
         litter(root, f"{folder}/checkpoint-4-abcdef01", (".DS_Store", "model.safetensors", paths.MANIFEST))
     if root.kind == "local":
-        Path(root.url, paths.QUARANTINE, "checkpoint-2-abcdef01", "inner").mkdir(parents=True)
+        for name in ("checkpoint-2-abcdef01", "._a directory"):
+            Path(root.url, paths.QUARANTINE, name, "inner").mkdir(parents=True)
     litter(root, "checkpoint-6", (".DS_Store", "mine.txt"))
     litter(root, "checkpoint-1", (".DS_Store",))
     doctor = Doctor(Repository(storage_of(root)))
