@@ -66,7 +66,7 @@ def run(name: str, arguments: Sequence[str], call: Callable[[Sequence[str]], int
         found = _env.installed_version("torch", python)
         print(f"\nlane {name}: {describe(python)}", flush=True)
         if not found:
-            print(f"lane {name}: NO CPU BUILD OF TORCH for this Python is to be had here: only what needs none is tested")
+            print(f"lane {name}: NO CPU BUILD OF TORCH for this Python is to be had: only what needs none is tested")
         return call([python, "-m", "pytest", *TESTS, *([] if found else ["--without-torch"]), *arguments])
 
 
