@@ -121,7 +121,7 @@ def _find_interpreter() -> str:
 
 
 def version_of(python: str) -> tuple[int, ...]:
-    """Version of an interpreter; empty if it is missing or does not start (the shims of version managers often don't)."""
+    """Version of an interpreter; empty if it is missing or does not start (shims of version managers often don't)."""
     ask = "import sys; print(*sys.version_info[:3])"
     try:
         answer = subprocess.run([python, "-c", ask], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)

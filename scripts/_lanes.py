@@ -1,16 +1,16 @@
 """Lanes: the ends of what is promised. The lowest versions on the oldest Python, and the newest of everything.
 
-Each has an environment of its own beside the usual one (``.venv-lowest``, ``.venv-newest``). Torch comes as a CPU build or
-not at all: its builds for CUDA are gigabytes. Where there is none for a lane's Python, the lane says so and tests what
-needs no torch. Where its Python is missing, it says so and tests nothing.
+Each has an environment of its own beside the usual one (``.venv-lowest``, ``.venv-newest``). Torch comes as a CPU build
+or not at all: its builds for CUDA are gigabytes. Where there is none for a lane's Python, the lane says so and tests
+what needs no torch. Where its Python is missing, it says so and tests nothing.
 """
 
 from __future__ import annotations
 
-import datetime
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +42,7 @@ class Lane(NamedTuple):
 
     def stamp(self) -> str:
         """What asks for a new environment when it changes; the newest of everything are others next week."""
-        week = "" if self.resolution != "highest" else " week {0[0]}-{0[1]}".format(datetime.date.today().isocalendar())
+        week = "" if self.resolution != "highest" else time.strftime(" week %G-%V")
         return f"lane {self.name}{week}, _lanes.py {_env.digest(__file__)}"
 
 
@@ -66,7 +66,7 @@ def run(name: str, arguments: Sequence[str], call: Callable[[Sequence[str]], int
         found = _env.installed_version("torch", python)
         print(f"\nlane {name}: {describe(python)}", flush=True)
         if not found:
-            print(f"lane {name}: NO CPU BUILD OF TORCH for this Python can be had here: what needs none is tested alone")
+            print(f"lane {name}: NO CPU BUILD OF TORCH for this Python is to be had: only what needs none is tested")
         return call([python, "-m", "pytest", *TESTS, *([] if found else ["--without-torch"]), *arguments])
 
 
@@ -75,7 +75,7 @@ def install(lane: Lane, python: str) -> None:
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
     uv = [python, "-m", "uv", "pip", "install", "--python", python]
     _env.step("uv", [*pip, "uv"])
-    _install_torch(lane, python, pip, uv)
+    _install_torch(lane, pip, uv)
     override = Path(python).parent.parent / "no-torch.txt"
     override.write_text("torch; sys_platform == 'never'\n", encoding="utf-8")  # what is there stays, nothing else comes
     rest = [*uv, "--override", str(override)]
@@ -88,7 +88,7 @@ def install(lane: Lane, python: str) -> None:
             _env.step("torch goes", [*uv[:-3], "uninstall", "--python", python, "torch"])
 
 
-def _install_torch(lane: Lane, python: str, pip: Sequence[str], uv: Sequence[str]) -> None:
+def _install_torch(lane: Lane, pip: Sequence[str], uv: Sequence[str]) -> None:
     cpu = [*uv, "--no-deps", "--index-url", _env.TORCH_CPU_INDEX, "--resolution", lane.torch_resolution, _env.TORCH]
     try:
         _env.step("torch", cpu, [*pip, "--no-index", "--no-deps", _env.TORCH])  # else what a folder of wheels holds

@@ -1,4 +1,4 @@
-"""The README's loop, copied as it stands into a script, a notebook, a sweep and a job of two ranks, every warning an error.
+"""The README's loop, as it stands, in a script, a notebook, a sweep and a job of two ranks; every warning is an error.
 
 Wherever it is interrupted, it ends with the bits of a run that was not.
 """
