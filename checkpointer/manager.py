@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,14 +13,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from checkpointer.config.arguments import (
+    Attachments,
     Extras,
+    Given,
     check_component_names,
-    check_extras,
-    check_metrics,
+    check_given,
     check_seconds,
     check_step,
     check_tags,
 )
+from checkpointer.config.metrics import check_metrics
 from checkpointer.config.settings import Config, Mode, load_config
 from checkpointer.distributed.job import Job
 from checkpointer.environment import begin_git_lookup, environment
@@ -49,6 +52,8 @@ from checkpointer.save.saver import Saver
 from checkpointer.save.snapshot import Snapshot
 from checkpointer.save.tenure import Tenure
 from checkpointer.save.tip import Tip
+from checkpointer.save.unsaved_steps import UnsavedSteps
+from checkpointer.save.waits import Waits
 from checkpointer.save.writer import refuse
 from checkpointer.staging.live import stepped
 from checkpointer.state import (
@@ -71,7 +76,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 StepOrInfo: TypeAlias = int | CheckpointInfo
-Files: TypeAlias = Mapping[str, bytes | str | os.PathLike[str]]
 
 
 class CheckpointManager:
@@ -142,6 +146,8 @@ class CheckpointManager:
         self._job = Job(storage, self._config.write.wait, ",".join(adapters))
         self._restorer = Restorer(self._repository, adapters, self._job)
         self._tip = Tip(self._repository, require_resume=self._config.require_resume)
+        self._waits = Waits()
+        self._unsaved = UnsavedSteps()
         self._closed = False
         self._warned_of_epoch = False
         self._pid = os.getpid()
@@ -168,7 +174,7 @@ class CheckpointManager:
         epoch: int | None = None,
         metrics: Mapping[str, Any] | None = None,
         tags: Iterable[str] = (),
-        files: Files | None = None,
+        files: Attachments | None = None,
         force: bool = False,
         overwrite: bool = False,
     ) -> PendingSave | None:
@@ -177,7 +183,10 @@ class CheckpointManager:
         Args:
             step: training step just finished; restoring continues at ``step + 1``.
             epoch: recorded, and used by ``every_n_epochs``.
-            metrics: numbers that retention and ``restore_best`` can go by. Of several ranks, those of rank 0.
+            metrics: numbers that retention and ``restore_best`` can go by, by name; ``None`` is "not reported". A
+                tensor or array with one element is a number too. They are checked at every call by type and shape
+                alone, and read only where a save is due, so that no other call waits for a GPU. Of several ranks,
+                those of rank 0.
             tags: words to find the checkpoint by.
             files: small files to attach, by name: bytes, or a path to read now.
             force: save even if nothing is due (the usual last save after the loop).
@@ -190,6 +199,7 @@ class CheckpointManager:
             flight could be finished before the deadline, the handle is that one's.
 
         Raises:
+            ConfigError: an argument makes no sense, due or not; nothing was saved.
             RunLockedError: another job writes to this run.
             RunNotEmptyError: the run holds checkpoints that were not restored (see ``require_resume``).
             StepOrderError: ``step`` is below the tip.
@@ -198,19 +208,22 @@ class CheckpointManager:
         """
         step = check_step(step)
         epoch = None if epoch is None else check_step(epoch, "epoch")
+        given = check_given(metrics, tags, files)
         with self._turn():
+            if given.fault is not None and self._job.ranks.size == 1:
+                raise given.fault
             with self._saver.keeping_warnings():
-                handle, begun = self._save(step, epoch, metrics, tags, files, force=force, overwrite=overwrite)
+                handle, begun = self._save(step, epoch, given, force=force, overwrite=overwrite)
             self._saver.raise_errors(begun=begun)
+            if given.fault is not None:  # no save was begun that would have told the other ranks
+                raise given.fault
         return handle
 
     def _save(
         self,
         step: int,
         epoch: int | None,
-        metrics: Mapping[str, Any] | None,
-        tags: Iterable[str],
-        files: Files | None,
+        given: Given,
         *,
         force: bool,
         overwrite: bool,
@@ -218,14 +231,15 @@ class CheckpointManager:
         """Also returns whether the handle is that of a save which has been begun here."""
         self._open_for_saving()
         self._check_epoch_given(epoch)
-        self._due.call(step, metrics)
-        begin = partial(self._begin_save, step, epoch, metrics, tags, files)
+        self._due.call(step, given.metrics)
+        begin = partial(self._begin_save, step, epoch, given, scheduled=not (force or overwrite))
         last = self._last_of_all(step)
         self._tip.check_order(step, last.step if last else None)
         preempted = self._due.stop_agreed(step, epoch, last)
         if last is not None and step == last.step and not overwrite:
             handle = last if force or preempted else None
             self._due.say_what_is_lost(step, last)
+            self._unsaved.none()
         elif preempted:
             handle = self._save_in_time(begin)
         elif force or overwrite or self._due.is_due(step, epoch, last):
@@ -234,9 +248,12 @@ class CheckpointManager:
         else:
             handle = None
             self._due.say_what_is_lost(step, last)
+            self._unsaved.not_due(step, last)
         if preempted and handle is not None:
             handle = self._made_durable(handle)
             self._preemption.saved = handle is not None
+        if handle is not None:
+            self._unsaved.none()
         return handle, handle is not None and handle is not last
 
     def should_save(self, step: int, *, epoch: int | None = None) -> bool:
@@ -525,6 +542,9 @@ class CheckpointManager:
         ``on_commit`` is waited for as well: for 60 s, or after a signal for what is left of ``save: {deadline}``; then
         a warning names the checkpoints that it has not returned for. Raises the error of a background save that
         nobody has asked for. Closing twice does nothing.
+
+        After a loop without error a warning says which steps at its end no save was due for:
+        ``mgr.save(step, force=True)`` after the loop saves them.
         """
         self._check_not_in_on_commit()
         if self._pid != os.getpid():
@@ -539,6 +559,9 @@ class CheckpointManager:
                 self._preemption.restore()
                 self._tenure.close()
                 self._repository.lock.release()
+            ended_well = sys.exc_info()[0] is None and not self.stop_requested()
+            if self._unsaved and ended_well and self._job.ranks.rank == 0:
+                self._unsaved.say(self._repository.url)
             self._saver.raise_errors()
 
     def __enter__(self) -> Self:
@@ -553,6 +576,7 @@ class CheckpointManager:
         if error is None:
             self.close()
             return
+        self._unsaved.none()  # what is lost is lost by that error, which says so itself
         try:
             self.close()
         except (CheckpointerError, CheckpointerWarning) as failure:  # the loop's own goes on, and carries this one
@@ -587,26 +611,21 @@ class CheckpointManager:
         return last if counts else None
 
     def _begin_save(
-        self,
-        step: int,
-        epoch: int | None,
-        metrics: Mapping[str, Any] | None,
-        tags: Iterable[str],
-        files: Files | None,
-        *,
-        mode: Mode,
+        self, step: int, epoch: int | None, given: Given, *, scheduled: bool, mode: Mode
     ) -> PendingSave | None:
         """Capture and stage everything, then hand it to the writer."""
         began = time.perf_counter()
         self._saver.settle()
         settled = time.perf_counter()
+        in_background = scheduled and mode != "sync"
+        self._waits.begins(began, settled, scheduled=in_background, says=self._job.ranks.rank == 0)
         created = datetime.now(timezone.utc)
         self._last()
         extras: list[Extras] = []
 
         def capture() -> dict[str, Captured]:
             # The coordinator's files alone are saved: those of other hosts need not be there.
-            extras.append(check_extras(metrics, tags, files if self._job.ranks.rank == 0 else None))
+            extras.append(given.read(attachments=self._job.ranks.rank == 0))
             captured = capture_all(self._adapters)
             self._unregistered.warn(captured)
             return captured

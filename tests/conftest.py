@@ -30,7 +30,6 @@ SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYsecretKEY"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thorough", action="store_true", help="every crash point and variant, not a sample of them")
 
-
     parser.addoption("--without-torch", action="store_true", help="no torch is there: skip each test that needs it")
 
 

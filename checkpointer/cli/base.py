@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,9 +112,12 @@ def _metric(text: str) -> tuple[str, float]:
     try:
         if not name:
             raise ValueError
-        return name, float(number)
+        value = float(number)
     except ValueError:
         raise click.BadParameter(f"{text!r} must look like val_loss=0.25") from None
+    if math.isinf(value) and "inf" not in number.lower():
+        raise click.BadParameter(f"{text!r} is too large for a float")
+    return name, value
 
 
 def _storage_options(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:

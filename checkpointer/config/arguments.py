@@ -6,8 +6,9 @@ import operator
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+from checkpointer.config.metrics import accept_metrics, read_metrics
 from checkpointer.errors import ConfigError, CorruptCheckpointError
 from checkpointer.format import paths
 from checkpointer.policy.values import shown
@@ -49,65 +50,49 @@ def _quoted(value: object) -> str:
     return shown(value) if isinstance(value, int) and not isinstance(value, bool) else repr(value)
 
 
-def check_metrics(metrics: Mapping[str, object] | None) -> dict[str, float]:
-    """Metrics as floats; numbers of NumPy and tensors with one element are converted.
-
-    Raises:
-        ConfigError: a name that is not a string, or a value that is not a real number.
-    """
-    if metrics is None:
-        return {}
-    if not isinstance(metrics, Mapping):
-        raise ConfigError(f"metrics must be a mapping such as {{'val_loss': 0.5}}, got {type(metrics).__name__}")
-    checked = {}
-    for name, value in metrics.items():
-        if not isinstance(name, str):
-            raise ConfigError(f"the names of metrics must be strings, got {name!r}")
-        try:
-            if isinstance(value, (str, bytes)):
-                raise TypeError
-            checked[name] = float(value)  # type: ignore[arg-type]  # its TypeError is the check
-        except OverflowError:
-            raise ConfigError(f"metric {name!r} is too large for a float: {_quoted(value)}") from None
-        except (TypeError, ValueError, RuntimeError):
-            raise ConfigError(f"metric {name!r} must be a number, got {type(value).__name__}") from None
-    return checked
-
-
 def check_tags(tags: Iterable[str] | None) -> tuple[str, ...]:
     """Tags as a tuple of strings without repeats."""
     if tags is None:
         return ()
-    words = () if isinstance(tags, str) else tuple(tags)
-    if isinstance(tags, str) or not all(isinstance(word, str) for word in words):
+    words = None if isinstance(tags, str) or not isinstance(tags, Iterable) else tuple(tags)
+    if words is None or not all(isinstance(word, str) for word in words):
         raise ConfigError(f"tags must be a sequence of strings, got {tags!r}")
     return tuple(dict.fromkeys(words))
 
 
-def read_attachments(files: Mapping[str, bytes | str | os.PathLike[str]] | None) -> dict[str, bytes]:
-    """The content of the files to attach: given bytes, or read now from a path.
+Attachments: TypeAlias = Mapping[str, bytes | str | os.PathLike[str]]
+
+
+def check_attachments(files: Attachments | None) -> Attachments:
+    """Files to attach, by name: that they are bytes or paths. None is read yet.
 
     Raises:
         ConfigError: a name that would leave the checkpoint's directory, or content of another type.
-        OSError: a file that cannot be read.
     """
     if files is None:
         return {}
     if not isinstance(files, Mapping):
         raise ConfigError(f"files must be a mapping such as {{'config.json': path}}, got {type(files).__name__}")
-    attachments = {}
     for name, content in files.items():
         try:
             paths.check_relative(name)
         except CorruptCheckpointError as error:
             raise ConfigError(f"files: {error}") from None
-        if isinstance(content, (bytes, bytearray, memoryview)):
-            attachments[name] = bytes(content)
-        elif isinstance(content, (str, os.PathLike)):
-            attachments[name] = Path(content).read_bytes()
-        else:
+        if not isinstance(content, (bytes, bytearray, memoryview, str, os.PathLike)):
             raise ConfigError(f"files[{name!r}] must be bytes or a path, got {type(content).__name__}")
-    return attachments
+    return files
+
+
+def read_attachments(files: Attachments) -> dict[str, bytes]:
+    """The content of files that were checked: given bytes, or read now from a path.
+
+    Raises:
+        OSError: a file that cannot be read.
+    """
+    return {
+        name: Path(content).read_bytes() if isinstance(content, (str, os.PathLike)) else bytes(content)
+        for name, content in files.items()
+    }
 
 
 class Extras(NamedTuple):
@@ -118,17 +103,34 @@ class Extras(NamedTuple):
     attachments: dict[str, bytes]
 
 
-def check_extras(
-    metrics: Mapping[str, object] | None,
-    tags: Iterable[str],
-    files: Mapping[str, bytes | str | os.PathLike[str]] | None,
-) -> Extras:
-    """Everything that ``save`` takes beside the state.
+class Given(NamedTuple):
+    """What ``save`` was given beside the state: checked by type alone at every call, read where a save is due."""
 
-    Raises:
-        ConfigError, OSError: as the checks of each.
-    """
-    return Extras(check_metrics(metrics), check_tags(tags), read_attachments(files))
+    metrics: Mapping[str, object]
+    """Those that were reported; no device was asked for their values."""
+    tags: tuple[str, ...]
+    files: Attachments
+    fault: ConfigError | None
+    """What is wrong. Of several ranks, one that raised it alone would leave the others waiting in a due save."""
+
+    def read(self, *, attachments: bool) -> Extras:
+        """The values, and with ``attachments`` the content of the files.
+
+        Raises:
+            ConfigError: something is wrong, or a value cannot be read as a number.
+            OSError: a file that cannot be read.
+        """
+        if self.fault is not None:
+            raise self.fault
+        return Extras(read_metrics(self.metrics), self.tags, read_attachments(self.files if attachments else {}))
+
+
+def check_given(metrics: Mapping[str, object] | None, tags: Iterable[str], files: Attachments | None) -> Given:
+    """Everything that ``save`` takes beside the state. Raises nothing: see ``Given.fault``."""
+    try:
+        return Given(accept_metrics(metrics), check_tags(tags), check_attachments(files), None)
+    except ConfigError as error:
+        return Given({}, (), {}, error)
 
 
 def check_component_names(names: Iterable[str], reserved: Iterable[str]) -> None:

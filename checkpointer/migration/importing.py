@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpointer.config.arguments import check_component_names, check_metrics, check_step
+from checkpointer.config.arguments import check_component_names, check_step
+from checkpointer.config.metrics import check_metrics
 from checkpointer.errors import (
     CheckpointerError,
     CheckpointNotFoundError,

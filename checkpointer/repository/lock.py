@@ -119,9 +119,9 @@ class WriterLock:
             raise RunLockedError(self._refusal()) from None
         except (OSError, NotImplementedError) as error:
             if getattr(error, "errno", None) not in _NO_OS_LOCK and not isinstance(error, NotImplementedError):
+                cure = self._how_to_share(error) or "make the run root writable"
                 raise SaveError(
-                    f"cannot lock {self._url} for writing: {error}; "
-                    "to read only, pass read_only=True, else make the run root writable"
+                    f"cannot lock {self._url} for writing: {error}; to read only, pass read_only=True, else {cure}"
                 ) from error
             self._fall_back(holder)
             return
@@ -139,6 +139,25 @@ class WriterLock:
         self._identity, self._pid, self._warned = other._identity, other._pid, other._warned
         self._lock, other._lock, self.holder = other._lock, None, holder
         _held.add(self)
+
+    def _how_to_share(self, error: Exception) -> str | None:
+        """The advice where another user's job has made what this one may not write; ``None`` where it is all the same.
+
+        With the usual umask of 022 only its user may write what a job has made, whatever the mode of the run root.
+        """
+        refused = isinstance(error, PermissionError) and hasattr(os, "geteuid")  # no full disk, no read-only mount
+        denied = _denied(self._path.parent, self._path) if refused and self._inside_root else None
+        if denied is None or denied[1].st_uid == os.geteuid():
+            return None
+        path, status = denied
+        owner, private = f"user {_user_name(status.st_uid)}", self._path.parent
+        if status.st_mode & stat.S_IWGRP:
+            return f"join its group: {path} belongs to {owner}, and group {status.st_gid} may write it"
+        return (
+            f"share {private}: {path} belongs to {owner}, whose umask let nobody else write it. A run that several "
+            "users of a group write to needs 'umask 002' in the jobs of all of them; what is there already is opened "
+            f"by 'chmod -R g+w {private}', as {owner} or root"
+        )
 
     def check(self) -> None:
         """Raise RunLockedError unless the lock file is still the one that was locked."""
@@ -241,6 +260,24 @@ def read_owner(path: Path) -> dict[str, object] | None:
 def one_spelling(url: str) -> str:
     """The same for ``memory://run`` and ``memory:///run/``, which are one run root."""
     return url.rstrip("/").replace(":///", "://")
+
+
+def _denied(*paths: Path) -> tuple[Path, os.stat_result] | None:
+    """The first of ``paths`` that is there and that the effective user, by whom writing goes, may not write."""
+    effective = os.access in os.supports_effective_ids
+    with contextlib.suppress(OSError):  # what cannot be looked at is in a place that has to be opened first
+        for path in paths:
+            if os.path.lexists(path) and not os.access(path, os.W_OK, effective_ids=effective):
+                return path, os.stat(path)
+    return None
+
+
+def _user_name(uid: int) -> str:
+    with contextlib.suppress(KeyError, ImportError):  # containers may run as a number without a name
+        import pwd
+
+        return pwd.getpwuid(uid).pw_name
+    return str(uid)
 
 
 def _substitute_path(url: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from datetime import datetime, timezone
 
 from checkpointer.distributed.clock import Verdict
@@ -35,11 +35,10 @@ class DueSaves:
         """Whether the call before was given the same."""
         self._said_lost = False
 
-    def call(self, step: int, metrics: object = None) -> None:
-        """A call begins, in which this is decided; ``metrics`` are what ``save`` was given, checked or not."""
-        given = metrics if isinstance(metrics, Mapping) else {}
+    def call(self, step: int, metrics: Collection[str] = ()) -> None:
+        """A call begins, in which this is decided; ``metrics`` are the names of those that ``save`` was given."""
         before = self._given
-        metric = next((name for name in self._monitors if name in given), None)
+        metric = next((name for name in self._monitors if name in metrics), None)
         self._given, self._again = (step, metric), before == (step, metric)
         if self._policy.on_metric and self._job.ranks.size > 1:
             self._job.clock.forget()  # another call at the same step may have been given less

@@ -648,6 +648,7 @@ def test_a_step_that_does_not_exist_exits_with_3_and_says_which_do(run_root, com
         ["annotate", "ROOT", "100"],
         ["annotate", "ROOT", "100", "--metric", "acc"],
         ["annotate", "ROOT", "100", "--metric", "acc=high"],
+        ["annotate", "ROOT", "100", "--metric", "acc=1e400"],
         ["ls", "ROOT", "--storage-option", "key"],
         ["ls", "ROOT", "--storage-option", "a=1", "--storage-option", "a.b=2"],
         ["ls", "nosuchprotocol://bucket/run"],

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from checkpointer.repository.repository import Repository
 from checkpointer.storage import open_storage
 from tests.conftest import Root
 from tests.support.processes import Process
+from tests.support.refusals import obeying_modes
 
 REPOSITORY = Path(__file__).parents[3]
 SYNC = {"write": {"mode": "sync"}, "require_resume": False}
@@ -143,8 +144,9 @@ def owner_of(root: Root) -> Mapping[str, object] | None:
 
 
 @pytest.fixture(autouse=True)
-def own_temporary_folder(monkeypatch):
+def own_temporary_folder(monkeypatch, tmp_path_factory):
     """The lock of an object store lies in the system's temporary folder: not in everybody's."""
+    tmp_path_factory.getbasetemp()  # before: else this folder would hold that of all tests, and take it away
     with tempfile.TemporaryDirectory() as short:  # data workers put sockets there, whose paths may not be long
         monkeypatch.setenv("TMPDIR", short)
         monkeypatch.setattr(tempfile, "tempdir", None)
@@ -455,6 +457,69 @@ def test_who_may_only_read_can_restore_and_is_told_what_to_do_when_it_wants_to_w
     finally:
         for directory, _, _ in os.walk(local.url):
             os.chmod(directory, 0o755)
+
+
+@pytest.fixture
+def somebody_elses(tmp_path: Path) -> Callable[[int], Path]:
+    """A run in a directory that its group may write, made under an umask by another user of this group."""
+    if os.geteuid():
+        pytest.skip("only root can give a file to another user")
+    shared = tmp_path / "run"
+    shared.mkdir()
+    shared.chmod(0o775)
+
+    def make(umask: int) -> Path:
+        before = os.umask(umask)
+        try:
+            with CheckpointManager(shared, config=SYNC, state={"x": 1}) as mgr:
+                mgr.save(1)
+        finally:
+            os.umask(before)
+        for place in (shared, *shared.rglob("*")):
+            os.chown(place, 65534, -1)
+        return shared
+
+    return make
+
+
+def save_as_another_user(root: Path) -> None:
+    with obeying_modes(), CheckpointManager(root, config=SYNC, state={"x": 1}) as mgr:
+        mgr.save(2)
+
+
+def test_the_lock_of_another_user_under_a_umask_of_022_is_refused_with_the_umask_and_its_place(somebody_elses):
+    run = somebody_elses(0o022)
+    private = run / ".checkpointer"
+    with pytest.raises(SaveError) as caught:
+        save_as_another_user(run)
+    said = str(caught.value)
+    assert "make the run root writable" not in said
+    for advice in (f"share {private}", f"{private} belongs to user ", "'umask 002'", f"'chmod -R g+w {private}'"):
+        assert advice in said
+    assert "read_only=True" in said
+    private.chmod(0o775)
+    with pytest.raises(SaveError, match=f"{private / 'lock'} belongs to user "):
+        save_as_another_user(run)
+    run.chmod(0o600)  # nothing in it can be looked at
+    with pytest.raises(SaveError, match="make the run root writable"):
+        save_as_another_user(run)
+
+
+def test_where_the_group_may_write_the_advice_is_to_join_it(somebody_elses):
+    run = somebody_elses(0o002)
+    for place in (run, *run.rglob("*")):
+        os.chown(place, -1, 65534)
+    with pytest.raises(
+        SaveError, match=r"join its group: .*\.checkpointer belongs to user .*, and group 65534 may write"
+    ):
+        save_as_another_user(run)
+
+
+def test_the_advice_about_the_umask_is_true(somebody_elses):
+    run = somebody_elses(0o002)
+    save_as_another_user(run)
+    with CheckpointManager(run, read_only=True, state={"x": 1}) as reader:
+        assert [info.step for info in reader.checkpoints()] == [1, 2]
 
 
 # ------------------------------------------------------------------------------------------ object stores

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ from hypothesis import strategies as st
 from checkpointer.config.arguments import (
     MAX_STEP,
     Extras,
+    check_attachments,
     check_component_names,
-    check_extras,
-    check_metrics,
+    check_given,
     check_seconds,
     check_step,
     check_tags,
@@ -53,8 +51,6 @@ def test_a_number_without_end_is_refused_like_any_other(value: int) -> None:
         check_step(value)
     with pytest.raises(ConfigError, match="interval must be a number of seconds"):
         check_seconds(value, "interval", least=0)
-    with pytest.raises(ConfigError, match="metric 'loss' is too large for a float: "):
-        check_metrics({"loss": value})
 
 
 @given(st.integers(1, 10**6) | st.floats(0.5, 1e6))
@@ -72,43 +68,6 @@ def test_what_is_no_number_of_seconds_is_refused(value: Any) -> None:
         check_seconds(value, "interval", least=0)
 
 
-@given(st.dictionaries(st.text(), st.floats() | st.integers(-(10**300), 10**300) | st.booleans()))
-def test_metrics_are_floats_under_their_names(metrics: dict[str, float]) -> None:
-    found = check_metrics(metrics)
-    assert list(found) == list(metrics)
-    assert all(type(value) is float for value in found.values())
-    assert all(found[name] == float(value) or math.isnan(value) for name, value in metrics.items())
-
-
-@pytest.mark.parametrize(
-    "value", [np.float32(0.5), np.array([0.5]), torch.tensor(0.5), torch.tensor([0.5]), Decimal("0.5"), Fraction(1, 2)]
-)
-def test_a_metric_is_a_number_of_any_library(value: Any) -> None:
-    if isinstance(value, np.ndarray) and value.ndim:  # NumPy has deprecated that, and will refuse it
-        value = value[0]
-    assert check_metrics({"loss": value}) == {"loss": 0.5}
-
-
-def test_no_metrics_are_none():
-    assert check_metrics(None) == check_metrics({}) == {}
-
-
-@pytest.mark.parametrize(
-    "value", ["0.5", b"1", None, [0.5], torch.ones(2), np.ones(2), 1j, {}, torch.zeros(0)], ids=repr
-)
-def test_what_is_no_metric_is_refused_by_name_and_type(value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"metric 'loss' must be a number, got {type(value).__name__}"):
-        check_metrics({"acc": 1.0, "loss": value})
-
-
-@pytest.mark.parametrize(
-    "metrics, message", [([("a", 1)], "must be a mapping .* got list"), ({1: 2.0}, "must be strings, got 1")]
-)
-def test_metrics_that_are_no_mapping_of_names_are_refused(metrics: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_metrics(metrics)
-
-
 @given(st.lists(st.text(max_size=3)))
 def test_tags_keep_their_order_and_come_once(tags: list[str]) -> None:
     found = check_tags(tags)
@@ -121,7 +80,7 @@ def test_no_tags_are_none():
     assert check_tags(None) == check_tags([]) == ()
 
 
-@pytest.mark.parametrize("tags", ["best", "", ["a", 1], [None], [b"a"]], ids=repr)
+@pytest.mark.parametrize("tags", ["best", "", ["a", 1], [None], [b"a"], 3, torch.nn.Linear], ids=repr)
 def test_a_text_is_not_taken_for_a_sequence_of_tags(tags: Any) -> None:
     with pytest.raises(ConfigError, match="tags must be a sequence of strings, got "):
         check_tags(tags)
@@ -139,13 +98,13 @@ def test_attachments_are_bytes_or_the_content_of_a_file_at_this_moment(tmp_path:
 
 
 def test_no_attachments_are_none():
-    assert read_attachments(None) == read_attachments({}) == {}
+    assert check_attachments(None) == read_attachments({}) == {}
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a//b", "", ".", "a\\b", "C:x", "a\0", 3, None], ids=repr)
 def test_an_attachment_stays_inside_the_checkpoint(name: Any) -> None:
     with pytest.raises(ConfigError, match=r"^files: not a file name inside a checkpoint"):
-        read_attachments({name: b""})
+        check_attachments({name: b""})
 
 
 @pytest.mark.parametrize(
@@ -154,7 +113,7 @@ def test_an_attachment_stays_inside_the_checkpoint(name: Any) -> None:
 )
 def test_attachments_of_another_type_are_refused(files: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        read_attachments(files)
+        check_attachments(files)
 
 
 def test_a_file_that_is_not_there_is_the_error_that_opening_it_is(tmp_path: Path) -> None:
@@ -162,8 +121,19 @@ def test_a_file_that_is_not_there_is_the_error_that_opening_it_is(tmp_path: Path
         read_attachments({"a": tmp_path / "nowhere"})
 
 
-def test_everything_beside_the_state_is_checked_in_one_call():
-    assert check_extras({"loss": 1}, ["a", "a"], {"f": b"x"}) == Extras({"loss": 1.0}, ("a",), {"f": b"x"})
+def test_everything_beside_the_state_is_checked_in_one_call_that_reads_and_raises_nothing(tmp_path: Path) -> None:
+    found = check_given({"loss": 1, "f1": None}, ["a", "a"], {"f": tmp_path / "later"})
+    (tmp_path / "later").write_bytes(b"x")
+    assert found.read(attachments=True) == Extras({"loss": 1.0}, ("a",), {"f": b"x"})
+    assert found.read(attachments=False) == Extras({"loss": 1.0}, ("a",), {})
+
+
+@pytest.mark.parametrize("wrong", [{"metrics": {"a": "1"}}, {"tags": "a"}, {"files": {"a": 3}}], ids=str)
+def test_what_is_wrong_is_known_before_it_is_raised(wrong: dict[str, Any]) -> None:
+    found = check_given(**{"metrics": None, "tags": (), "files": None, **wrong})
+    assert isinstance(found.fault, ConfigError)
+    with pytest.raises(ConfigError, match=next(iter(wrong))[:-1]):
+        found.read(attachments=True)
 
 
 def test_components_have_names_that_can_be_files():
