@@ -32,7 +32,7 @@ from checkpointer.repository.doctor import Doctor
 from checkpointer.repository.lock import described, read_owner
 from checkpointer.repository.notes import Note, read_notes
 from checkpointer.repository.repository import Repository
-from checkpointer.state.tree.decode import decode, outline
+from checkpointer.state.tree.decode import decode, skeleton
 from checkpointer.storage import open_storage
 from scripts import make_golden as golden
 from tests.campaign.exact_resume.runs import Run, snapshot
@@ -212,7 +212,7 @@ def take_tree(made: Tree, _: Path) -> Verdict:
     specs = {key: spec_of(tensor) for key, tensor in made.tensors.items()}
 
     def read() -> None:
-        outline(made.tree, specs, place="state")
+        skeleton(made.tree, specs, place="state")
         decode(made.tree, made.tensors)
 
     return judged(read)

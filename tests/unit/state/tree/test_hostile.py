@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError
 from checkpointer.format.index import TensorSpec
 from checkpointer.state.tensors import empty_for, spec_of
-from checkpointer.state.tree.decode import Decoder, decode, outline
+from checkpointer.state.tree.decode import Decoder, decode, skeleton
 from checkpointer.state.tree.encode import encode
 
 TENSORS = {
@@ -160,7 +160,7 @@ def test_a_hostile_tree_is_a_typed_error(name):
 def test_the_check_without_data_never_fails_otherwise(name):
     specs = {key: spec_of(tensor) for key, tensor in TENSORS.items()}
     with contextlib.suppress(CheckpointerError):
-        outline(HOSTILE[name], specs, place="x")
+        skeleton(HOSTILE[name], specs, place="x")
 
 
 json_values = st.recursive(
