@@ -71,9 +71,7 @@ def refuse_collection(name: str, obj: object, has_own_state: Callable[[object], 
     )
 
 
-def _own_states(
-    name: str, obj: object, has_own_state: Callable[[object], bool]
-) -> Iterator[tuple[str, object]]:
+def _own_states(name: str, obj: object, has_own_state: Callable[[object], bool]) -> Iterator[tuple[str, object]]:
     """(place, object), breadth first."""
     queue: deque[tuple[str, object]] = deque([(name, obj)])
     seen: set[int] = set()

@@ -44,8 +44,9 @@ def register_codec(
 
     ``encode`` returns a value made of storable ones, ``decode`` takes it back. Both are derived for enums (by member
     name; flags by value), for dataclasses and namedtuples (by field, without calling ``__init__`` or ``__new__``) and,
-    for tensor subclasses, from ``__tensor_flatten__`` and ``__tensor_unflatten__``. Registering the same class and functions under the same name
-    again does nothing. Raises :class:`ConfigError` for a name or class that is taken or cannot be registered.
+    for tensor subclasses, from ``__tensor_flatten__`` and ``__tensor_unflatten__``. Registering the same class and
+    functions under the same name again does nothing. Raises :class:`ConfigError` for a name or class that is taken or
+    cannot be registered.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(f"codec name {name!r} must be 1 to 128 letters, digits or _ . : / -, starting with a letter")

@@ -53,23 +53,25 @@ def is_foreign_data(value: object) -> bool:
 
 
 def _numpy(value: Any) -> str:
-    if isinstance(value, np.ma.MaskedArray):
-        return "store its parts: {'data': x.data, 'mask': np.ma.getmaskarray(x), 'fill_value': x.fill_value}"
-    if value.dtype.fields is not None:
-        if isinstance(value, np.generic):
-            return "store .item(), a tuple, or the array that it is from by field"
-        return "store its fields: {name: np.asarray(x[name]) for name in x.dtype.names}"
-    if isinstance(value, np.void):
-        return "store bytes(x)"
-    if isinstance(value, np.generic):
-        return REGISTER
-    if value.dtype.hasobject:
-        return "store .tolist(), and give the elements of the list types that can be stored"
-    if isinstance(value, np.memmap):
-        return "store np.asarray(x): the same memory, and a restore in place fills the mapped file"
-    if type(value) is not np.ndarray:
-        return "store np.asarray(x)"
-    return "store x.view(np.uint8), or another array of plain numbers"
+    structured = value.dtype.fields is not None
+    scalar = isinstance(value, np.generic)
+    found: tuple[tuple[bool, str], ...] = (
+        (
+            isinstance(value, np.ma.MaskedArray),
+            "store its parts: {'data': x.data, 'mask': np.ma.getmaskarray(x), 'fill_value': x.fill_value}",
+        ),
+        (structured and scalar, "store .item(), a tuple, or the array that it is from by field"),
+        (structured, "store its fields: {name: np.asarray(x[name]) for name in x.dtype.names}"),
+        (isinstance(value, np.void), "store bytes(x)"),
+        (scalar, REGISTER),
+        (value.dtype.hasobject, "store .tolist(), and give the elements of the list types that can be stored"),
+        (
+            isinstance(value, np.memmap),
+            "store np.asarray(x): the same memory, and a restore in place fills the mapped file",
+        ),
+        (type(value) is not np.ndarray, "store np.asarray(x)"),
+    )
+    return next((advice for fits, advice in found if fits), "store x.view(np.uint8), or an array of plain numbers")
 
 
 def _foreign(value: object) -> str:
@@ -96,7 +98,10 @@ def _of_python(value: Any) -> str:
         (isinstance(value, Mapping) and not isinstance(value, dict), "store dict(x)"),
         (isinstance(value, memoryview), "store bytes(x)"),
         (isinstance(value, types.SimpleNamespace), "store vars(x)"),
-        (isinstance(value, Iterator), "an iterator does not know its position; store how many items were taken from it"),
+        (
+            isinstance(value, Iterator),
+            "an iterator does not know its position; store how many items were taken from it",
+        ),
         (_is_stateful(value), f"store its state_dict(), or {_component(kind)}"),
     )
     return next((advice for fits, advice in found if fits), "")

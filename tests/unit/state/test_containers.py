@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from typing import Any
+from collections import Counter, OrderedDict, defaultdict, deque
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -191,7 +191,9 @@ def adam() -> torch.optim.Optimizer:
     return torch.optim.Adam(net().parameters())
 
 
-Pair = namedtuple("Pair", "gen disc")
+class Pair(NamedTuple):
+    gen: Any
+    disc: Any
 
 
 @pytest.mark.parametrize(
