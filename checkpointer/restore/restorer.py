@@ -274,7 +274,7 @@ class Restorer:
         return report, _verified(prepared, request)
 
     def _tell_settings(self, reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> None:
-        """Log which settings of the script the checkpoint has replaced: else nobody learns of it before the curve does."""
+        """Log which settings of the script the checkpoint has replaced, which would show in the loss curve first."""
         told = [f"{name}: {'; '.join(plan.settings)}" for name, plan in plans.items() if plan.settings]
         if told and self._ranks.rank == 0:
             messages.log(

@@ -54,7 +54,7 @@ def adapter_for(name: str, obj: object, modules: Mapping[str, nn.Module]) -> Ada
     refuse_collection(name, obj, _has_state_of_its_own)
     if type(obj) in COMPONENT_TYPES and not (isinstance(obj, np.ndarray) and not is_storable(obj.dtype)):
         return ContainerAdapter(name, obj)
-    raise UnsupportedStateError(f"component {name!r}: {_hint(obj)}")
+    raise UnsupportedStateError(f"component {name!r}: {_hint_for_data(obj) or _hint(obj)}")
 
 
 def capture_all(adapters: Mapping[str, Adapter]) -> dict[str, Captured]:
@@ -86,6 +86,15 @@ def _has_state_of_its_own(obj: object) -> bool:
     return known or isinstance(obj, Stateful)
 
 
+def _hint_for_data(obj: object) -> str:
+    """What to do about arrays and data of other libraries that are no components; empty for everything else."""
+    if not isinstance(obj, (np.ndarray, np.generic)) and not is_foreign_data(obj):
+        return ""
+    kind = type(obj)
+    what = f"an array of dtype {obj.dtype}" if isinstance(obj, np.ndarray) and kind is np.ndarray else kind.__qualname__
+    return f"{what} cannot be saved and restored in place; {hint(obj)}"
+
+
 def _hint(obj: object) -> str:
     kind = type(obj).__qualname__
     if obj is None:
@@ -99,9 +108,6 @@ def _hint(obj: object) -> str:
         )
     if isinstance(obj, _IMMUTABLE):
         return f"a restore cannot change a {kind} in place; put it into a dict, for example progress={{'epoch': 0}}"
-    if isinstance(obj, (np.ndarray, np.generic)) or is_foreign_data(obj):
-        what = f"an array of dtype {obj.dtype}" if type(obj) is np.ndarray else f"{type(obj).__module__}.{kind}"
-        return f"{what} cannot be saved and restored in place; {hint(obj)}"
     if isinstance(obj, (dict, list, set, bytearray, torch.Tensor)):
         return f"only exact containers are restored in place, not the subclass {kind}; give it load_state_dict()"
     missing = [name for name in ("state_dict", "load_state_dict") if not callable(getattr(obj, name, None))]

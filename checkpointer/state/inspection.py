@@ -67,7 +67,7 @@ def refuse_collection(name: str, obj: object, has_own_state: Callable[[object], 
     assert isinstance(obj, Collection)
     raise UnsupportedStateError(
         f"component {name!r}: {place} has state of its own ({type(found).__qualname__}), so that a "
-        f"{type(obj).__qualname__} cannot hold it as a value. {_cure(name, obj, place, found, has_own_state)}"
+        f"{type(obj).__qualname__} cannot hold it as a value. {_cure(name, obj, found, has_own_state)}"
     )
 
 
@@ -98,9 +98,7 @@ def _items(item: object) -> Iterator[tuple[object, object]]:
         yield from enumerate(item)
 
 
-def _cure(
-    name: str, obj: Collection[object], place: str, found: object, has_own_state: Callable[[object], bool]
-) -> str:
+def _cure(name: str, obj: Collection[object], found: object, has_own_state: Callable[[object], bool]) -> str:
     """A keyword for each, in words that can be copied where nothing else stands between the objects."""
     top = {key: part for key, part in _items(obj) if has_own_state(part)}
     words = all(isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key) for key in top)

@@ -465,7 +465,7 @@ def test_namedtuples_come_back_as_they_were(registered):
         encode(labelled)
     for fields in ({"x": 1}, {"x": 1, "y": 2, "z": 3}, [1, 2]):
         with pytest.raises(IncompatibleStateError, match="fields"):
-            decode({"$custom": ["point", fields]}, {})
+            decode({"$custom": ["point", fields]}, {})  # type: ignore[list-item]
 
 
 def test_a_memory_map_is_stored_as_the_array_that_it_is_a_view_of(tmp_path):
