@@ -7,7 +7,6 @@ setting.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -170,7 +169,7 @@ def snapshot(value: Any) -> Any:
         return {key: snapshot(item) for key, item in value.items() if key not in _GROUP_IDENTITY}
     if isinstance(value, (list, tuple)) and len(value) <= LARGEST_LIST:
         return [snapshot(item) for item in value]
-    return copy.copy(value)
+    return set(value) if isinstance(value, set) else value
 
 
 def _settings_of_group(group: Mapping[str, Any]) -> dict[str, Any]:
