@@ -358,7 +358,8 @@ class CheckpointManager:
             step: a step that was saved.
             strict: whatever the checkpoint has too much or too little is an error; else it is reported.
             components: names of those to restore, ``rng`` among them only if it is named; ``None``: all.
-            ignore_keys: globs over keys, or over ``component.key``: what matches stays as it is.
+            ignore_keys: globs over keys, or over ``component.key``: what matches stays as it is. So do settings:
+                ``optimizer.param_groups.*.lr``, ``scheduler.total_steps``.
             rename: saved key to live key, a mapping or a function; a mapping also renames the class of an optimizer or
                 scheduler.
             adapt: ``(key, saved_tensor, target_tensor) -> tensor``, for shapes that do not fit.

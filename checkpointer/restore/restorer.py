@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,7 +33,10 @@ from checkpointer.restore.request import RestoreRequest
 from checkpointer.state import Adapter, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.dtensor import local_part
 from checkpointer.state.modes import outside_inference_mode, refuse_to_restore, wait_for_devices
+from checkpointer.system import messages
 from checkpointer.system.gc import collector_paused
+
+logger = logging.getLogger("checkpointer")
 
 RNG = "rng"
 MAX_RELISTS = 10
@@ -253,6 +257,7 @@ class Restorer:
         for name, plan in plans.items():
             plan.apply()
             report.components[name] = plan.report
+        self._tell_settings(reader, plans)
         has_none = RNG not in reader.index.components  # a rank beyond those that saved has none of its own
         if RNG in report.missing and has_none and not request.read_only:
             warnings.warn(
@@ -267,6 +272,17 @@ class Restorer:
         if found.exactness and prepared.inexact and not request.read_only:
             self._warn_inexact(reader, found.exactness)
         return report, _verified(prepared, request)
+
+    def _tell_settings(self, reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> None:
+        """Log which settings of the script the checkpoint has replaced, which would show in the loss curve first."""
+        told = [f"{name}: {'; '.join(plan.settings)}" for name, plan in plans.items() if plan.settings]
+        if told and self._ranks.rank == 0:
+            messages.log(
+                logger.warning,
+                "the checkpoint of step %d has replaced settings of this run: %s",
+                reader.manifest.step,
+                " | ".join(told),
+            )
 
     def _warn_inexact(self, reader: CheckpointReader, reasons: Iterable[str]) -> None:
         warnings.warn(

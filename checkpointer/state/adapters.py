@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 from checkpointer.errors import UnsupportedStateError
 from checkpointer.state.containers import COMPONENT_TYPES, ContainerAdapter
 from checkpointer.state.gradients import Gradients, GradientsAdapter
+from checkpointer.state.inspection import refuse_collection, refuse_uninitialized
 from checkpointer.state.modes import refuse_to_save
 from checkpointer.state.module.adapter import ModuleAdapter, ModuleComponent
 from checkpointer.state.module.whole import WholeModel, WholeModelAdapter
@@ -19,6 +21,9 @@ from checkpointer.state.optimizer.adapter import OptimizerAdapter
 from checkpointer.state.protocol import Adapter, Captured
 from checkpointer.state.rng import GENERATORS, GeneratorAdapter, RngState
 from checkpointer.state.stateful import Stateful, StatefulAdapter
+from checkpointer.state.tree.codecs import codec_for
+from checkpointer.state.tree.encode import is_storable
+from checkpointer.state.tree.hints import hint, is_foreign_data
 
 _IMMUTABLE = (bool, int, float, complex, str, bytes, tuple, frozenset, range)
 
@@ -38,6 +43,7 @@ def adapter_for(name: str, obj: object, modules: Mapping[str, nn.Module]) -> Ada
     """
     if isinstance(obj, RngState):
         return obj
+    refuse_uninitialized(name, obj.module if isinstance(obj, ModuleComponent) else obj)
     if isinstance(obj, torch.optim.Optimizer):
         return OptimizerAdapter(name, obj, modules)
     for types, adapter in _ADAPTERS:
@@ -45,9 +51,10 @@ def adapter_for(name: str, obj: object, modules: Mapping[str, nn.Module]) -> Ada
             return adapter(name, obj)
     if not isinstance(obj, type) and isinstance(obj, Stateful):
         return StatefulAdapter(name, obj)
-    if type(obj) in COMPONENT_TYPES:
+    refuse_collection(name, obj, _has_state_of_its_own)
+    if type(obj) in COMPONENT_TYPES and not (isinstance(obj, np.ndarray) and not is_storable(obj.dtype)):
         return ContainerAdapter(name, obj)
-    raise UnsupportedStateError(f"component {name!r}: {_hint(obj)}")
+    raise UnsupportedStateError(f"component {name!r}: {_hint_for_data(obj) or _hint(obj)}")
 
 
 def capture_all(adapters: Mapping[str, Adapter]) -> dict[str, Captured]:
@@ -68,6 +75,24 @@ def modules_of(components: Mapping[str, object]) -> dict[str, nn.Module]:
 def optimizers_of(components: Mapping[str, object]) -> dict[str, torch.optim.Optimizer]:
     """The optimizers among the components, by component name."""
     return {name: part for name, part in components.items() if isinstance(part, torch.optim.Optimizer)}
+
+
+def _has_state_of_its_own(obj: object) -> bool:
+    """Whether it has to be a component, because its state cannot be stored as a value inside another one."""
+    if isinstance(obj, type) or codec_for(type(obj)) is not None:
+        return False
+    kinds = (torch.optim.Optimizer, RngState, DataLoader)
+    known = isinstance(obj, kinds) or any(isinstance(obj, types) for types, _ in _ADAPTERS)
+    return known or isinstance(obj, Stateful)
+
+
+def _hint_for_data(obj: object) -> str:
+    """What to do about arrays and data of other libraries that are no components; empty for everything else."""
+    if not isinstance(obj, (np.ndarray, np.generic)) and not is_foreign_data(obj):
+        return ""
+    kind = type(obj)
+    what = f"an array of dtype {obj.dtype}" if isinstance(obj, np.ndarray) and kind is np.ndarray else kind.__qualname__
+    return f"{what} cannot be saved and restored in place; {hint(obj)}"
 
 
 def _hint(obj: object) -> str:

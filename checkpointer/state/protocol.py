@@ -132,6 +132,8 @@ class RestorePlan:
     apply: Callable[[], None]
     """Called once every read of every component is verified."""
     report: ComponentReport
+    settings: list[str] = field(default_factory=list)
+    """Filled by ``apply``: settings of the live object that the checkpoint replaced by others, as in the report."""
 
 
 @runtime_checkable

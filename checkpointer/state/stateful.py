@@ -10,6 +10,7 @@ from checkpointer.state import annealing
 from checkpointer.state.classes import CLASS, class_change, class_name, is_scheduler, refused_class, unwrapped
 from checkpointer.state.destinations import Destinations, check_kind
 from checkpointer.state.protocol import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.settings import Changes, changed_state, names_any, setting_names, snapshot, with_kept
 from checkpointer.state.tree.decode import decode, skeleton
 from checkpointer.state.tree.encode import encode
 
@@ -62,20 +63,36 @@ class StatefulAdapter:
             return RestorePlan({}, nothing, report)
         component = saved.component
         value, keys = skeleton(component.tree, component.tensors, place=self.name)
+        keeps = names_any(value, self.name, options)
         check = getattr(self.live, "check_state_dict", None)
         if callable(check):
-            check(value)
+            check(with_kept(value, self.live.state_dict(), self.name, options) if keeps else value)
         places = Destinations(self.name, component.tensors, options.map_location)
         places.allocate_all(keys)
         report.restored += [str(key) for key in value] if isinstance(value, dict) else [self.name]
 
+        plan = RestorePlan(places.reads, nothing, report)
+
         def apply() -> None:
-            self._load(decode(component.tree, places.reads, place=self.name, specs=component.tensors))
+            state = decode(component.tree, places.reads, place=self.name, specs=component.tensors)
+            before = self._settings()
+            changes = Changes() if before is None else self._changes(state, before, options)
+            self._load(with_kept(state, self.live.state_dict(), self.name, options) if keeps else state)
+            plan.settings += changes.replaced
+            report.changed += changes.all
             leave_rng = getattr(self.live, "leave_rng", None)
             if callable(leave_rng) and not options.rng:
                 leave_rng()
 
-        return RestorePlan(places.reads, apply, report)
+        plan.apply = apply
+        return plan
+
+    def _settings(self) -> Any:
+        """What settings can be compared with, as it is now; ``None`` where nobody can tell settings from progress."""
+        return None if setting_names(self.live) is None else snapshot(self.live.state_dict())
+
+    def _changes(self, saved: Any, before: Any, options: RestoreOptions) -> Changes:
+        return changed_state(self.name, self.live, saved, before, options)
 
     def _check_class(self, saved: SavedState, options: RestoreOptions, report: ComponentReport) -> bool:
         """Whether the state is for this object. Raises :class:`IncompatibleStateError` where it is not, if strict."""

@@ -17,7 +17,12 @@ from checkpointer.format.index import Json
 from checkpointer.state.destinations import check_kind
 from checkpointer.state.module.names import Names, eval_modules, module_versions, unwrap
 from checkpointer.state.module.restore import ModuleRestore
-from checkpointer.state.module.unsaved import describe_unsaved, non_persistent_buffers, plain_attributes
+from checkpointer.state.module.unsaved import (
+    describe_unsaved,
+    metric_states,
+    non_persistent_buffers,
+    plain_attributes,
+)
 from checkpointer.state.protocol import Captured, RestoreOptions, RestorePlan, SavedState
 from checkpointer.state.tensors import is_ordinary
 from checkpointer.state.tree.encode import Encoder
@@ -110,7 +115,7 @@ class ModuleAdapter:
             return
         self._warned = True
         buffers = [] if self.options.include_non_persistent else [name for name, _ in non_persistent_buffers(names)]
-        found = describe_unsaved(plain_attributes(names, state.values()), buffers, self.options.silence)
+        found = describe_unsaved(plain_attributes(names, state), buffers, self.options.silence, metric_states(names))
         if found:
             messages.warn(
                 f"component {self.name!r} holds tensors that state_dict() leaves out, so that they are neither saved "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ LARGEST_CONTAINER = 1000
 """Lists, tuples and dicts with more items than this are not looked into."""
 
 _OWN = frozenset({"_parameters", "_buffers", "_modules"})
+_METRIC_CACHES = frozenset({"_defaults", "_computed", "_forward_cache", "_cache"})
 _CONTAINERS = (list, tuple, dict)
 
 
@@ -28,31 +29,87 @@ def non_persistent_buffers(names: Names) -> Iterator[tuple[str, torch.Tensor]]:
                 yield _join(path, name), buffer
 
 
-def plain_attributes(names: Names, state: Iterable[object]) -> Iterator[str]:
+def plain_attributes(names: Names, state: Mapping[str, object]) -> Iterator[str]:
     """Names of tensors kept as attributes, or in a list, tuple or dict that is one.
 
-    Left out are those that share memory with a parameter, a buffer (``RNN._flat_weights``) or a value of ``state``,
-    what ``get_extra_state()`` answers for, results that carry a ``grad_fn``, and what torch's own hooks compute before
-    each forward pass (weight norm, pruning).
+    Left out are those that share memory with a parameter, a buffer (``RNN._flat_weights``) or a tensor anywhere in
+    ``state``, those that ``state`` holds a copy of, what ``get_extra_state()`` answers for, results that carry a
+    ``grad_fn``, what metrics keep beside their states, and what torch's own hooks compute before each forward pass
+    (weight norm, pruning).
+
+    ``state`` is what ``state_dict()`` returned, by clean name.
     """
-    registered = _registered_memory(names) | {memory_of(value) for value in state if isinstance(value, torch.Tensor)}
+    registered = _registered_memory(names)
+    copies = [
+        tensor for value in state.values() for tensor in _all_tensors(value) if memory_of(tensor) not in registered
+    ]
+    saved = registered | {memory_of(tensor) for tensor in copies}
     for path, module in names.modules:
         if wrapped_attribute(module) is not None or _has_extra_state(module):
             continue
-        computed = _computed_by_hooks(module)
+        passed_over = _OWN | _computed_by_hooks(module) | _metric_caches(module)
         for name, value in vars(module).items():
-            if name in _OWN or name in computed:
+            if name in passed_over or _join(path, name) in state:
                 continue
             for suffix, tensor in _tensors_in(value):
-                if tensor.grad_fn is None and memory_of(tensor) not in registered:
+                if tensor.grad_fn is None and memory_of(tensor) not in saved and not _among(tensor, copies):
                     yield _join(path, name) + suffix
 
 
-def describe_unsaved(attributes: Iterable[str], buffers: Iterable[str], silence: Iterable[str]) -> str:
-    """One message about everything that is left out and not silenced; empty where there is nothing."""
+def metric_states(names: Names) -> set[str]:
+    """Names of the states of metrics (torchmetrics): plain attributes that ``persistent(True)`` puts into the state."""
+    return {
+        _join(path, str(name))
+        for path, module in names.modules
+        if _is_metric(module)
+        for name in vars(module)["_defaults"]
+    }
+
+
+def _is_metric(module: nn.Module) -> bool:
+    tables = (vars(module).get("_defaults"), vars(module).get("_persistent"))
+    return all(isinstance(table, dict) for table in tables) and callable(getattr(module, "persistent", None))
+
+
+def _metric_caches(module: nn.Module) -> frozenset[str]:
+    """The initial values of a metric's states, and results that it computes again."""
+    return _METRIC_CACHES if _is_metric(module) else frozenset()
+
+
+def _all_tensors(value: object) -> Iterator[torch.Tensor]:
+    """Every tensor in nested containers of a state."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, _CONTAINERS) and len(value) <= LARGEST_CONTAINER:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _all_tensors(item)
+
+
+def _among(tensor: torch.Tensor, copies: Iterable[torch.Tensor]) -> bool:
+    """Whether one of ``copies``, which belong to no parameter and no buffer, has the same bits."""
+    return any(
+        (copy.shape, copy.dtype, copy.layout) == (tensor.shape, tensor.dtype, tensor.layout)
+        and tensor.layout is torch.strided
+        and "meta" not in (tensor.device.type, copy.device.type)
+        and torch.equal(copy.detach().to(tensor.device), tensor.detach())
+        for copy in copies
+    )
+
+
+def describe_unsaved(
+    attributes: Iterable[str], buffers: Iterable[str], silence: Iterable[str], metrics: Collection[str] = ()
+) -> str:
+    """One message about everything that is left out and not silenced; empty where there is nothing.
+
+    ``metrics``: the names of all states of metrics.
+    """
     globs = list(silence)
     attributes, buffers = _loud(attributes, globs), _loud(buffers, globs)
+    states = [name for name in attributes if name.partition("[")[0] in metrics]
+    attributes = [name for name in attributes if name not in states]
     parts: list[str] = []
+    if states:
+        parts.append(f"states of metrics: {_list(states)} (metric.persistent(True) makes them part of state_dict())")
     if attributes:
         parts.append(
             f"plain tensors kept as attributes, which do not follow .to() either: {_list(attributes)} "

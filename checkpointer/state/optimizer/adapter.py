@@ -23,6 +23,7 @@ from checkpointer.state.module.names import parameter_names
 from checkpointer.state.optimizer.misfits import DEFAULTS, has_usual_form, misfits, settings_of
 from checkpointer.state.optimizer.restore import OptimizerRestore, loads_plainly
 from checkpointer.state.protocol import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.settings import Changes, changed_groups, snapshot
 from checkpointer.state.stateful import StatefulAdapter, nothing
 from checkpointer.state.tensors import dtype_name
 from checkpointer.state.tree.decode import skeleton
@@ -166,6 +167,15 @@ class _AsStateful(StatefulAdapter):
                     "the other components alone: components=[...]"
                 )
         return super().prepare(saved, options)
+
+    def _settings(self) -> Any:
+        return [snapshot(group) for group in self.optimizer.param_groups]
+
+    def _changes(self, saved: Any, before: Any, options: RestoreOptions) -> Changes:
+        if not has_usual_form(saved) or not all(isinstance(group, dict) for group in saved["param_groups"]):
+            return Changes()
+        pairs = zip(saved["param_groups"], before, strict=False)
+        return changed_groups(self.name, [(number, *pair) for number, pair in enumerate(pairs)], options)
 
 
 def live_names(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> list[list[str | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from checkpointer.state.optimizer.misfits import (
     slots_agree,
 )
 from checkpointer.state.protocol import ComponentReport, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.settings import changed_groups, group_key, snapshot
 from checkpointer.state.tensors import DTYPES, device_for, dtype_name
 from checkpointer.state.tree.decode import Leaf, decode, skeleton
 
@@ -59,6 +61,10 @@ class OptimizerRestore:
         self.places = Destinations(name, self.component.tensors, stepped=True)
         self.direct = loads_plainly(live)
         self.casts: dict[str, torch.dtype] = {}
+        self.before = [snapshot(group) for group in live.param_groups]
+        """The live settings of each group before the restore."""
+        self.replaced: list[str] = []
+        """Which of them the checkpoint has replaced by others; known once it is applied."""
         self.foreign = False
         """Whether another class was saved: then only state of the very same form is restored."""
         self._check_class(saved)
@@ -114,11 +120,11 @@ class OptimizerRestore:
                 self.report.restored.append(label)
         if self.direct:
             for number, source in self.match.groups.items():
-                self._place_group(self.value["param_groups"][source], self.live.param_groups[number], seen)
+                self._place_group(number, self.value["param_groups"][source], seen)
         for key in sorted(self.keys):
             self.places.allocate(key, self.options.map_location)
         self.places.announce()
-        return RestorePlan(self.places.reads, self._apply, self.report)
+        return RestorePlan(self.places.reads, self._apply, self.report, self.replaced)
 
     def _place_slots(
         self, parameter: SavedParameter, tensor: torch.Tensor, label: str, slots: Any, seen: set[int]
@@ -144,10 +150,16 @@ class OptimizerRestore:
         live = slots.get(slot) if isinstance(slots, dict) else None
         return isinstance(live, torch.Tensor) and live.dtype == DTYPES[spec.dtype]
 
-    def _place_group(self, saved: dict[str, Any], live: dict[str, Any], seen: set[int]) -> None:
+    def _place_group(self, number: int, saved: dict[str, Any], seen: set[int]) -> None:
+        live = self.live.param_groups[number]
+        for key, value in self._settings(number, saved):
+            place_leaves(self.places, value, live.get(key), seen)
+
+    def _settings(self, number: int, saved: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        """The saved settings of a live group, without those that ``ignore_keys`` names."""
         for key, value in saved.items():
-            if key not in _GROUP_IDENTITY:
-                place_leaves(self.places, value, live.get(key), seen)
+            if key not in _GROUP_IDENTITY and not self.options.ignored(self.name, group_key(number, key)):
+                yield key, value
 
     # Applying
 
@@ -160,6 +172,12 @@ class OptimizerRestore:
                 self._put_groups(state["param_groups"])
             else:
                 self._load(slots, state)
+        rows = [
+            (number, state["param_groups"][source], self.before[number]) for number, source in self.match.groups.items()
+        ]
+        changes = changed_groups(self.name, rows, self.options)
+        self.replaced += changes.replaced
+        self.report.changed += changes.all
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """What was read; state that follows its parameter to another dtype in that."""
@@ -217,9 +235,8 @@ class OptimizerRestore:
         seen: set[int] = set()
         for number, source in self.match.groups.items():
             group = self.live.param_groups[number]
-            for key, value in saved[source].items():
-                if key not in _GROUP_IDENTITY:
-                    group[key] = merge(value, group.get(key), seen)
+            for key, value in self._settings(number, saved[source]):
+                group[key] = merge(value, group.get(key), seen)
 
     def _load(self, slots: list[tuple[torch.Tensor, Any]], saved: dict[str, Any]) -> None:
         """Through ``load_state_dict``, with hooks and overrides; then with the dtypes that were saved."""
@@ -249,8 +266,7 @@ class OptimizerRestore:
         for number, live in enumerate(self.live.param_groups):
             indices = [numbers.setdefault(id(tensor), len(numbers)) for tensor in live["params"]]
             source = saved[self.match.groups[number]] if number in self.match.groups else {}
-            values = {key: value for key, value in source.items() if key not in _GROUP_IDENTITY}
-            groups.append({**live, **values, "params": indices})
+            groups.append({**live, **dict(self._settings(number, source)), "params": indices})
         return groups, numbers
 
 

@@ -1,4 +1,4 @@
-"""Classes that the user registered for storing: enums, dataclasses, tensor subclasses, and any with two functions.
+"""Classes that the user registered: enums, dataclasses, namedtuples, tensor subclasses, and any with two functions.
 
 A checkpoint holds the registered name. Nothing is ever imported by a name that a checkpoint gives.
 """
@@ -43,9 +43,10 @@ def register_codec(
     """Let instances of exactly ``cls`` be stored, under the stable ``name``.
 
     ``encode`` returns a value made of storable ones, ``decode`` takes it back. Both are derived for enums (by member
-    name; flags by value), for dataclasses (by field, without calling ``__init__``) and, for tensor subclasses, from
-    ``__tensor_flatten__`` and ``__tensor_unflatten__``. Registering the same class and functions under the same name
-    again does nothing. Raises :class:`ConfigError` for a name or class that is taken or cannot be registered.
+    name; flags by value), for dataclasses and namedtuples (by field, without calling ``__init__`` or ``__new__``) and,
+    for tensor subclasses, from ``__tensor_flatten__`` and ``__tensor_unflatten__``. Registering the same class and
+    functions under the same name again does nothing. Raises :class:`ConfigError` for a name or class that is taken or
+    cannot be registered.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(f"codec name {name!r} must be 1 to 128 letters, digits or _ . : / -, starting with a letter")
@@ -109,7 +110,17 @@ def _derived(cls: type) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
         return (lambda member: member.name), lambda member: _enum_member(cls, member)
     if dataclasses.is_dataclass(cls):
         return _fields, lambda fields: _from_fields(cls, fields)
-    raise ConfigError(f"{cls.__qualname__} is neither enum nor dataclass: give register_codec encode and decode")
+    if is_namedtuple(cls):
+        return _items, lambda items: _from_items(cls, items)
+    raise ConfigError(
+        f"{cls.__qualname__} is neither enum, dataclass nor namedtuple: give register_codec encode and decode"
+    )
+
+
+def is_namedtuple(cls: type) -> bool:
+    """Whether the class was made by ``collections.namedtuple`` or ``typing.NamedTuple``, or is derived from one."""
+    fields = getattr(cls, "_fields", None)
+    return issubclass(cls, tuple) and isinstance(fields, tuple) and all(isinstance(name, str) for name in fields)
 
 
 def _enum_member(cls: type[enum.Enum], name: Any) -> enum.Enum:
@@ -120,13 +131,30 @@ def _enum_member(cls: type[enum.Enum], name: Any) -> enum.Enum:
 
 def _fields(value: Any) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(value)]
-    extra = sorted(set(getattr(value, "__dict__", {})) - set(names))
+    _refuse_attributes(value, set(getattr(value, "__dict__", {})) - set(names))
+    return {name: getattr(value, name) for name in names}
+
+
+def _refuse_attributes(value: Any, extra: set[str]) -> None:
     if extra:
         raise UnsupportedStateError(
-            f"{type(value).__qualname__} has attributes that are not fields ({', '.join(extra[:5])}); "
+            f"{type(value).__qualname__} has attributes that are not fields ({', '.join(sorted(extra)[:5])}); "
             f"register it with encode and decode of your own"
         )
-    return {name: getattr(value, name) for name in names}
+
+
+def _items(value: Any) -> dict[str, Any]:
+    """The fields of a namedtuple by name, as the tuple holds them: a property of a derived class may show others."""
+    _refuse_attributes(value, set(getattr(value, "__dict__", {})))
+    return dict(zip(value._fields, tuple.__iter__(value), strict=True))
+
+
+def _from_items(cls: Any, items: Any) -> Any:
+    names = cls._fields
+    if not isinstance(items, dict) or set(items) != set(names):
+        found = sorted(map(str, items)) if isinstance(items, dict) else items
+        raise IncompatibleStateError(f"namedtuple {cls.__qualname__} has the fields {list(names)}, saved were {found}")
+    return tuple.__new__(cls, [items[name] for name in names])
 
 
 def _from_fields(cls: type, fields: Any) -> Any:

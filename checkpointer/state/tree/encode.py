@@ -22,6 +22,7 @@ from checkpointer.state import tensors
 from checkpointer.state.dtensor import PLAIN_TYPES, address, is_sharded
 from checkpointer.state.tree import leaves
 from checkpointer.state.tree.codecs import codec_for
+from checkpointer.state.tree.hints import REGISTER, hint
 
 MAX_DEPTH = 200
 INLINE_BYTES = 4096
@@ -39,9 +40,6 @@ TORCH_NUMPY = frozenset(
 #: Tensor keys that safetensors keeps for itself.
 RESERVED_KEYS = frozenset({"__metadata__"})
 _NAMED = hasattr(torch.Tensor, "has_names")  # gone since torch 2.13
-_REGISTER = (
-    "store plain values instead, or describe the class with checkpointer.register_codec(name, cls, encode, decode)"
-)
 
 
 def encode(value: Any, root: str = "state") -> tuple[Json, dict[str, torch.Tensor]]:
@@ -180,8 +178,8 @@ class Encoder:
     def _ndarray(self, value: np.ndarray[Any, Any]) -> Json:
         self._refuse_as_key(value)
         dtype = value.dtype
-        if dtype.kind not in "biufcmMSUV" or dtype.fields is not None or dtype.itemsize == 0 or dtype.subdtype:
-            self._fail(f"a numpy array of dtype {dtype}")
+        if not is_storable(dtype):
+            self._fail(f"a numpy array of dtype {dtype}", hint(value))
         fortran = value.flags.f_contiguous and not value.flags.c_contiguous
         stored = array_tensor(value.T if fortran else value)
         order = "F" if fortran else "C"
@@ -198,9 +196,9 @@ class Encoder:
                 tag, payload = leaves.encode_numpy_scalar(value)
                 return {tag: payload}
         except ValueError as error:
-            self._fail(str(error))
+            self._fail(str(error), hint(value))
         if not isinstance(value, torch.Tensor):
-            self._fail(_describe(value))
+            self._fail(_describe(value), hint(value))
         return self._any_tensor(value)
 
     def _any_tensor(self, value: torch.Tensor) -> Json:
@@ -306,8 +304,8 @@ class Encoder:
             unique = f"{key}#{count}"
         return unique
 
-    def _fail(self, what: str) -> NoReturn:
-        raise UnsupportedStateError(f"{self._place()}: cannot store {what}; {_REGISTER}")
+    def _fail(self, what: str, instead: str = REGISTER) -> NoReturn:
+        raise UnsupportedStateError(f"{self._place()}: cannot store {what}; {instead}")
 
     def _place(self) -> str:
         return self.root + "".join(_show(kind, part) for kind, part in self._path)
@@ -322,6 +320,11 @@ def is_simple(tensor: torch.Tensor) -> bool:
     if not tensors.is_ordinary(tensor):
         return False
     return not (_NAMED and tensor.has_names())  # type: ignore[attr-defined]
+
+
+def is_storable(dtype: np.dtype[Any]) -> bool:
+    """Whether an array of this dtype is numbers, times, text or bytes, and not objects or structures."""
+    return dtype.kind in "biufcmMSUV" and dtype.fields is None and dtype.itemsize > 0 and not dtype.subdtype
 
 
 def array_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 from torch.utils.data import DataLoader
 
+from checkpointer import CheckpointManager, ModuleComponent
 from checkpointer.errors import CheckpointerError, IncompatibleStateError, UnsupportedStateError
 from checkpointer.format.index import Component
 from checkpointer.state import Adapter, RestoreOptions, RngState, SavedState, Stateful, adapter_for
@@ -170,6 +171,9 @@ def test_live_tensors_inside_an_autograd_graph_are_replaced_not_written():
         (nn.Linear, "give an instance"),
         (type("D", (dict,), {})(), "exact containers"),
         (random.random, "no state_dict"),
+        (np.zeros(2, "i4,f4"), "store its fields"),
+        (np.array([object()]), r"\.tolist\(\)"),
+        (np.ma.zeros(2), "getmaskarray"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else value[:9],
 )
@@ -177,6 +181,104 @@ def test_what_cannot_be_a_component_is_refused_with_a_hint(obj, hint):
     with pytest.raises(UnsupportedStateError, match=hint) as caught:
         adapter_for("thing", obj, {})
     assert "'thing'" in str(caught.value)
+
+
+def net() -> nn.Module:
+    return nn.Linear(1, 1)
+
+
+def adam() -> torch.optim.Optimizer:
+    return torch.optim.Adam(net().parameters())
+
+
+class Pair(NamedTuple):
+    gen: Any
+    disc: Any
+
+
+@pytest.mark.parametrize(
+    "obj, place, kind, cure",
+    [
+        ([adam(), adam()], "parts[0]", "Adam", 'root, **{f"parts_{i}": part for i, part in enumerate(parts)})'),
+        ((adam(),), "parts[0]", "Adam", "enumerate(parts)"),
+        (Pair(adam(), adam()), "parts[0]", "Adam", "enumerate(parts)"),
+        ({"gen": adam(), "disc": adam()}, "parts['gen']", "Adam", "root, gen=…, disc=… (that is, **parts))"),
+        ({"gen": adam(), "epoch": 1}, "parts['gen']", "Adam", "root, gen=…)"),
+        ({1: adam()}, "parts[1]", "Adam", 'root, **{f"parts_{key}": part for key, part in parts.items()})'),
+        ({"class": adam()}, "parts['class']", "Adam", "parts.items()"),
+        ({"a": {"b": [1, adam()]}}, "parts['a']['b'][1]", "Adam", "root, parts_0=…, parts_1=…)"),
+        (deque([net()]), "parts[0]", "Linear", "nn.ModuleList or nn.ModuleDict"),
+        (nn.ModuleDict({"x": net()})._modules, "parts['x']", "Linear", "x=…"),
+        ({"x": net()}.values(), "parts[0]", "Linear", "enumerate(parts)"),
+        ([torch.optim.lr_scheduler.StepLR(adam(), 1)], "parts[0]", "StepLR", "enumerate(parts)"),
+        ([torch.amp.GradScaler("cpu")], "parts[0]", "GradScaler", "enumerate(parts)"),
+        ([torch.Generator()], "parts[0]", "Generator", "enumerate(parts)"),
+        ([np.random.default_rng()], "parts[0]", "Generator", "enumerate(parts)"),
+        ([DataLoader([1, 2])], "parts[0]", "DataLoader", "enumerate(parts)"),
+    ],
+    ids=str,
+)
+def test_collections_of_components_get_a_keyword_for_each_when_the_manager_is_made(tmp_path, obj, place, kind, cure):
+    with pytest.raises(UnsupportedStateError) as caught:
+        CheckpointManager(tmp_path / "run", parts=obj)
+    message = str(caught.value)
+    assert message.startswith(f"component 'parts': {place} has state of its own ({kind})")
+    assert cure in message
+    assert "register_codec" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_lists_of_modules_that_are_modules_and_lists_of_values_are_components(tmp_path):
+    parts = {"a": nn.ModuleList([net()]), "b": nn.ModuleDict({"x": net()}), "c": nn.ParameterList([torch.ones(1)])}
+    CheckpointManager(tmp_path, **parts, d=[torch.ones(1), {"x": np.ones(1)}], e=list(range(100_000))).close()
+
+
+def without_init(base: type) -> Any:
+    return type("Mine", (base,), {"__init__": lambda self: None})()
+
+
+def with_child() -> nn.Module:
+    return nn.Sequential(net(), nn.Sequential(without_init(nn.Module)))
+
+
+@pytest.mark.parametrize(
+    "make, path, call",
+    [
+        (lambda: without_init(torch.optim.Optimizer), "thing", "super().__init__(params, defaults)"),
+        (lambda: without_init(torch.optim.SGD), "thing", "super().__init__(params, defaults)"),
+        (lambda: without_init(nn.Module), "thing", "super().__init__()"),
+        (with_child, "thing.1.0", "super().__init__()"),
+        (lambda: ModuleComponent(with_child()), "thing.1.0", "super().__init__()"),
+        (lambda: without_init(torch.optim.lr_scheduler.LRScheduler), "thing", "super().__init__(optimizer)"),
+        (lambda: without_init(torch.optim.lr_scheduler.ReduceLROnPlateau), "thing", "super().__init__(optimizer)"),
+    ],
+    ids=["Optimizer", "SGD", "Module", "child", "ModuleComponent", "LRScheduler", "ReduceLROnPlateau"],
+)
+def test_what_was_not_initialized_is_named_when_the_manager_is_made(tmp_path, make, path, call):
+    with pytest.raises(UnsupportedStateError) as caught:
+        CheckpointManager(tmp_path / "run", thing=make())
+    assert str(caught.value).startswith(f"component '{path}': Mine has no ")
+    assert f"Mine.__init__ does not call {call}" in str(caught.value)
+
+
+def test_an_optimizer_that_shows_another_need_not_be_initialized():
+    class Shows(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.__dict__["inner"], name)
+
+    assert adapter_for("optimizer", Shows(adam()), {}).kind == "optimizer"
+
+
+def test_a_restore_in_place_fills_the_file_behind_a_memory_map(tmp_path):
+    mapped = np.memmap(tmp_path / "x", "f4", "w+", shape=(3,))
+    with pytest.raises(UnsupportedStateError, match=r"np\.asarray\(x\).*fills the mapped file"):
+        adapter_for("thing", mapped, {})
+    carry(np.array([1, 2, 3], "f4"), np.asarray(mapped))
+    mapped.flush()
+    assert np.fromfile(tmp_path / "x", "f4").tolist() == [1, 2, 3]
 
 
 class Counting:

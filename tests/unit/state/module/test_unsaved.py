@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -219,3 +220,62 @@ def test_nonsense_arguments_are_explained():
         ModuleComponent({})
     with pytest.raises(ConfigError, match="silence is a list"):
         ModuleComponent(nn.Linear(1, 1), silence="cache")
+
+
+class Metric(nn.Module):
+    """Keeps states as torchmetrics does: plain attributes, of which ``state_dict()`` has copies where they persist."""
+
+    def __init__(self, *, persistent: bool):
+        super().__init__()
+        self._defaults = {"tp": torch.zeros(1), "seen": []}
+        self._persistent = dict.fromkeys(self._defaults, persistent)
+        self.tp, self.seen = torch.ones(1), [torch.ones(2)]
+        self._computed, self._forward_cache = torch.ones(1), torch.ones(1)
+        self._cache = {"tp": torch.ones(1)}
+
+    def persistent(self, mode: bool = False) -> None:
+        self._persistent = dict.fromkeys(self._persistent, mode)
+
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        kept = [name for name, persists in self._persistent.items() if persists]
+        state.update({kwargs.get("prefix", "") + name: copy.deepcopy(getattr(self, name)) for name in kept})
+        return state
+
+
+def test_states_of_metrics_that_persist_are_saved_and_those_that_do_not_are_named_with_the_way_to():
+    assert caught(nn.ModuleDict({"acc": Metric(persistent=True), "l": nn.Linear(1, 1)})) == []
+    metric = Metric(persistent=False)
+    (message,) = caught(nn.ModuleDict({"acc": metric}))
+    assert "states of metrics: acc.tp, acc.seen[0] (metric.persistent(True)" in message
+    assert "register_buffer" not in message
+    metric.persistent(True)
+    assert caught(nn.ModuleDict({"acc": metric})) == []
+
+
+class Override(nn.Module):
+    """Saves plain attributes in a form, and under names, of its own."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.queue, self.table, self.lost = torch.arange(3.0), {"a": torch.arange(5.0)}, torch.zeros(2)
+        self.form = form
+
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        state[kwargs.get("prefix", "") + "memory"] = self.form(self)
+        return state
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda module: {"queue": module.queue, "table": list(module.table.values())},
+        lambda module: (module.queue.clone(), {"table": [{"a": module.table["a"].clone()}]}),
+    ],
+    ids=["the same memory", "copies"],
+)
+def test_what_an_override_saves_in_any_form_is_not_named_and_what_only_looks_like_a_parameter_is(form):
+    (message,) = caught(nn.ModuleDict({"m": Override(form)}))
+    assert "attributes, which do not follow .to() either: m.lost (" in message
