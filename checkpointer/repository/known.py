@@ -1,4 +1,4 @@
-"""What the holder of the writer's lock has read already: a checkpoint is immutable, so one look at its manifest is enough.
+"""What the holder of the writer's lock has read already: manifests are immutable, so one look at each is enough.
 
 This is no mirror of the disk. Each listing starts with the names that are there now, and asks the storage whether each
 manifest is still the file that was read (:meth:`Storage.stamps`); what is new or changed is read again. Where only
