@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from checkpointer.repository.commit.base import STALE_AFTER, Attempt, CommitProtocol, for_each, read_manifest, walk
+from checkpointer.repository.commit.base import (
+    STALE_AFTER,
+    Attempt,
+    CommitProtocol,
+    for_each,
+    obstacle_of,
+    read_manifest,
+    walk,
+)
 from checkpointer.repository.commit.by_manifest import ManifestCommit, owner_is_dead
 from checkpointer.repository.commit.by_rename import RenameCommit
 from checkpointer.repository.commit.removal import is_unfinished_record, recorded_removal
@@ -21,6 +29,7 @@ __all__ = [
     "CommitProtocol",
     "for_each",
     "is_unfinished_record",
+    "obstacle_of",
     "owner_is_dead",
     "protocol_for",
     "read_manifest",

@@ -21,6 +21,7 @@ from checkpointer.repository.commit.base import (
     for_each,
     is_pinned,
     new_id,
+    obstacle_of,
     own_manifest,
     remove_empty_directories,
     walk,
@@ -81,9 +82,13 @@ class RenameCommit:
         """What to say of a name that is taken by something that is no checkpoint, and that is nobody's to move."""
         link = next((entry.link for entry in self._storage.list_directory(ROOT) if entry.name == name), None)
         why = f"it has no {paths.MANIFEST}" if link is None else f"it is a link to {link}, and links are not followed"
+        cure = "move it away, then save again"
+        if link is not None:
+            cure = (
+                f"move the directory {link} itself back to this name if it is a checkpoint of this run, or else {cure}"
+            )
         return SaveError(
-            f"{self._storage.place(name)} exists but is not a checkpoint ({why}); "
-            "nothing in it was touched: move it away, then save again"
+            f"{self._storage.place(name)} exists but is not a checkpoint ({why}); nothing in it was touched: {cure}"
         )
 
     def abandon(self, attempt: Attempt) -> None:
@@ -207,8 +212,12 @@ class RenameCommit:
         try:
             work()
         except OSError as error:
-            text = "could not clear away leftovers in %s; the next writer will: %s"
-            messages.log(logger.warning, text, self._storage.url, error)
+            text = f"could not clear away leftovers in {self._storage.url}; the next writer tries again: {error}"
+            obstacle = obstacle_of(self._storage, error)
+            if obstacle is None:
+                messages.log(logger.warning, "%s", text)
+            else:  # nothing will have changed by then, unless somebody is told
+                messages.warn(f"{text} ({obstacle})", stacklevel=2)
 
     def _to_trash(self, directory: str, manifest: Manifest) -> None:
         self._storage.make_directory(paths.TRASH)

@@ -159,8 +159,10 @@ def test_a_new_run_root_with_the_name_of_a_checkpoint_is_warned_of_until_it_hold
 
 def test_a_run_root_that_only_bears_the_name_of_a_checkpoint_is_accepted(tmp_path: Path) -> None:
     root = tmp_path / "experiments" / "checkpoint-7"
+    writer, _ = manager(root)
     with pytest.warns(CheckpointerWarning, match="the name of one checkpoint"):
-        make(root)
+        writer.save(3)
+    writer.close()
     (root / "manifest.json").write_text('{"name": "a web application"}')
     reader, _ = manager(root, read_only=True)
     assert reader.restore_latest().step == 3
