@@ -210,9 +210,10 @@ def _check(repository: Repository, row: Row, info: CheckpointInfo) -> Checked:
                 repository.manifest(info)  # its files are missing because it is gone?
     except CheckpointNotFoundError as error:
         return Checked(replace(row, status="removed", reason=str(error)))
-    status: Status = "ok" if report.ok else "damaged"
-    row = replace(row, status=status, reason=report.damage[0] if report.damage else None)
-    return Checked(row, report.damage, report.extra, report.bytes_read)
+    status: Status = "ok" if report.ok else "damaged" if report.damage else "unreadable"
+    problems = report.damage + report.unreadable
+    row = replace(row, status=status, reason=problems[0] if problems else None)
+    return Checked(row, problems, report.extra, report.bytes_read)
 
 
 def pruned(repository: Repository, policy: KeepPolicy, *, dry_run: bool) -> tuple[RetentionPlan, list[Row]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -192,8 +193,9 @@ def checked_lines(checked: Checked) -> str:
 
 def verify_summary(results: Sequence[Checked]) -> str:
     """How many, and how many of them have a problem."""
-    bad = sum(bool(checked.problems) for checked in results)
-    return f"{len(results)} checkpoint{'' if len(results) == 1 else 's'} checked, {bad} damaged"
+    counts = Counter(checked.row.status for checked in results)
+    others = "".join(f", {counts[status]} {status}" for status in ("unreadable", "unsupported") if counts[status])
+    return f"{len(results)} checkpoint{'' if len(results) == 1 else 's'} checked, {counts['damaged']} damaged{others}"
 
 
 def facts(details: Details, now: datetime) -> list[tuple[str, str]]:

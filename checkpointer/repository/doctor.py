@@ -205,14 +205,20 @@ class Doctor:
                 advice = "for those who train, mount it writable, and look at the system's log for why it is not"
                 yield Finding("read-only", place, meaning, f"{advice}; readers need no more")
             elif directory and not _may(place, os.W_OK | os.X_OK):
+                if self._is_unremovable(path):
+                    continue  # a finding of its own, with its cure
                 meaning = f"this user may not write here, so saves or pruning fail ({whose})"
-                advice = "give write access to those who train; readers need none"
-                if _user() == 0:  # whom no mode keeps from writing
-                    advice = "no right that could be given helps root: is it immutable, or a share that squashes root?"
+                for_root = "no right that could be given helps root: is it immutable, or a share that squashes root?"
+                advice = "give write access to those who train; readers need none" if _user() else for_root
                 yield Finding("unwritable", place, meaning, advice)
             elif status.st_uid != owner:
                 meaning = f"it belongs to another user than the run root ({whose})"
                 yield Finding("foreign-owner", place, meaning, "harmless as long as it can be read and removed", "note")
+
+    def _is_unremovable(self, path: str) -> bool:
+        """Whether a directory in a checkpoint is kept as it is by more than its mode."""
+        in_checkpoint = paths.parse_checkpoint_name(path.partition("/")[0]) is not None
+        return in_checkpoint and self._storage.obstacle(path) is not None
 
     def _places(self) -> Iterator[str]:
         """Everything whose permissions matter: directories before what is in them, which may not be reached."""
@@ -426,7 +432,10 @@ class Doctor:
 
     def _damage(self, info: CheckpointInfo, manifest: Manifest) -> Iterator[str]:
         if self._deep:
-            yield from verify_checkpoint(self._storage, name_of(info), manifest, info).damage
+            report = verify_checkpoint(self._storage, name_of(info), manifest, info)
+            if report.unreadable and not report.damage:
+                raise UnreadableCheckpointError(report.unreadable[0])
+            yield from report.damage
             return
         try:
             with CheckpointReader(self._storage, name_of(info), manifest) as reader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 
@@ -59,15 +59,20 @@ class Pruner:
 
         ``unreturned`` gives the ids of checkpoints that ``on_commit`` has not returned for. It is asked after listing:
         what a save commits meanwhile may be listed, too. Needs the writer's lock unless ``dry_run``. A checkpoint that
-        is pinned meanwhile stays. So does one that cannot be removed, with a warning: the others go, and the next call
+        is pinned meanwhile stays. What a restore or ``verify`` of this process could not read counts for nothing, and
+        stays, as does one that cannot be removed, with a warning: the others go, and the next call
         tries it again.
         """
-        checkpoints = on_disk(self._repository.storage, self._repository.list_checkpoints().checkpoints)
+        listed = self._repository.list_checkpoints().checkpoints
+        refused = {info.id: self._repository.refused[info.id] for info in listed if info.id in self._repository.refused}
+        checkpoints = on_disk(self._repository.storage, [info for info in listed if info.id not in refused])
         now = datetime.now(timezone.utc)
         decide = partial(plan, checkpoints, self._policy, now=now, protect=protect, unreturned=unreturned())
         decided = decide(stuck=self._stuck)
+        kept_unread = {id: (f"cannot be read, so neither counted nor removed: {why}",) for id, why in refused.items()}
         if dry_run:
-            return decided
+            known = {info.id: reasons for info, reasons in decided.keep} | kept_unread
+            return replace(decided, keep=[(info, known[info.id]) for info in listed if info.id in known])
         leaving = {info.id: reasons for info, reasons in decided.remove}
         leaving |= {info.id: reasons for info, reasons in decide().remove if info.id in self._stuck}
         self._say_doubts(checkpoints, removing=bool(leaving))
@@ -76,9 +81,9 @@ class Pruner:
         self._stuck = outcome.stuck
         self._say_stuck(outcome.complaints)
         staying = {info.id: reasons for info, reasons in decided.keep}
-        staying |= {id: (reason,) for id, reason in outcome.stayed.items()}
+        staying |= {id: (reason,) for id, reason in outcome.stayed.items()} | kept_unread
         return RetentionPlan(
-            keep=[(info, staying[info.id]) for info in checkpoints if info.id not in outcome.removed],
+            keep=[(info, staying[info.id]) for info in listed if info.id not in outcome.removed],
             remove=[(info, leaving[info.id]) for info in checkpoints if info.id in outcome.removed],
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from checkpointer.errors import (
@@ -22,7 +22,7 @@ from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import FileRecord, Manifest, parse_manifest
 from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.checkpoint_reader import ONE_PROCESS, CheckpointReader, ReadingRank
-from checkpointer.repository.commit import Attempt, for_each, protocol_for, read_manifest
+from checkpointer.repository.commit import Attempt, for_each, obstacle_of, protocol_for, read_manifest
 from checkpointer.repository.known import KnownManifests
 from checkpointer.repository.lock import WriterLock
 from checkpointer.repository.notes import (
@@ -105,6 +105,9 @@ class Repository:
         """Failed attempts whose files could not be removed yet."""
         self._half_removed: list[str] = []
         """The ids of checkpoints whose removal has failed."""
+        self.refused: dict[str, str] = {}
+        """Why the system did not let the files of these be read when a restore or ``verify`` of this process tried
+        last, by id. Not on disk: it says something of this user, mount or day, and nothing of the checkpoint."""
 
     @property
     def url(self) -> str:
@@ -240,7 +243,10 @@ class Repository:
             manifest = self.manifest(info)
             report = verify_checkpoint(self.storage, name_of(info), manifest, info)
         except (CorruptCheckpointError, FormatVersionError, UnreadableCheckpointError) as error:
-            return CheckpointReport(info.path, info.step, info, (str(error),), (), 0)
+            report = _unchecked(info.path, info.step, info, error)
+            self.remember_refusal(info, report.unreadable)
+            return report
+        self.remember_refusal(info, report.unreadable)
         if not report.ok:
             self.manifest(info)  # it is not damaged if it has been removed, or replaced, while it was read
         self._remember(info, report)
@@ -251,6 +257,8 @@ class Repository:
 
         Who may not write here is a reader, and has been told: nobody needs more of them.
         """
+        if report.unreadable:
+            return  # says nothing of the checkpoint, for or against it
         damaged = "; ".join(report.damage)[:1000]
         try:
             if damaged == (self.current(info).damaged or ""):
@@ -266,10 +274,15 @@ class Repository:
         for info in listing.checkpoints:
             with contextlib.suppress(CheckpointNotFoundError):  # a writer pruned it since it was listed
                 reports.append(self.verify(info))
-        reports += [
-            CheckpointReport(item.path, item.step, None, (str(item.error),), (), 0) for item in listing.unreadable
-        ]
+        reports += [_unchecked(item.path, item.step, None, item.error) for item in listing.unreadable]
         return VerifyReport(tuple(reports))
+
+    def remember_refusal(self, info: CheckpointInfo, reasons: Sequence[str]) -> None:
+        """Retention does not count on what could not be read a moment ago; no ``reasons``: it could be read."""
+        if reasons:
+            self.refused[info.id] = reasons[0]
+        else:
+            self.refused.pop(info.id, None)
 
     def note(self, info: CheckpointInfo, note: Note) -> None:
         """Append a note; no lock is needed.
@@ -385,8 +398,10 @@ class Repository:
         try:
             for_each([self._recover, self._forget_notes], lambda work: work())
         except (OSError, CheckpointerError) as error:
+            obstacle = obstacle_of(self.storage, error) if isinstance(error, OSError) else None
+            reason = f"{error} ({obstacle})" if obstacle else str(error)
             messages.warn(
-                f"could not clear away all leftovers in {self.url}: {self.storage.redact(str(error))}. The next writer "
+                f"could not clear away all leftovers in {self.url}: {self.storage.redact(reason)}. The next writer "
                 f"tries again; 'checkpointer doctor {self.url}' says more",
                 stacklevel=4,
             )
@@ -473,6 +488,13 @@ class Repository:
         if manifest.step != _step_of(name):
             raise CorruptCheckpointError(f"{where} is the manifest of step {manifest.step}: files were swapped")
         return manifest.info(self.storage.place(name))
+
+
+def _unchecked(path: str, step: int, info: CheckpointInfo | None, error: CheckpointerError) -> CheckpointReport:
+    """The report of a checkpoint whose manifest cannot be used."""
+    if isinstance(error, CorruptCheckpointError):
+        return CheckpointReport(path, step, info, (str(error),), (), 0)
+    return CheckpointReport(path, step, info, (), (), 0, (str(error),))
 
 
 def _step_of(name: str) -> int:

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from checkpointer.format import paths
+from checkpointer.format.foreign import Kind, described, import_command, kind_of
 from checkpointer.repository.commit import sorted_out
 from checkpointer.storage import Storage
-
-Kind: TypeAlias = Literal[
-    "ours", "hugging-face", "accelerate", "lightning", "deepspeed", "dcp", "torch", "empty", "other"
-]
 
 EXAMINED = 5
 """Strange names that are looked into when a run is opened, the highest steps first: each costs a listing."""
 
-_HUGGING_FACE = frozenset({"trainer_state.json", "training_args.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt"})
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
-_ACCELERATE = re.compile(r"random_states_\d+\.pkl|sampler(_\d+)?\.bin|custom_checkpoint_\d+\.pkl")
 _ACCELERATE_NAME = re.compile(r"checkpoint_\d+")
-
-_NAMES: dict[Kind, str] = {
-    "hugging-face": "Hugging Face's Trainer",
-    "accelerate": "Accelerate",
-    "lightning": "Lightning",
-    "deepspeed": "DeepSpeed",
-    "dcp": "torch.distributed.checkpoint",
-    "torch": "torch.save",
-}
 
 
 @dataclass(frozen=True)
@@ -61,14 +45,9 @@ class Examined:
             return f"is a link to {self.stranger.link}, which holds no checkpoint, and links are not followed"
         if not self.stranger.is_dir:
             return "is no directory"
-        if self.kind == "ours":
-            found = next(path for path in self.files if _is_ours(path))
-            return f"holds files of a checkpoint ({found}) without {paths.MANIFEST}: it was copied or deleted in part"
         if self.kind == "empty":
             return f"holds nothing but {self.files[0]}" if self.files else "is empty"
-        if self.kind == "other":
-            return f"holds no checkpoint but {self.files[0]}"
-        return f"looks like a checkpoint of {_NAMES[self.kind]} ({self.files[0]})"
+        return described(self.kind, self.files[0]) or f"holds no checkpoint but {self.files[0]}"
 
     @property
     def cure(self) -> str:
@@ -78,20 +57,10 @@ class Examined:
                 f"copy it again as a whole, {paths.MANIFEST} last, or put {paths.MANIFEST} back from a copy; the "
                 "tensors can be read without it, as safetensors"
             )
-        weights = next((path for path in self.files if path in _WEIGHTS), None)
-        if self.kind == "hugging-face" and weights is not None:
-            return (
-                "move it away, or choose another run root; 'checkpointer import "
-                f"{self.stranger.path}/{weights} NEW_ROOT --step {self.stranger.step}' takes the weights over"
-            )
-        if self.kind in _NAMES:
-            return (
-                "move it away, or choose another run root; 'checkpointer import FILE NEW_ROOT --step "
-                f"{self.stranger.step}' takes over what torch.save wrote"
-            )
         if self.kind == "empty" and self.stranger.is_dir:
             return "'checkpointer doctor --fix' removes it"
-        return "move it away"
+        taken_over = import_command(self.kind, self.stranger.path, self.files, self.stranger.step)
+        return f"move it away, or choose another run root; {taken_over}" if taken_over else "move it away"
 
 
 def examine(storage: Storage, stranger: Stranger) -> Examined | None:
@@ -113,7 +82,7 @@ def examine(storage: Storage, stranger: Stranger) -> Examined | None:
     if not files:
         unfinished = recorded or found.open or not storage.can_rename
         return None if unfinished else Examined(stranger, "empty", found.debris)
-    kind, telling = _kind_of(files)
+    kind, telling = kind_of(files)
     return Examined(stranger, kind, tuple(sorted(files, key=lambda path: (path not in telling, path))))
 
 
@@ -122,25 +91,6 @@ def on_record(storage: Storage, id: str) -> bool:
     if storage.can_rename or not paths.is_id(id):
         return False
     return any(map(storage.exists, (f"{paths.TMP}/{id}.json", f"{paths.TRASH}/{id}.json")))
-
-
-def _kind_of(files: Collection[str]) -> tuple[Kind, Collection[str]]:
-    """What the files in a directory say about who wrote them, and which of them say it."""
-    tests: Sequence[tuple[Kind, Collection[str]]] = (
-        ("hugging-face", _HUGGING_FACE.intersection(files)),
-        ("accelerate", [path for path in files if _ACCELERATE.fullmatch(path)]),
-        ("deepspeed", [path for path in files if path == "zero_to_fp32.py" or "zero_pp_rank_" in path]),
-        ("dcp", [path for path in files if path.rpartition("/")[2] == ".metadata" or path.endswith(".distcp")]),
-        ("ours", [path for path in files if _is_ours(path)]),
-        ("hugging-face", [path for path in files if path in _WEIGHTS or path.startswith("pytorch_model")]),
-        ("lightning", [path for path in files if path.endswith(".ckpt")]),
-        ("torch", [path for path in files if path.endswith((".pt", ".pth", ".bin"))]),
-    )
-    return next(((kind, telling) for kind, telling in tests if telling), ("other", ()))
-
-
-def _is_ours(path: str) -> bool:
-    return path.endswith((".safetensors", paths.INDEX)) and path.rpartition("/")[2] != "adapter_model.safetensors"
 
 
 def warning_of(storage: Storage, strangers: Sequence[Stranger], others: Sequence[str]) -> str | None:

@@ -32,15 +32,20 @@ class CheckpointReport:
     extra: tuple[str, ...]
     """Files in its directory that it does not list: harmless, and ignored by restore. Also what systems leave there."""
     bytes_read: int
+    unreadable: tuple[str, ...] = ()
+    """Why not all of it could be checked, although nothing says that it is damaged: the system does not let it be read,
+    or a newer version of this library wrote it."""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is damaged."""
-        return not self.damage
+        """Whether all of it was read, and nothing is damaged."""
+        return not (self.damage or self.unreadable)
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {'ok' if self.ok else 'DAMAGED'} ({self.bytes_read} bytes read)"]
+        verdict = "DAMAGED" if self.damage else "UNREADABLE" if self.unreadable else "ok"
+        lines = [f"{self.path}: {verdict} ({self.bytes_read} bytes read)"]
         lines += [f"  damage: {reason}" for reason in self.damage]
+        lines += [f"  unreadable: {reason}" for reason in self.unreadable]
         lines += [f"  extra file: {extra_text(name)}" for name in self.extra]
         return "\n".join(lines)
 
@@ -55,35 +60,44 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether no checkpoint is damaged."""
+        """Whether every checkpoint was read as a whole, and none is damaged."""
         return all(report.ok for report in self.checkpoints)
 
     def __str__(self) -> str:
-        damaged = sum(not report.ok for report in self.checkpoints)
+        damaged = sum(bool(report.damage) for report in self.checkpoints)
+        unreadable = sum(not (report.ok or report.damage) for report in self.checkpoints)
         summary = f"{len(self.checkpoints)} checkpoints checked, {damaged} damaged"
+        summary += f", {unreadable} unreadable" if unreadable else ""
         return "\n".join([*map(str, self.checkpoints), summary])
 
 
 def verify_checkpoint(storage: Storage, directory: str, manifest: Manifest, info: CheckpointInfo) -> CheckpointReport:
     """Read and hash every byte that the manifest lists, file by file, and look for files that it does not.
 
-    Raises:
-        UnreadableCheckpointError: the system does not let a part of it be read, which says nothing of its bytes.
+    What the system does not let be read says nothing of its bytes, and keeps nothing else from being checked.
     """
     damage: list[str] = []
+    refused: list[str] = []
+    extra: tuple[str, ...] = ()
     read = 0
     try:
         with CheckpointReader(storage, directory, manifest) as reader:
             for path in manifest.files:
-                damage += _check_file(reader, path)
-                read += manifest.files[path].size
-    except UnreadableCheckpointError:
-        raise
+                try:
+                    damage += _check_file(reader, path)
+                    read += manifest.files[path].size
+                except UnreadableCheckpointError as error:
+                    refused.append(str(error))
+    except UnreadableCheckpointError as error:
+        refused.append(str(error))
     except (CheckpointerError, FileNotFoundError) as error:
         damage.append(str(error))
-    with refusals_typed(storage, directory):
-        extra = tuple(extra_files(storage, directory, manifest))
-    return CheckpointReport(info.path, info.step, info, tuple(damage), extra, read)
+    try:
+        with refusals_typed(storage, directory):
+            extra = tuple(extra_files(storage, directory, manifest))
+    except UnreadableCheckpointError as error:
+        refused.append(str(error))
+    return CheckpointReport(info.path, info.step, info, tuple(damage), extra, read, tuple(dict.fromkeys(refused)))
 
 
 def _check_file(reader: CheckpointReader, path: str) -> Iterator[str]:

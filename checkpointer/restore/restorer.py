@@ -151,10 +151,14 @@ class Restorer:
                 self.source = ReuseSource.of(info, reader.manifest, reader.index, verified)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"{info.path} was removed while it was read") from error
+        except UnreadableCheckpointError as error:
+            self._repository.remember_refusal(info, [str(error)])
+            raise
         except CorruptCheckpointError as error:
             self._repository.manifest(info)  # raises CheckpointNotFoundError if it was replaced under us
             self._remember(info, str(error))
             raise
+        self._repository.remember_refusal(info, [])
         if info.damaged is not None:
             self._remember(info, "")
             info = replace(info, damaged=None)

@@ -10,6 +10,7 @@ from checkpointer.format.info import CheckpointInfo
 from checkpointer.policy.schedule import RECENT
 from checkpointer.repository.repository import Listing, Repository
 from checkpointer.repository.strangers import warning_of
+from checkpointer.storage import Storage
 from checkpointer.system import messages
 
 
@@ -107,6 +108,7 @@ class Tip:
         except OSError as error:  # looking closer is a courtesy: the run goes on without it
             reason = storage.redact(str(error))
             told = [f"{storage.url} holds names of checkpoints that cannot be looked into: {reason}"]
+        told.append(_doubt_about_name(storage, empty=listing.empty))
         told += [
             f"{item.error}. Lists leave it out, and retention neither counts on it nor removes it"
             for item in listing.unreadable
@@ -123,3 +125,16 @@ class Tip:
     def _remember(self, listing: Listing) -> None:
         self._recent = listing.checkpoints[-RECENT:]
         self._seen = self._recent[-1].sequence if self._recent else 0
+
+
+def _doubt_about_name(storage: Storage, *, empty: bool) -> str | None:
+    """What to say of a run root that holds no run yet, and is called as one checkpoint is; ``None``: nothing."""
+    outer, _, name = storage.url.replace("\\", "/").rstrip("/").rpartition("/")
+    step = paths.parse_checkpoint_name(name)
+    if step is None or not empty:
+        return None
+    return (
+        f"the run root {storage.url} has the name of one checkpoint, and holds none: if checkpoint {step} of a run was "
+        f"meant, pass {outer} as the run root, and call mgr.restore({step}); if a new run is to begin here, choose "
+        "another name, since tools that rotate checkpoints delete directories of this name"
+    )

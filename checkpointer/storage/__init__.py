@@ -83,6 +83,7 @@ def _open_remote(url: str, options: dict[str, object]) -> Storage:
             storage.url,
             path,
             read=lambda folder: at(folder).read(paths.MANIFEST, paths.MANIFEST_LIMIT),
+            files_in=lambda folder: [entry.name for entry in at(folder).list_directory("") if entry.is_file],
             is_run=lambda folder: _holds_a_run(at(folder)),
         )
     return storage

@@ -7,17 +7,22 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from checkpointer.errors import CheckpointerError, ConfigError, FormatVersionError
-from checkpointer.format import paths
+from checkpointer.format import foreign, paths
 from checkpointer.format.manifest import FORMAT, parse_manifest
 
 _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.*)", re.DOTALL)
 """A protocol of two letters or more (``C:/run`` is a drive) and one slash in place of two."""
 
 _NO_SLASH = re.compile(r"(s3|s3a|gs|gcs|abfs|abfss|az|adl|oci|oss|hf):(?![/\\])(.+)", re.DOTALL | re.IGNORECASE)
+_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
+_WINDOWS = re.compile(r"[A-Za-z]:[/\\]|\\\\")
+_FORGOTTEN_F = re.compile(r"\{[A-Za-z_][^{}/]*\}")
+_WINDOWS_VARIABLE = re.compile(r"%[A-Za-z_]\w*%")
 _VARIABLE = re.compile(r"\$[A-Za-z_]\w*|\$\{[^}/]*\}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _EXPLICIT = ("./", "../", ".\\", "..\\")
@@ -49,6 +54,7 @@ def check_spelling(text: str, given: object) -> None:
     if "://" in text:
         _refuse_blanks(text)
         for part in text.split("::"):
+            _refuse_capitals(part, text)
             _refuse_one_slash(part, text, given)
         return
     if os.path.isdir(os.path.expanduser(text)):
@@ -60,7 +66,48 @@ def check_spelling(text: str, given: object) -> None:
         _refuse_one_slash(part, text, given)
     if "::" in text and not (os.path.isabs(text) or text.startswith("~")):
         raise _refused(text, "it looks like a chained URL without its '://', such as 'simplecache::s3://bucket/run'")
+    _refuse_protocol_inside(text)
     _refuse_what_a_shell_expands(text)
+    _refuse_what_python_left(text)
+    if os.name != "nt" and _WINDOWS.match(text):
+        raise _refused(text, "it looks like a path of Windows, and this system is none: pass a path of this system")
+
+
+def _refuse_capitals(part: str, text: str) -> None:
+    """Of a protocol: file systems are looked up by the name in lower case."""
+    name, found, rest = part.partition("://")
+    if found and name != name.lower() and _is_protocol(name):
+        meant = text.replace(part, f"{name.lower()}://{rest}")
+        raise ConfigError(f"the run root {_shown(text)!r} has a protocol in capitals: write {_shown(meant)!r}")
+
+
+def _refuse_protocol_inside(text: str) -> None:
+    """What ``Path.resolve``, ``os.path.abspath``, Hydra or argparse make of a URL: ``/work/s3:/bucket/run``."""
+    parts = text.replace("\\", "/").split("/")
+    for index, part in enumerate(parts):
+        found = _PROTOCOL.fullmatch(part)
+        if found is None or not _is_protocol(found[1]):
+            continue
+        if not os.path.isdir(os.path.expanduser("/".join(parts[: index + 1]))):
+            rest = "/".join(parts[index + 1 :]).lstrip("/")
+            name = found[1].lower()
+            meant = f"{name}:///{rest}" if name in ("file", "local") else f"{name}://{rest}"
+            raise _refused(
+                text,
+                f"it looks like the URL {_shown(meant)!r} that pathlib, os.path.abspath or a configuration has made a "
+                "path of: pass it as a string that nothing resolves",
+            )
+
+
+def _refuse_what_python_left(text: str) -> None:
+    found = _FORGOTTEN_F.search(text)
+    if found is not None:
+        raise _refused(
+            text, f"{found[0]} is a place for a value that nothing has filled in: an f-string without its f?"
+        )
+    first = text.replace("\\", "/").partition("/")[0]
+    if first == "None" and not os.path.isdir(first):
+        raise _refused(text, "it is what str(None) gives: an argument or a setting that nobody has set?")
 
 
 def _refuse_blanks(text: str) -> None:
@@ -78,13 +125,14 @@ def _refuse_one_slash(part: str, text: str, given: object) -> None:
     if found is None or not _is_protocol(found[1]):
         return
     rest = found[2].lstrip("/")
-    meant = text.replace(part, f"{found[1]}:///{rest}" if found[1] in ("file", "local") else f"{found[1]}://{rest}")
+    name = found[1].lower()
+    meant = text.replace(part, f"{name}:///{rest}" if name in ("file", "local") else f"{name}://{rest}")
     why = "pathlib makes one slash of two: pass a URL as a string, " if isinstance(given, PurePath) else ""
     raise _refused(text, f"it looks like a URL with a slash missing: {why}{_shown(meant)!r}")
 
 
 def _refuse_what_a_shell_expands(text: str) -> None:
-    found = _VARIABLE.search(text)
+    found = _VARIABLE.search(text) or _WINDOWS_VARIABLE.search(text)
     if found is not None:
         raise _refused(
             text,
@@ -96,15 +144,16 @@ def _refuse_what_a_shell_expands(text: str) -> None:
 
 
 def _refused(text: str, reason: str) -> ConfigError:
+    meant = "make it first" if text.startswith(("/", "\\", "~")) else f"write './{_shown(text)}', or make it first"
     return ConfigError(
         f"the run root {_shown(text)!r} would become a local directory of this name, and {reason}. "
-        f"If such a directory is meant, write './{_shown(text)}', or make it first"
+        f"If such a directory is meant, {meant}"
     )
 
 
 def _shown(text: str) -> str:
     """``text`` for a message: what may be a URL loses what may be a secret in it."""
-    found = re.match(r"([A-Za-z][\w+.:-]*:/{0,2})(?:[^/@]*@)?([^?]*)", text, re.DOTALL)
+    found = re.match(r"((?:[^?:]*[/\\])?[A-Za-z][\w+.:-]*:/{0,2})(?:[^/@]*@)?([^?]*)", text, re.DOTALL)
     return found[1] + found[2] if found and len(found[1]) > 2 else text
 
 
@@ -127,16 +176,23 @@ def check_place(root: str) -> None:
             if folder.name == paths.PRIVATE and any(map(os.path.lexists, map(folder.joinpath, _PRIVATE_NAMES))):
                 raise _inside_private(place, str(folder.parent))
         for folder in folders:
-            name = folder.name if folder == folders[0] or _is_checkpoint_name(folder.name) else None
-            if name is not None:
-                in_a_run = _is_checkpoint_name(name) and os.path.isdir(folder.parent / paths.PRIVATE)
-                _refuse_checkpoint(place, str(folder), str(folder.parent), _local_manifest(folder), in_a_run=in_a_run)
+            if folder == folders[0] or foreign.step_in_name(folder.name) is not None:
+                in_a_run = _is_checkpoint_name(folder.name) and os.path.isdir(folder.parent / paths.PRIVATE)
+                found = _Found(_local_manifest(folder), _local_files(folder), in_a_run=in_a_run)
+                _refuse_checkpoint(place, str(folder), str(folder.parent), found)
 
 
-def check_url(url: str, path: str, read: Callable[[str], bytes], is_run: Callable[[str], bool]) -> None:
+def check_url(
+    url: str,
+    path: str,
+    read: Callable[[str], bytes],
+    files_in: Callable[[str], Collection[str]],
+    is_run: Callable[[str], bool],
+) -> None:
     """The same for a run root elsewhere; asks the store only where a part of ``path`` has the name of a checkpoint.
 
-    ``read`` returns the manifest in a directory, ``is_run`` says whether a directory is a run root.
+    ``read`` returns the manifest in a directory, ``files_in`` the names of the files there, ``is_run`` says whether a
+    directory is a run root.
 
     Raises:
         ConfigError: as above.
@@ -147,15 +203,15 @@ def check_url(url: str, path: str, read: Callable[[str], bytes], is_run: Callabl
         outer = url.rsplit("/", above + 1)[0]
         if name == paths.PRIVATE and (not above or parts[count] in _PRIVATE_NAMES):
             raise _inside_private(url, outer)
-        if _is_checkpoint_name(name):
+        if foreign.step_in_name(name) is not None:
             folder, parent = "/".join(parts[:count]), "/".join(parts[: count - 1])
-            data, in_a_run = None, False
+            found = _Found()
             with contextlib.suppress(FileNotFoundError, CheckpointerError):
-                data = read(folder)
-            if data is None:
-                in_a_run = is_run(parent)
+                found = _Found(read(folder))
+            if found.manifest is None:
+                found = _Found(None, files_in(folder), in_a_run=_is_checkpoint_name(name) and is_run(parent))
             place = url.rsplit("/", above)[0] if above else url
-            _refuse_checkpoint(url, place, outer, data, in_a_run=in_a_run)
+            _refuse_checkpoint(url, place, outer, found)
 
 
 def check_content(url: str, data: bytes) -> None:
@@ -164,14 +220,26 @@ def check_content(url: str, data: bytes) -> None:
     Raises:
         ConfigError: if the manifest is ours.
     """
-    _refuse_checkpoint(url, url, url.rstrip("/").rpartition("/")[0], data, in_a_run=False)
+    _refuse_checkpoint(url, url, url.rstrip("/").rpartition("/")[0], _Found(data))
 
 
-def _refuse_checkpoint(root: str, folder: str, outer: str, data: bytes | None, *, in_a_run: bool) -> None:
+@dataclass(frozen=True)
+class _Found:
+    """What lies in a directory that may be a checkpoint."""
+
+    manifest: bytes | None = None
+    files: Collection[str] = ()
+    """Names of files in it."""
+    in_a_run: bool = False
+    """Whether it has the name of a checkpoint of this library, and lies in a run root."""
+
+
+def _refuse_checkpoint(root: str, folder: str, outer: str, found: _Found) -> None:
     name = folder.replace("\\", "/").rstrip("/").rpartition("/")[2]
     step = paths.parse_checkpoint_name(name)
-    ours, written = _step_in(data)
-    if not (ours or in_a_run):
+    ours, written = _step_in(found.manifest)
+    if not ours:
+        _refuse_no_checkpoint_of_ours(root, folder, outer, found)
         return
     if root != folder:
         raise ConfigError(
@@ -188,6 +256,28 @@ def _refuse_checkpoint(root: str, folder: str, outer: str, data: bytes | None, *
         f"{root} is one checkpoint, not a run root: pass the directory that holds it, {outer}, and restore this one "
         f"with mgr.restore({step}); restore_latest() takes the newest. (If a run was saved inside it all the same, "
         "move its directories checkpoint-* to a directory of their own)"
+    )
+
+
+def _refuse_no_checkpoint_of_ours(root: str, folder: str, outer: str, found: _Found) -> None:
+    """What has the name of one checkpoint, and the files of another library's, or a place in a run."""
+    step = foreign.step_in_name(folder.replace("\\", "/").rstrip("/").rpartition("/")[2])
+    if step is None:
+        return
+    kind, telling = foreign.kind_of(found.files)
+    what = foreign.described(kind, min(telling, default=""))
+    if what is None and not found.in_a_run:
+        return
+    if what is None:
+        what = f"has the name of a checkpoint of the run in {outer}, and holds none"
+    where = f"{root} is no run root: it" if root == folder else f"{root} is no run root: it lies in {folder}, which"
+    danger = "Whoever rotates such directories would delete the run with it"
+    instead = f"the run in {outer}" if found.in_a_run else f"for instance {outer}, or one of its own"
+    taken_over = foreign.import_command(kind, folder, found.files, step)
+    raise ConfigError(
+        f"{where} {what}. {danger}. Choose another directory as the run root: {instead}"
+        + (f"; {taken_over}" if taken_over else "")
+        + ". (If a run was saved inside it all the same, move its directories checkpoint-* to a directory of their own)"
     )
 
 
@@ -222,6 +312,15 @@ def _local_manifest(folder: Path) -> bytes | None:
             return file.read(paths.MANIFEST_LIMIT + 1)
     except OSError:
         return None
+
+
+def _local_files(folder: Path) -> list[str]:
+    """The names of the files in a directory; none where it is not there, or may not be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if not entry.is_dir()]
+    except OSError:  # told by the first call that has to read there
+        return []
 
 
 def _refuse_what_is_no_directory(root: str) -> None:

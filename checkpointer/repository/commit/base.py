@@ -193,6 +193,21 @@ def for_each(items: Iterable[_T], work: Callable[[_T], object]) -> None:
         raise errors[0]
 
 
+def obstacle_of(storage: Storage, error: OSError) -> str | None:
+    """What keeps that in its place which ``error`` names, and the cure, for humans; ``None`` where nothing shows."""
+    base = storage.place("").rstrip("/\\")
+    for place in (error.filename, error.filename2):
+        if not isinstance(place, str) or not place.startswith(base):
+            continue
+        path = place[len(base) :].replace("\\", "/").strip("/")
+        while path and path not in (paths.PRIVATE, paths.TMP, paths.TRASH):  # what lies beside it is not meant
+            reason = storage.obstacle(path)
+            if reason is not None:
+                return reason
+            path = path.rpartition("/")[0]
+    return None
+
+
 def walk(storage: Storage, directory: str) -> Iterator[str]:
     """Every non-directory below ``directory``, relative to it."""
     return (path for path, _ in _below(storage, directory, storage.list_directory(directory)))

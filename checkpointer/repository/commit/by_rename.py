@@ -25,6 +25,7 @@ from checkpointer.repository.commit.base import (
     is_pinned,
     leftovers,
     new_id,
+    obstacle_of,
     own_manifest,
     remove_empty_directories,
 )
@@ -92,9 +93,13 @@ class RenameCommit:
         left = leftovers(self._storage, name)
         worthless = there is not None and there.is_dir and not (left.open or left.foreign)
         cure = f"'checkpointer doctor {self._storage.url} --fix' removes it" if worthless else "move it away"
+        cure += ", then save again"
+        if link is not None:
+            cure = (
+                f"move the directory {link} itself back to this name if it is a checkpoint of this run, or else {cure}"
+            )
         return SaveError(
-            f"{self._storage.place(name)} exists but is not a checkpoint ({why}); "
-            f"nothing in it was touched: {cure}, then save again"
+            f"{self._storage.place(name)} exists but is not a checkpoint ({why}); nothing in it was touched: {cure}"
         )
 
     def abandon(self, attempt: Attempt) -> None:
@@ -228,8 +233,12 @@ class RenameCommit:
         try:
             work()
         except OSError as error:
-            text = "could not clear away leftovers in %s; the next writer will: %s"
-            messages.log(logger.warning, text, self._storage.url, error)
+            text = f"could not clear away leftovers in {self._storage.url}; the next writer tries again: {error}"
+            obstacle = obstacle_of(self._storage, error)
+            if obstacle is None:
+                messages.log(logger.warning, "%s", text)
+            else:  # nothing will have changed by then, unless somebody is told
+                messages.warn(f"{text} ({obstacle})", stacklevel=2)
 
     def _to_trash(self, directory: str, manifest: Manifest) -> None:
         self._storage.make_directory(paths.TRASH)

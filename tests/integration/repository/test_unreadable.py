@@ -68,6 +68,9 @@ def test_a_manifest_that_may_not_be_read_blocks_no_other_checkpoint(denied: Path
     assert [info.step for info in reader.watch(timeout=0)] == [1, 3]
     report = reader.verify()
     assert [(item.step, item.ok) for item in report.checkpoints] == [(1, True), (3, True), (2, False)]
+    assert "checkpoint-2: UNREADABLE" in str(report)
+    assert str(report).endswith("3 checkpoints checked, 0 damaged, 1 unreadable")
+    assert [item.damage for item in report.checkpoints] == [(), (), ()]
     reader.pin(1)
     with pytest.warns(CheckpointerWarning, match=r"checkpoint-2/manifest.json cannot be read: Permission denied"):
         assert reader.restore(3).step == 3
@@ -157,11 +160,54 @@ def test_a_tensor_file_that_may_not_be_read_is_no_damage_and_no_bare_error(denie
             with pytest.raises(UnreadableCheckpointError, match=r"checkpoint-3/index.json cannot be read"):
                 call()
         assert [report.ok for report in writer.verify().checkpoints] == [True, True, False]
+        assert "DAMAGED" not in str(writer.verify())
+        assert "3 checkpoints checked, 0 damaged, 1 unreadable" in invoke("verify", denied).stdout
+        assert document("verify", denied, 3)["checkpoints"][0]["status"] == "unreadable"
         assert all(info.damaged is None for info in writer.checkpoints())
     for deep in (False, True):
         findings = Doctor(Repository(open_storage(denied)), deep=deep).mend().findings
         assert {item.kind for item in findings if item.level == "problem"} == {"unreadable"}
     assert (denied / "checkpoint-3").exists()  # not in quarantine
+
+
+def test_damage_is_found_beside_a_file_that_may_not_be_read(denied: Path) -> None:
+    (denied / "checkpoint-2" / "manifest.json").chmod(0o644)
+    place = denied / "checkpoint-3"
+    (place / "index.json").chmod(0)
+    reader, _ = manager(denied, read_only=True)
+    report = reader.verify(3).checkpoints[0]
+    assert (report.damage, len(report.unreadable)) == ((), 1)
+    (place / "index.json").chmod(0o644)
+    (place / "index.json").write_text("{}")
+    assert [bool(item.damage) for item in reader.verify().checkpoints] == [False, False, True]
+
+
+@pytest.mark.parametrize("found_by", ["restore", "verify"])
+def test_retention_neither_counts_on_nor_removes_what_could_not_be_read_a_moment_ago(
+    denied: Path, found_by: str
+) -> None:
+    (denied / "checkpoint-2" / "manifest.json").chmod(0o644)
+    hidden = denied / "checkpoint-3" / "index.json"
+    hidden.chmod(0)
+    writer, _ = manager(denied, keep={"last": 2})
+    if found_by == "verify":
+        assert not writer.verify().ok
+    else:
+        with pytest.raises(UnreadableCheckpointError):
+            writer.restore_latest()
+    writer.restore(2)
+    with writer:
+        plan = writer.prune(dry_run=True)
+        reasons = {info.step: why for info, why in plan.keep}
+        assert "neither counted nor removed" in reasons[3][0]
+        assert sorted(reasons) == [1, 2, 3]
+        writer.save(9)
+        writer.wait()
+        writer._saver.wait()
+        assert [info.step for info in writer.checkpoints()] == [2, 3, 9]
+        hidden.chmod(0o644)
+        assert writer.verify().ok  # it can be read again, and counts again
+        assert {info.step: why for info, why in writer.prune().keep}[3] == ("last 2",)
 
 
 def test_the_commands_name_it_with_the_cure(denied: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from checkpointer import CheckpointManager, load_whole_model
-from checkpointer.errors import CheckpointNotFoundError, ConfigError
+from checkpointer.errors import CheckpointerWarning, CheckpointNotFoundError, ConfigError
 from checkpointer.storage import LocalStorage, open_storage
 from tests.conftest import Root
 from tests.integration.cli.test_cli import error_of, invoke
@@ -87,16 +87,82 @@ def test_a_checkpoint_in_a_bucket_is_no_run_root(object_root: Root) -> None:
     for inner, match in (
         ("checkpoint-2", r"one checkpoint, .*/run.*restore\(2\)"),
         ("checkpoint-2/sub", "lies inside a checkpoint"),
-        ("checkpoint-77", "one checkpoint, not a run root"),
+        ("checkpoint-77", "has the name of a checkpoint of the run in"),
         (".checkpointer/notes", "inside .checkpointer"),
     ):
         with pytest.raises(ConfigError, match=match):
             manager(f"{object_root.url}/{inner}", options=object_root.options)
 
 
+FOREIGN = {
+    "Hugging Face's Trainer": ["trainer_state.json", "model.safetensors", "optimizer.pt", "config.json"],
+    "Hugging Face's Trainer (sharded)": ["model-00001-of-00002.safetensors", "model.safetensors.index.json"],
+    "Accelerate": ["random_states_0.pkl", "model.safetensors"],
+    "DeepSpeed": ["zero_to_fp32.py", "latest"],
+    "torch.distributed.checkpoint": [".metadata", "__0_0.distcp"],
+    "torch.save": ["model.pt"],
+}
+
+
+@pytest.mark.parametrize("inside", ["", "run", "run/deep"])
+@pytest.mark.parametrize("whose", FOREIGN)
+def test_a_checkpoint_of_another_library_is_no_run_root(tmp_path: Path, whose: str, inside: str) -> None:
+    name = {"Accelerate": "checkpoint_5", "DeepSpeed": "global_step5"}.get(whose, "checkpoint-5")
+    place = tmp_path / "outputs" / name
+    place.mkdir(parents=True)
+    for file in FOREIGN[whose]:
+        (place / file).write_text("{}")
+    words = f"looks like a checkpoint of {whose.partition(' (')[0]}.*{tmp_path}/outputs, or one of its own.*import"
+    for read_only in (False, True):
+        refused(place / inside, words, read_only=read_only)
+    assert sorted(os.listdir(place)) == sorted(FOREIGN[whose])
+
+
+def test_a_checkpoint_of_another_library_in_a_bucket_is_no_run_root(object_root: Root) -> None:
+    storage: Any = open_storage(object_root.url, object_root.options)
+    storage.fs.pipe_file(f"{storage._path}/checkpoint-500/trainer_state.json", b"{}")
+    for inner in ("checkpoint-500", "checkpoint-500/run"):
+        with pytest.raises(ConfigError, match="looks like a checkpoint of Hugging Face's Trainer"):
+            manager(f"{object_root.url}/{inner}", options=object_root.options)
+
+
+def test_what_is_none_of_our_checkpoints_in_a_run_is_not_told_to_be_restored(tmp_path: Path) -> None:
+    make(tmp_path / "run")
+    for step, files, words in (
+        (5, ["trainer_state.json"], "looks like a checkpoint of Hugging Face"),
+        (6, [], "has the name of a checkpoint of the run in"),
+        (7, ["index.json", "model.safetensors"], "without manifest.json"),
+    ):
+        place = tmp_path / "run" / f"checkpoint-{step}"
+        place.mkdir()
+        for file in files:
+            (place / file).write_text("{}")
+        with pytest.raises(ConfigError, match=words) as caught:
+            manager(place)
+        assert "mgr.restore" not in str(caught.value)
+
+
+def test_a_new_run_root_with_the_name_of_a_checkpoint_is_warned_of_until_it_holds_a_run(tmp_path: Path) -> None:
+    root = tmp_path / "experiments" / "checkpoint-7"
+    for read_only in (True, False):
+        root.mkdir(parents=True, exist_ok=True)
+        mgr, _ = manager(root, read_only=read_only)
+        with pytest.warns(CheckpointerWarning, match=rf"the name of one checkpoint.*{tmp_path}/experiments") as said:
+            assert mgr.restore_latest() is None
+        assert len(said) == 1
+    with mgr:
+        mgr.save(1)
+    writer, _ = manager(root)
+    assert writer.restore_latest().step == 1
+    writer.close()
+
+
 def test_a_run_root_that_only_bears_the_name_of_a_checkpoint_is_accepted(tmp_path: Path) -> None:
     root = tmp_path / "experiments" / "checkpoint-7"
-    make(root)
+    writer, _ = manager(root)
+    with pytest.warns(CheckpointerWarning, match="the name of one checkpoint"):
+        writer.save(3)
+    writer.close()
     (root / "manifest.json").write_text('{"name": "a web application"}')
     reader, _ = manager(root, read_only=True)
     assert reader.restore_latest().step == 3
@@ -125,7 +191,18 @@ def test_the_commands_refuse_a_checkpoint_and_a_file_and_make_nothing(tmp_path: 
         (Path("s3://bucket/run"), "pathlib.*'s3://bucket/run'"),
         ("s3:/bucket/run", "'s3://bucket/run'"),
         ("gs:/b/run", "'gs://b/run'"),
-        ("S3:/b/run", "'S3://b/run'"),
+        ("S3:/b/run", "'s3://b/run'"),
+        ("S3://b/run", "in capitals: write 's3://b/run'"),
+        ("simplecache::S3://b/run", "write 'simplecache::s3://b/run'"),
+        (Path("s3://bucket/run").absolute(), "the URL 's3://bucket/run'.*pathlib"),
+        ("/nowhere/s3:/bucket/run", "the URL 's3://bucket/run'.*abspath"),
+        ("outputs/gs:/bucket/run", "the URL 'gs://bucket/run'"),
+        ("file:///nowhere/s3:/bucket/run", "the URL 's3://bucket/run'"),
+        ("None", r"str\(None\)"),
+        ("None/run", r"str\(None\)"),
+        ("{run}", r"\{run\} is a place.*f-string without its f"),
+        ("runs/{cfg.name}/x", r"\{cfg.name\} is a place"),
+        ("%SCRATCH%/run", "%SCRATCH% is a variable"),
         ("s3:bucket/run", "'s3://bucket/run'"),
         ("memory:/run", "'memory://run'"),
         ("file:/data/run", "'file:///data/run'"),
@@ -156,7 +233,14 @@ def test_what_looks_like_a_typing_error_is_refused_with_what_was_meant(here: Pat
 
 
 @pytest.mark.parametrize(
-    "root", ["s3:/key:SECRET@bucket/run", "s3://key:SECRET@bucket/run?token=SECRET ", "s3:/b?t=SECRET"]
+    "root",
+    [
+        "/nowhere/s3:/key:SECRET@bucket/run?t=SECRET",
+        "S3://key:SECRET@b/run?t=SECRET",
+        "s3:/key:SECRET@bucket/run",
+        "s3://key:SECRET@bucket/run?token=SECRET ",
+        "s3:/b?t=SECRET",
+    ],
 )
 def test_no_refusal_repeats_a_secret(here: Path, root: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -165,7 +249,10 @@ def test_no_refusal_repeats_a_secret(here: Path, root: str) -> None:
     assert "s3:/" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["s3:/bucket/run", "$SCRATCH/run", "${SCRATCH}", "a::b", "run ", "'run'"])
+@pytest.mark.parametrize(
+    "name",
+    ["s3:/bucket/run", "x/s3:/run", "None", "{run}", "%A%", "$SCRATCH/run", "${SCRATCH}", "a::b", "run ", "'run'"],
+)
 def test_a_directory_of_such_a_name_that_exists_is_what_was_meant(here: Path, name: str) -> None:
     (here / name).mkdir(parents=True)
     writer, _ = manager(name)
@@ -174,7 +261,7 @@ def test_a_directory_of_such_a_name_that_exists_is_what_was_meant(here: Path, na
     assert (here / name / "checkpoint-1").exists()
 
 
-@pytest.mark.parametrize("name", ["s3:/bucket/run", "$SCRATCH/run", "a::b"])
+@pytest.mark.parametrize("name", ["s3:/bucket/run", "x/s3:/run", "None", "{run}", "%A%", "$SCRATCH/run", "a::b"])
 def test_dot_slash_means_just_this_name(here: Path, name: str) -> None:
     writer, _ = manager(f"./{name}")
     with writer:
@@ -182,7 +269,7 @@ def test_dot_slash_means_just_this_name(here: Path, name: str) -> None:
     assert (here / name / "checkpoint-1").exists()
 
 
-ORDINARY = ["C:/run", "run:1", "minio:/x", "cost$5", "a b", ".", "x/../y", "~", "~/runs", "run%20"]
+ORDINARY = ["{1}", "runs/None", "run:1", "minio:/x", "cost$5", "a b", ".", "x/../y", "~", "~/runs", "run%20"]
 
 
 @pytest.mark.parametrize("name", ORDINARY)
@@ -191,6 +278,14 @@ def test_an_unusual_path_is_still_a_path(here: Path, monkeypatch: pytest.MonkeyP
     storage = open_storage(name)
     assert isinstance(storage, LocalStorage)
     assert storage.root == os.path.normpath(os.path.join(here, os.path.expanduser(name)))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there it is a path")
+@pytest.mark.parametrize("root", ["C:\\run", "C:/run", r"\\server\share\run"])
+def test_a_path_of_windows_is_none_elsewhere(here: Path, root: str) -> None:
+    with pytest.raises(ConfigError, match="looks like a path of Windows"):
+        CheckpointManager(root, state={})
+    assert list(here.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------- what is not there, or a file
