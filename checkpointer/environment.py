@@ -83,7 +83,7 @@ def environment() -> dict[str, Json]:
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "platform": f"{sys.platform}-{platform.machine()}",
-        **_told({"host": lambda: socket.gethostname(), "devices": lambda: list(_devices()), "world_size": _world_size}),
+        **_told({"host": socket.gethostname, "devices": lambda: list(_devices()), "world_size": _world_size}),
         **_told(_SETTINGS),
         "argv": list(command_line(getattr(sys, "argv", None) or ())),
     }
@@ -148,9 +148,9 @@ def _devices() -> Iterator[str]:
 
 
 _SETTINGS: Mapping[str, Callable[[], Json]] = {
-    "num_threads": lambda: torch.get_num_threads(),
-    "deterministic_algorithms": lambda: torch.are_deterministic_algorithms_enabled(),
-    "float32_matmul_precision": lambda: torch.get_float32_matmul_precision(),
+    "num_threads": lambda: torch.get_num_threads(),  # noqa: PLW0108  # looked up when it is called
+    "deterministic_algorithms": lambda: torch.are_deterministic_algorithms_enabled(),  # noqa: PLW0108  # looked up when it is called
+    "float32_matmul_precision": lambda: torch.get_float32_matmul_precision(),  # noqa: PLW0108  # looked up when it is called
     "cuda_matmul_tf32": lambda: bool(torch.backends.cuda.matmul.allow_tf32),
     "cudnn_tf32": lambda: bool(torch.backends.cudnn.allow_tf32),
     "cudnn_deterministic": lambda: bool(torch.backends.cudnn.deterministic),

@@ -41,7 +41,7 @@ VALUES, MATRICES = 16, 64
 """Elements of a matrix whose values are compared, and of how many matrices: the message stays small."""
 
 ROUNDING = 0.01
-"""Norm of the difference, relative to the larger one, that replicas may get by rounding; other tensors have about 1.4."""
+"""Norm of the difference, relative to the larger one, that replicas may get by rounding; other tensors: about 1.4."""
 
 SAMPLE_DIGITS = 8
 """Of their hash: a chance in four billion to miss a tensor that differs."""
@@ -153,7 +153,8 @@ class SavePlanner:
             digests = {name: _digest(part, holding.components[name]) for name, part in captured.items()}
             if holding == self._holding:
                 return _Offer(step, tuple(captured), digests, None)
-            return _Offer(step, tuple(captured), digests, holding, _samples(captured, holding), _values(captured, holding))
+            samples, values = _samples(captured, holding), _values(captured, holding)
+            return _Offer(step, tuple(captured), digests, holding, samples, values)
 
         meeting = Meeting(f"the save of step {step}", _OfferForm(), _AnswerForm())
         answer = self._ranks.meet(meeting, offer, self._answer)

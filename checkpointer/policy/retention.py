@@ -358,7 +358,7 @@ def _renamed(infos: Sequence[CheckpointInfo], monitor: str) -> Doubt | None:
 
 
 def _silent(infos: Sequence[CheckpointInfo], monitor: str, since: int | None) -> Doubt | None:
-    """Where many commits in a row have reported other metrics alone; an old checkpoint may have the old name for ever."""
+    """Where many commits in a row have reported other metrics alone, whatever an old survivor reported."""
     if since is None or infos[-1].sequence - since < PATIENCE:
         return None
     last = max((info.sequence for info in infos if monitor in info.metrics), default=since)

@@ -53,8 +53,8 @@ def is_scheduler(live: object) -> bool:
 def class_change(saved: SavedState, live: object, options: RestoreOptions) -> str:
     """``"saved by AdamW, live is SGD"`` where the classes differ; empty where not, or where it is not known.
 
-    ``rename={"OldName": "NewName"}``, or a function that does so, makes one name of two, where the live class is not torch's: those never got new
-    names.
+    ``rename={"OldName": "NewName"}``, or a function, makes one name of two, where the live class is not torch's: those
+    never got new names.
 
     Raises:
         CorruptCheckpointError: what the checkpoint has there is no name.

@@ -63,7 +63,7 @@ class Unregistered:
     def _new_parameters(self, captured: Mapping[str, Captured]) -> list[str]:
         """As :meth:`_parameters`, where the groups of an optimizer are not those of the last save."""
         groups = {
-            name: [(len(found), *map(id, (*found[:1], *found[-1:]))) for found in (g["params"] for g in part.param_groups)]
+            name: [(len(found), *map(id, (*found[:1], *found[-1:]))) for found in _lists_of(part)]
             for name, part in self._components.items()
             if isinstance(part, torch.optim.Optimizer)
         }
@@ -248,6 +248,10 @@ def _trained(optimizer: torch.optim.Optimizer, held: set[int]) -> list[tuple[int
         for number, group in enumerate(optimizer.param_groups)
     ]
     return [(number, items) for number, items in found if items]
+
+
+def _lists_of(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
+    return [group["params"] for group in optimizer.param_groups]
 
 
 def _matters(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> bool:

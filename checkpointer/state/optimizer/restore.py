@@ -156,7 +156,7 @@ class OptimizerRestore:
             now = "and is filled into the live tensor" if _takes_number(live) else "and replaces the live tensor"
             self.report.changed.append(f"group {number}: {key!r} was saved as a number {now}")
         elif _is_number(live) and isinstance(saved, Leaf) and saved.kind == "tensor":
-            self.report.changed.append(f"group {number}: {key!r} was saved as a tensor, and the live number becomes one")
+            self.report.changed.append(f"group {number}: {key!r} was saved as a tensor, and the number becomes one")
 
     # Applying
 

@@ -30,6 +30,11 @@ def save(mgr: CheckpointManager, step: int, **metrics: float) -> None:
     mgr._saver.wait()
 
 
+def save_all(mgr: CheckpointManager, steps: range, **metrics: float) -> None:
+    for step in steps:
+        save(mgr, step, **metrics)
+
+
 def steps_of(mgr: CheckpointManager) -> list[int]:
     return [info.step for info in mgr.checkpoints()]
 
@@ -204,8 +209,8 @@ def test_a_metric_with_a_longer_name_after_a_restart_is_said_before_anything_is_
             save(mgr, step, acc=step / 10)
     with manager(local, keep=rules) as mgr:
         with pytest.warns(CheckpointerWarning, match="last reported at step 2; since then 'accuracy' is reported"):
-            for step in range(3, 6):
-                save(mgr, step, accuracy=0.9)
+            save_all(mgr, range(3, 5), accuracy=0.9)
+        save(mgr, 5, accuracy=0.9)
 
 
 def test_a_monitor_that_many_commits_in_a_row_leave_out_is_said_although_an_old_one_reported_it(local):
@@ -217,8 +222,7 @@ def test_a_monitor_that_many_commits_in_a_row_leave_out_is_said_although_an_old_
         for step in range(20, 28):
             save(mgr, step, top1=0.9, lr=0.1)  # a warning would be an error
         with pytest.warns(CheckpointerWarning, match=r"'acc', which none of the last .* \(reported: lr, top1"):
-            for step in range(28, 40):
-                save(mgr, step, top1=0.9, lr=0.1)
+            save_all(mgr, range(28, 40), top1=0.9, lr=0.1)
 
 
 def test_validation_at_every_tenth_save_and_scores_that_come_later_say_nothing(local):
