@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import re
@@ -19,6 +20,8 @@ import torch
 from checkpointer.format.index import Json
 from checkpointer.system.threads import room_for_a_thread
 from checkpointer.version import __version__
+
+logger = logging.getLogger("checkpointer")
 
 GIT_TIMEOUT = 2.0
 """Seconds that git may take, in the background."""
@@ -70,18 +73,19 @@ class Differences:
 
 
 def environment() -> dict[str, Json]:
-    """Versions, platform, host, devices, settings, command line and git commit of this process."""
+    """Versions, platform, host, devices, settings, command line and git commit of this process.
+
+    What the system or torch refuses to tell is left out: that must not fail a save or a restore.
+    """
     found: dict[str, Json] = {
         "checkpointer": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "platform": f"{sys.platform}-{platform.machine()}",
-        "host": socket.gethostname(),
-        "devices": list(_devices()),
-        "world_size": _world_size(),
-        **_settings(),
-        "argv": list(command_line(sys.argv)),
+        **_told({"host": socket.gethostname, "devices": lambda: list(_devices()), "world_size": _world_size}),
+        **_told(_SETTINGS),
+        "argv": list(command_line(getattr(sys, "argv", None) or ())),
     }
     commit = _git.result(PATIENCE)
     if commit is not None:
@@ -143,23 +147,26 @@ def _devices() -> Iterator[str]:
         yield "cpu"
 
 
-def _settings() -> dict[str, Json]:
-    """Settings of torch that decide which bits come out. Left out where torch refuses to tell."""
-    readers: dict[str, Callable[[], Json]] = {
-        "num_threads": torch.get_num_threads,
-        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled,
-        "float32_matmul_precision": torch.get_float32_matmul_precision,
-        "cuda_matmul_tf32": lambda: bool(torch.backends.cuda.matmul.allow_tf32),
-        "cudnn_tf32": lambda: bool(torch.backends.cudnn.allow_tf32),
-        "cudnn_deterministic": lambda: bool(torch.backends.cudnn.deterministic),
-        "cudnn_benchmark": lambda: bool(torch.backends.cudnn.benchmark),
-    }
+_SETTINGS: Mapping[str, Callable[[], Json]] = {
+    "num_threads": lambda: torch.get_num_threads(),  # noqa: PLW0108  # looked up when it is called
+    "deterministic_algorithms": lambda: torch.are_deterministic_algorithms_enabled(),  # noqa: PLW0108  # looked up when it is called
+    "float32_matmul_precision": lambda: torch.get_float32_matmul_precision(),  # noqa: PLW0108  # looked up when it is called
+    "cuda_matmul_tf32": lambda: bool(torch.backends.cuda.matmul.allow_tf32),
+    "cudnn_tf32": lambda: bool(torch.backends.cudnn.allow_tf32),
+    "cudnn_deterministic": lambda: bool(torch.backends.cudnn.deterministic),
+    "cudnn_benchmark": lambda: bool(torch.backends.cudnn.benchmark),
+}
+"""Settings of torch that decide which bits come out. Looked up when they are read: a build may lack one."""
+
+
+def _told(readers: Mapping[str, Callable[[], Json]]) -> dict[str, Json]:
+    """What the readers say, by name, without those that fail."""
     found: dict[str, Json] = {}
     for name, read in readers.items():
         try:
             found[name] = read()
-        except (RuntimeError, AttributeError):  # its old and its new names for TF32 must not be mixed
-            continue
+        except Exception as error:  # noqa: BLE001  # of any kind: drivers, odd builds, mixed names for TF32
+            logger.debug("the environment of a checkpoint is recorded without %s: %s", name, error)
     return found
 
 
@@ -176,10 +183,13 @@ _KNOWN = re.compile(
 )
 
 
-def command_line(arguments: Iterable[str]) -> Iterator[str]:
-    """The arguments, cut to a size that a manifest can hold, with ``***`` for what looks like a secret."""
+def command_line(given: Iterable[object]) -> Iterator[str]:
+    """The arguments, cut to a size that a manifest can hold, with ``***`` for what looks like a secret.
+
+    Launchers and programs that embed Python put paths and numbers there, too.
+    """
     left, hide = MAX_ARGUMENTS, False
-    arguments = list(arguments)
+    arguments = [_as_text(argument) for argument in given]
     for number, argument in enumerate(arguments):
         text = MASK if hide and not argument.startswith("--") else _masked(argument)
         hide = _FLAG.fullmatch(argument) is not None
@@ -190,6 +200,13 @@ def command_line(arguments: Iterable[str]) -> Iterator[str]:
             return
         left -= len(text)
         yield text
+
+
+def _as_text(argument: object) -> str:
+    try:
+        return str(argument)
+    except Exception:  # noqa: BLE001  # its ``__str__`` is somebody else's
+        return f"<{type(argument).__name__}>"
 
 
 def _masked(argument: str) -> str:

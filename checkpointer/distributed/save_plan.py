@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -35,6 +36,12 @@ OWN = "own/"
 
 SAMPLE = 32
 """Elements of a tensor that are compared over the ranks."""
+
+VALUES, MATRICES = 16, 64
+"""Elements of a matrix whose values are compared, and of how many matrices: the message stays small."""
+
+ROUNDING = 0.01
+"""Norm of the difference, relative to the larger one, that replicas may get by rounding; other tensors: about 1.4."""
 
 SAMPLE_DIGITS = 8
 """Of their hash: a chance in four billion to miss a tensor that differs."""
@@ -74,6 +81,8 @@ class _Offer:
     """``None``: as at the last save."""
     samples: Mapping[str, str] = field(default_factory=dict)
     """With a holding: a hash of some elements of each plain tensor that should be equal on all ranks."""
+    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """With a holding: some elements of some matrices among the parameters, to tell drift from another tensor."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +104,13 @@ class _OfferForm:
             "digests": dict(value.digests),
             "holding": holding,
             "samples": dict(value.samples),
+            "values": {key: list(found) for key, found in value.values.items()},
         }
 
     def unpack(self, raw: Json) -> _Offer:
         part = strict_json.mapping(raw, "offer")
         holding = None if part["holding"] is None else rank_tensors_from_json(part["holding"])
-        return _Offer(part["step"], tuple(part["names"]), part["digests"], holding, part["samples"])
+        return _Offer(part["step"], tuple(part["names"]), part["digests"], holding, part["samples"], part["values"])
 
 
 class _AnswerForm:
@@ -143,7 +153,8 @@ class SavePlanner:
             digests = {name: _digest(part, holding.components[name]) for name, part in captured.items()}
             if holding == self._holding:
                 return _Offer(step, tuple(captured), digests, None)
-            return _Offer(step, tuple(captured), digests, holding, _samples(captured, holding))
+            samples, values = _samples(captured, holding), _values(captured, holding)
+            return _Offer(step, tuple(captured), digests, holding, samples, values)
 
         meeting = Meeting(f"the save of step {step}", _OfferForm(), _AnswerForm())
         answer = self._ranks.meet(meeting, offer, self._answer)
@@ -166,6 +177,7 @@ class SavePlanner:
         self._holdings = [offer.holding or last for offer, last in zip(offers, known, strict=True)]
         if changed:
             self._partition = assign_writes(self._holdings)
+            _refuse_unrelated({rank: offer.values for rank, offer in enumerate(offers) if offer.holding is not None})
             _warn_of_unequal({rank: offer.samples for rank, offer in enumerate(offers) if offer.holding is not None})
         own = [[name for name in first.names if offer.digests[name] != first.digests[name]] for offer in offers]
         return _Answer(self._partition if changed else None, own)
@@ -276,6 +288,45 @@ def _some_of(tensor: torch.Tensor) -> torch.Tensor:
     while row.ndim > 1 and row.numel():
         row = row[len(row) // 2]
     return row[:SAMPLE] if row.ndim else row
+
+
+def _values(captured: Mapping[str, Captured], holding: RankTensors) -> dict[str, list[float]]:
+    """Elements from all over some matrices of modules. Moments may be noise, and biases next to nothing."""
+    found = [
+        (f"{name}.{key}", captured[name].tensors[key])
+        for name, tensors in holding.components.items()
+        for key, held in tensors.items()
+        if captured[name].kind == "module" and held.replicated and not held.sharded
+    ]
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    found = [(key, item) for key, item in found if item.ndim > 1 and item.numel() >= VALUES and item.dtype in dtypes]
+    return {key: _spread(tensor) for key, tensor in found[:: max(1, -(-len(found) // MATRICES))]}
+
+
+def _spread(tensor: torch.Tensor) -> list[float]:
+    flat = torch.arange(VALUES, device=tensor.device) * (tensor.numel() // VALUES)
+    picked = tensor.detach()[torch.unravel_index(flat, tensor.shape)].double().nan_to_num(0.0, 0.0, 0.0)
+    return [float(f"{value:.6g}") for value in picked.tolist()]
+
+
+def _refuse_unrelated(values: Mapping[int, Mapping[str, Sequence[float]]]) -> None:
+    """On the coordinator: most matrices differ by more than any rounding, so the ranks hold different models."""
+    first, known = next(iter(values.items()))
+    for rank, found in values.items():
+        other = [key for key, ours in found.items() if key in known and _distance(ours, known[key]) > ROUNDING]
+        if 2 * len(other) > len(found):
+            raise UnsupportedStateError(
+                f"ranks {first} and {rank} hold different tensors under the same keys: {len(other)} of {len(found)} "
+                f"matrices that were compared differ by more than rounding, for example {other[0]!r}. A manager writes "
+                "one model for all ranks, and would lose one of them. Stages of a pipeline, or replicas that train "
+                "apart, save with checkpointer.dcp, under keys that differ over the ranks; replicas that should be "
+                "equal begin from one seed, or under DistributedDataParallel"
+            )
+
+
+def _distance(a: Sequence[float], b: Sequence[float]) -> float:
+    larger = max(math.hypot(*a), math.hypot(*b))
+    return math.dist(a, b) / larger if larger else 0.0
 
 
 def _warn_of_unequal(samples: Mapping[int, Mapping[str, str]]) -> None:

@@ -25,6 +25,9 @@ _TWISTING = frozenset(
 )
 """Words that turn a metric round, or make another quantity of it."""
 
+_SHORTEST = 3
+"""Letters of a name that another one may begin with and be meant."""
+
 _SEPARATORS = re.compile(r"[/_.:\-\s]+")
 _SUBTRACTED = re.compile(r"(?:^|[/_.:\s])(?:1(?:\.0*)?\s*)?-")
 """``-loss`` and ``1-acc``."""
@@ -59,7 +62,11 @@ def nearest_name(monitor: str, names: Collection[str]) -> str | None:
         return " ".join(_SEPARATORS.split(name.lower())).strip()
 
     by_words = {words(name): name for name in sorted(names, reverse=True)}
-    close = difflib.get_close_matches(words(monitor), list(by_words), n=1)
+    wanted = words(monitor)
+    for found, name in sorted(by_words.items()):  # "acc" and "accuracy": too short to be alike by their letters
+        if min(len(found), len(wanted)) >= _SHORTEST and (found.startswith(wanted) or wanted.startswith(found)):
+            return name
+    close = difflib.get_close_matches(wanted, list(by_words), n=1)
     return by_words[close[0]] if close else None
 
 

@@ -283,19 +283,35 @@ class Doubt:
 
     monitor: str
     kind: str
-    """``"never"``: no checkpoint reports a finite value; ``"renamed"``: none does any more, and a new name has come."""
+    """``"never"``: no checkpoint reports a finite value; ``"renamed"``: none does any more, and a new name has come;
+    ``"silent"``: none has for long, and other metrics are reported."""
     message: str
     withholds: bool = False
     """Whether nothing is removed for this reason."""
 
 
-def doubts(checkpoints: Iterable[CheckpointInfo], policy: KeepPolicy) -> list[Doubt]:
-    """What is doubtful about the ``best`` rules of ``policy``, to be said before anything is removed."""
+PATIENCE = 10
+"""Commits in a row without a monitor, while they report other metrics, until that is said: who validates at each tenth
+save, or annotates nine saves later, hears nothing; a run that lasts for days hears of it within the hour."""
+
+
+def doubts(
+    checkpoints: Iterable[CheckpointInfo], policy: KeepPolicy, *, silent_since: Mapping[str, int] | None = None
+) -> list[Doubt]:
+    """What is doubtful about the ``best`` rules of ``policy``, to be said before anything is removed.
+
+    ``silent_since`` gives for monitors the sequence of the last commit that is known to have reported it, or of the
+    first that this process has seen; those that reported it meanwhile may have been removed.
+    """
     infos = _in_commit_order(checkpoints)
     waits = _waits([info for info in infos if info.usable], policy)
     found: dict[str, Doubt | None] = {}
     for rule in policy.best:
-        found[rule.monitor] = _never_reported(infos, rule.monitor, waits=waits) or _renamed(infos, rule.monitor)
+        found[rule.monitor] = (
+            _never_reported(infos, rule.monitor, waits=waits)
+            or _renamed(infos, rule.monitor)
+            or _silent(infos, rule.monitor, (silent_since or {}).get(rule.monitor))
+        )
     return [doubt for doubt in found.values() if doubt is not None]
 
 
@@ -338,6 +354,24 @@ def _renamed(infos: Sequence[CheckpointInfo], monitor: str) -> Doubt | None:
         f"keep: best goes by {monitor!r}, which was last reported at step {infos[last].step}; since then "
         f"{nearest!r} is reported. If that is the same metric, this rule passes over all newer checkpoints: correct "
         "monitor:, or the name given to save()",
+    )
+
+
+def _silent(infos: Sequence[CheckpointInfo], monitor: str, since: int | None) -> Doubt | None:
+    """Where many commits in a row have reported other metrics alone, whatever an old survivor reported."""
+    if since is None or infos[-1].sequence - since < PATIENCE:
+        return None
+    last = max((info.sequence for info in infos if monitor in info.metrics), default=since)
+    names = {name for info in infos if info.sequence > max(last, since) for name in info.metrics}
+    if not names:
+        return None
+    nearest = nearest_name(monitor, names)
+    hint = f"; did you mean {nearest}?)" if nearest else ")"
+    return Doubt(
+        monitor,
+        "silent",
+        f"keep: best goes by {monitor!r}, which none of the last {infos[-1].sequence - since} commits has reported "
+        f"(reported: {listed(names)}{hint}. This rule passes over them: correct monitor:, or the name given to save()",
     )
 
 

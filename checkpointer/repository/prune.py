@@ -47,6 +47,9 @@ class Pruner:
         self._stuck: dict[str, str] = {}
         """Why the last attempt to remove these failed, by id."""
         self._said: set[tuple[str, str]] = set()
+        self._silent_since: dict[str, int] = {}
+        """By monitor, the sequence of the last commit seen to report it, or of the first seen at all: what reported
+        it may be removed by the next time."""
 
     def prune(
         self,
@@ -75,6 +78,7 @@ class Pruner:
             return replace(decided, keep=[(info, known[info.id]) for info in listed if info.id in known])
         leaving = {info.id: reasons for info, reasons in decided.remove}
         leaving |= {info.id: reasons for info, reasons in decide().remove if info.id in self._stuck}
+        self._note_reports(checkpoints)
         self._say_doubts(checkpoints, removing=bool(leaving))
         self._repository.retry_removals()
         outcome = self._remove([info for info in checkpoints if info.id in leaving])
@@ -135,11 +139,18 @@ class Pruner:
             stacklevel=3,
         )
 
+    def _note_reports(self, checkpoints: Sequence[CheckpointInfo]) -> None:
+        newest = max((info.sequence for info in checkpoints), default=0)
+        for rule in self._policy.best:
+            reported = [info.sequence for info in checkpoints if rule.monitor in info.metrics]
+            known = self._silent_since.get(rule.monitor, newest - 1)
+            self._silent_since[rule.monitor] = max(known, *reported, 0)
+
     def _say_doubts(self, checkpoints: Sequence[CheckpointInfo], *, removing: bool) -> None:
         """Before the first removal, or where one is withheld for want of a metric."""
         if not self._policy.best or not (removing or len(checkpoints) > 1):
             return
-        for doubt in doubts(checkpoints, self._policy):
+        for doubt in doubts(checkpoints, self._policy, silent_since=self._silent_since):
             if (doubt.monitor, doubt.kind) in self._said or not (removing or doubt.withholds):
                 continue
             self._said.add((doubt.monitor, doubt.kind))

@@ -53,8 +53,8 @@ def is_scheduler(live: object) -> bool:
 def class_change(saved: SavedState, live: object, options: RestoreOptions) -> str:
     """``"saved by AdamW, live is SGD"`` where the classes differ; empty where not, or where it is not known.
 
-    ``rename={"OldName": "NewName"}`` makes one name of two, where the live class is not torch's: those never got new
-    names.
+    ``rename={"OldName": "NewName"}``, or a function, makes one name of two, where the live class is not torch's: those
+    never got new names.
 
     Raises:
         CorruptCheckpointError: what the checkpoint has there is no name.
@@ -63,9 +63,9 @@ def class_change(saved: SavedState, live: object, options: RestoreOptions) -> st
     if before is not None and type(before) is not str:
         raise CorruptCheckpointError(f"{saved.name}: the class of this component is not well formed")
     now = class_name(live)
-    rename = options.rename if isinstance(options.rename, Mapping) and not is_of_torch(live) else {}
-    renamed = None if before is None else rename.get(before)
-    return "" if before is None or now in (before, renamed) else f"saved by {before}, live is {now}"
+    if before is None or now == before or (not is_of_torch(live) and options.renamed(before) == now):
+        return ""
+    return f"saved by {before}, live is {now}"
 
 
 def refused_class(change: str, saved: SavedState, live: object) -> str:

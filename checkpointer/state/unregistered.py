@@ -6,6 +6,7 @@ object whose ``state_dict()`` leaves it out. Where a wrapper may hold copies of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,23 +34,78 @@ class Unregistered:
     def __init__(self, components: Mapping[str, object]) -> None:
         self._components = dict(components)
         self._looked = False
+        self._groups: dict[str, list[tuple[int, ...]]] | None = None
+        """Of each optimizer at the last look, how many parameters each group has, and the first and last of them."""
+        self._said: set[int] = set()
+        """Parameters that were named."""
+        self._all_inner: list[_Inner] = []
+        """Optimizers inside components."""
         self._inner: list[_Inner] = []
-        """Optimizers inside components that have no state yet, so that nobody can tell where it goes."""
+        """Of these the ones that have no state yet, so that nobody can tell where it goes."""
 
     def warn(self, captured: Mapping[str, Captured]) -> None:
         """Look at the components once, with what was captured of them; at every save while something is open."""
-        found = []
+        found = self._new_parameters(captured)
         if not self._looked:
             self._looked = True
-            found += [*self._parameters(captured), *self._schedulers()]
-            self._inner = list(self._inner_optimizers())
+            found += self._schedulers()
+            self._all_inner = list(self._inner_optimizers())
+            self._inner = list(self._all_inner)
+            found += self._inner_parameters(captured)
         if self._inner:
             stepped = [inner for inner in self._inner if inner.slots()]
             self._inner = [inner for inner in self._inner if inner not in stepped]
-            memory = _memory_of_captured(captured) if stepped else set()
-            found += [inner.message() for inner in stepped if not inner.saved(memory, captured[inner.component])]
+            unsaved = self._unsaved(captured) if stepped else []
+            found += [inner.message() for inner in unsaved if inner in stepped]
         for message in found:
             messages.warn(message, stacklevel=3)
+
+    def _new_parameters(self, captured: Mapping[str, Captured]) -> list[str]:
+        """As :meth:`_parameters`, where the groups of an optimizer are not those of the last save."""
+        groups = {
+            name: [(len(found), *map(id, (*found[:1], *found[-1:]))) for found in _lists_of(part)]
+            for name, part in self._components.items()
+            if isinstance(part, torch.optim.Optimizer)
+        }
+        if groups == self._groups:
+            return []
+        self._groups = groups
+        return list(self._parameters(captured))
+
+    def _inner_parameters(self, captured: Mapping[str, Captured]) -> Iterator[str]:
+        """Of each optimizer inside a component, the parameters that nobody saves."""
+        if not self._all_inner:
+            return
+        memory = _memory_of_captured(captured)
+        for part in self._components.values():
+            memory |= {_memory(tensor) for tensor in _registered(part)}
+        trained = {_memory(tensor) for inner in self._all_inner for tensor in inner.parameters()}
+        trained |= {_memory(tensor) for inner in self._all_inner for _, tensor in inner.slots()}
+        for inner in self._all_inner:
+            tensors = captured[inner.component].tensors.values()
+            copies = {tuple(tensor.shape) for tensor in tensors if _memory(tensor) not in trained}
+            left = [p for p in inner.parameters() if _memory(p) not in memory and tuple(p.shape) not in copies]
+            if left:
+                yield inner.parameters_message(left)
+
+    def _unsaved(self, captured: Mapping[str, Captured]) -> list[_Inner]:
+        """Optimizers inside components whose state is saved neither itself nor as a copy, each copy counted once."""
+        memory = _memory_of_captured(captured)
+        live = {_memory(tensor) for inner in self._all_inner for _, tensor in inner.slots()}
+        copies = {
+            name: Counter(key.rpartition(".")[2] for key, item in part.tensors.items() if _memory(item) not in live)
+            for name, part in captured.items()
+        }
+        unsaved = []
+        for inner in self._all_inner:
+            if all(_memory(tensor) in memory for _, tensor in inner.slots()):
+                continue
+            needed = Counter(str(slot) for slot, _ in inner.slots())
+            if needed <= copies[inner.component]:
+                copies[inner.component] -= needed
+            else:
+                unsaved.append(inner)
+        return unsaved
 
     def _parameters(self, captured: Mapping[str, Captured]) -> Iterator[str]:
         """Of each optimizer, the parameters that no component holds."""
@@ -62,7 +118,12 @@ class Unregistered:
             if not left:
                 continue
             known = self._held_in_another_way(captured)
-            lines = [line for number, group in left for line in _described(optimizer, number, known.missing(group))]
+            missing = [
+                (number, [tensor for tensor in known.missing(group) if id(tensor) not in self._said])
+                for number, group in left
+            ]
+            self._said |= {id(tensor) for _, group in missing for tensor in group}
+            lines = [line for number, group in missing for line in _described(optimizer, number, group)]
             if lines:
                 yield _parameters_message(name, lines)
 
@@ -119,11 +180,17 @@ class _Inner:
         entries = [entry for entry in self.optimizer.state.values() if isinstance(entry, dict)]
         return [pair for entry in entries for pair in entry.items() if isinstance(pair[1], torch.Tensor)]
 
-    def saved(self, memory: set[int], captured: Captured) -> bool:
-        """Whether a component holds its very tensors, or the one around it has state of the same names (copies)."""
-        slots = self.slots()
-        names = {key.rpartition(".")[2] for key in captured.tensors}
-        return names.issuperset(str(slot) for slot, _ in slots) or all(_memory(tensor) in memory for _, tensor in slots)
+    def parameters(self) -> list[torch.Tensor]:
+        return [tensor for group in self.optimizer.param_groups for tensor in group["params"] if tensor.requires_grad]
+
+    def parameters_message(self, left: list[torch.Tensor]) -> str:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in left[:SHOWN])
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        return (
+            f"component {self.component!r} holds an optimizer, {self.path} ({class_name(self.optimizer)}), that trains "
+            f"{len(left)} parameters which neither its state_dict() nor another component saves: {shapes}{more}. "
+            "Register their module by keyword, or let state_dict() and load_state_dict() carry them"
+        )
 
     def message(self) -> str:
         keys = ", ".join(dict.fromkeys(repr(slot) for slot, _ in self.slots()))
@@ -181,6 +248,10 @@ def _trained(optimizer: torch.optim.Optimizer, held: set[int]) -> list[tuple[int
         for number, group in enumerate(optimizer.param_groups)
     ]
     return [(number, items) for number, items in found if items]
+
+
+def _lists_of(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
+    return [group["params"] for group in optimizer.param_groups]
 
 
 def _matters(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +120,27 @@ def test_benchmarking_is_harmless_where_there_is_no_gpu():
 def test_what_an_older_library_did_not_record_is_not_compared():
     assert differences({"torch": "2.6"}, BASE).all == []
     assert differences({"devices": 3, "num_threads": "x"}, {"devices": ["cpu"], "num_threads": "x"}).exactness
+
+
+class _NoText:
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def test_arguments_of_any_type_are_recorded_and_none_at_all_are_none(monkeypatch):
+    assert list(command_line([0, Path("train.py"), None, _NoText()])) == ["0", "train.py", "None", "<_NoText>"]
+    monkeypatch.delattr("sys.argv")
+    assert environment()["argv"] == []
+
+
+def test_what_the_system_or_torch_refuses_to_tell_is_left_out(monkeypatch):
+    def fail() -> str:
+        raise OSError("no name")
+
+    monkeypatch.setattr("socket.gethostname", fail)
+    monkeypatch.delattr("torch.get_float32_matmul_precision")
+    monkeypatch.setattr("torch.cuda.is_available", fail)
+    found = environment()
+    assert not {"host", "devices", "float32_matmul_precision"} & found.keys()
+    assert found["num_threads"] == torch.get_num_threads()
+    assert differences({"host": "here", "devices": ["cpu"]}, found).all == []

@@ -154,12 +154,21 @@ class OptimizerRestore:
         live = self.live.param_groups[number]
         for key, value in self._settings(number, saved):
             place_leaves(self.places, value, live.get(key), seen)
+            self._report_form(number, key, value, live.get(key))
 
     def _settings(self, number: int, saved: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         """The saved settings of a live group, without those that ``ignore_keys`` names."""
         for key, value in saved.items():
             if key not in _GROUP_IDENTITY and not self.options.ignored(self.name, group_key(number, key)):
                 yield key, value
+
+    def _report_form(self, number: int, key: str, saved: Any, live: Any) -> None:
+        """Numbers and tensors that hold one are the same to a step, and not to who holds or compiled the tensor."""
+        if isinstance(live, torch.Tensor) and _is_number(saved):
+            now = "and is filled into the live tensor" if _takes_number(live) else "and replaces the live tensor"
+            self.report.changed.append(f"group {number}: {key!r} was saved as a number {now}")
+        elif _is_number(live) and isinstance(saved, Leaf) and saved.kind == "tensor":
+            self.report.changed.append(f"group {number}: {key!r} was saved as a tensor, and the number becomes one")
 
     # Applying
 
@@ -236,7 +245,7 @@ class OptimizerRestore:
         for number, source in self.match.groups.items():
             group = self.live.param_groups[number]
             for key, value in self._settings(number, saved[source]):
-                group[key] = merge(value, group.get(key), seen)
+                group[key] = merge(_filled(value, group.get(key)), group.get(key), seen)
 
     def _load(self, slots: list[tuple[torch.Tensor, Any]], saved: dict[str, Any]) -> None:
         """Through ``load_state_dict``, with hooks and overrides; then with the dtypes that were saved."""
@@ -340,6 +349,23 @@ def _exactly(loaded: Any, saved: Any) -> Any:
     return loaded
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _takes_number(tensor: torch.Tensor) -> bool:
+    return tensor.numel() == 1 and tensor.is_floating_point()
+
+
+def _filled(value: Any, live: Any) -> Any:
+    """The live tensor of a hyper-parameter with a number that was saved in it, or else the value itself."""
+    if not isinstance(live, torch.Tensor) or not _is_number(value) or not _takes_number(live):
+        return value
+    with writing_to(live):
+        live.fill_(value)
+    return live
+
+
 def _tensors_of(group: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in group.items() if isinstance(value, torch.Tensor)}
 
@@ -347,7 +373,7 @@ def _tensors_of(group: dict[str, Any]) -> dict[str, torch.Tensor]:
 def _refill(group: dict[str, Any], before: dict[str, torch.Tensor]) -> None:
     """Put tensor hyper-parameters back into the tensors they were in: others may hold them."""
     for key, tensor in before.items():
-        value = group.get(key)
+        value = group[key] = _filled(group.get(key), tensor)
         if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
             continue
         if value is not tensor:

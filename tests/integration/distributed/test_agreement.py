@@ -534,6 +534,28 @@ def test_ranks_that_hold_other_values_under_the_same_keys_are_warned_of_once(tmp
     assert run(2, same_keys, str(tmp_path / "alike"), True) == [[], []]
 
 
+def wide(root: str, apart: float) -> list[str]:
+    """The same keys and shapes, and values that are ``apart``, relative to those of rank 0."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    with torch.no_grad():
+        model.weight.mul_(1 + apart * dist.get_rank() * torch.randn(8, 8))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with CheckpointManager(root, config=SHORT, model=model) as mgr:
+            return [caught(lambda: mgr.save(1)), *(str(warning.message) for warning in said)]
+
+
+def test_other_tensors_under_the_same_keys_are_refused_and_drift_by_rounding_is_a_warning(tmp_path):
+    for (refused,) in run(2, wide, str(tmp_path / "other"), 1.0):
+        assert refused.startswith("UnsupportedStateError")
+        assert "ranks 0 and 1 hold different tensors under the same keys: 1 of 1" in refused
+        assert "'model.weight'" in refused
+    first, second = run(2, wide, str(tmp_path / "drift"), 1e-4)
+    assert "not equal on ranks 0 and 1" in first[1]
+    assert not any("UnsupportedStateError" in line for line in (first[0] or "", second[0] or ""))
+
+
 def stages_with_dcp(root: str) -> list[bool]:
     """What the error advises."""
     same = []

@@ -30,6 +30,11 @@ def save(mgr: CheckpointManager, step: int, **metrics: float) -> None:
     mgr._saver.wait()
 
 
+def save_all(mgr: CheckpointManager, steps: range, **metrics: float) -> None:
+    for step in steps:
+        save(mgr, step, **metrics)
+
+
 def steps_of(mgr: CheckpointManager) -> list[int]:
     return [info.step for info in mgr.checkpoints()]
 
@@ -195,3 +200,32 @@ def test_on_metric_without_a_monitor_has_nothing_to_go_by():
         Config.from_mapping({"save": {"on_metric": 1}})
     config = Config.from_mapping({"save": {"on_metric": True}, "keep": {"best": LOWEST}})
     assert "on_metric: true" in config.to_yaml()
+
+
+def test_a_metric_with_a_longer_name_after_a_restart_is_said_before_anything_is_removed(local):
+    rules = {"last": 1, "best": {"monitor": "acc"}}
+    with manager(local, keep=rules) as mgr:
+        for step in range(3):
+            save(mgr, step, acc=step / 10)
+    with manager(local, keep=rules) as mgr:
+        with pytest.warns(CheckpointerWarning, match="last reported at step 2; since then 'accuracy' is reported"):
+            save_all(mgr, range(3, 5), accuracy=0.9)
+        save(mgr, 5, accuracy=0.9)
+
+
+def test_a_monitor_that_many_commits_in_a_row_leave_out_is_said_although_an_old_one_reported_it(local):
+    rules = {"last": 1, "best": {"monitor": "acc"}}
+    with manager(local, keep=rules) as mgr:
+        for step in range(20):
+            save(mgr, step, acc=1 / (step + 1))
+    with manager(local, keep=rules) as mgr:
+        for step in range(20, 28):
+            save(mgr, step, top1=0.9, lr=0.1)  # a warning would be an error
+        with pytest.warns(CheckpointerWarning, match=r"'acc', which none of the last .* \(reported: lr, top1"):
+            save_all(mgr, range(28, 40), top1=0.9, lr=0.1)
+
+
+def test_validation_at_every_tenth_save_and_scores_that_come_later_say_nothing(local):
+    with manager(local, keep={"last": 1, "best": {"monitor": "acc"}}) as mgr:
+        for step in range(45):
+            save(mgr, step, lr=0.1, **({"acc": 1 / (step + 1)} if step % 10 == 0 else {}))

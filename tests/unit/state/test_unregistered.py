@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -356,3 +357,56 @@ def test_a_scheduler_may_know_its_optimizer_under_another_wrapper():
     assert caught(model=model, optimizer=Shown(adam), scheduler=stairs(adam)) == []
     run = Trainer()
     assert caught(trainer=run, scheduler=stairs(run.optimizer)) == []
+
+
+# ------------------------------------------------------------------------------- what comes later, what hides inside
+
+
+def test_a_group_that_is_added_after_the_first_save_is_looked_at_and_named_once():
+    body, head = net(), net()
+    optimizer = torch.optim.Adam(body.parameters())
+    saves = iter(range(4))
+
+    def train() -> None:
+        if next(saves) == 1:
+            optimizer.add_param_group({"params": head.parameters()})
+
+    (message,) = caught(train, model=body, optimizer=optimizer)
+    assert "trains 2 parameters that no registered component holds" in message
+    assert "group 1 [2, 3], group 1 [2]" in message
+
+
+class HidingTrainer:
+    """Saves one of its two networks, and one of its two optimizers; as copies if asked."""
+
+    def __init__(self, make: Callable[..., torch.optim.Optimizer], *, whole: bool = False) -> None:
+        self.shown, self.hidden, self.whole = net(), net(), whole
+        self.showing, self.hiding = make(self.shown.parameters()), make(self.hidden.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        found = {"m": self.shown.state_dict(), "o": self.showing.state_dict()}
+        if self.whole:
+            found = copy.deepcopy({**found, "h": self.hidden.state_dict(), "ho": self.hiding.state_dict()})
+        return found
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def train(self) -> None:
+        for module, optimizer in ((self.shown, self.showing), (self.hidden, self.hiding)):
+            trainer(optimizer, *module.parameters())()
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD])
+def test_each_optimizer_inside_an_object_is_judged_by_itself_with_what_it_trains(make):
+    part = HidingTrainer(make)
+    found = caught(part.train, trainer=part)
+    assert "hiding (" in found[0]
+    assert "trains 2 parameters which neither its state_dict() nor another component saves: [2, 3], [2]" in found[0]
+    assert len(found) == 1 + (make is torch.optim.Adam)
+    assert all("holds another optimizer, hiding" in message for message in found[1:])
+
+
+def test_an_object_that_saves_copies_of_all_it_trains_is_not_named():
+    part = HidingTrainer(torch.optim.Adam, whole=True)
+    assert caught(part.train, trainer=part) == []

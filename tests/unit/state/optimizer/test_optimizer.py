@@ -544,3 +544,23 @@ def test_parameters_keep_their_memory_while_state_is_restored():
     before = [p.data_ptr() for p in target.parameters()]
     restore(adapter_for("o", restored, {"m": target}), save(adapter_for("o", optimizer, {"m": source})))
     assert [p.data_ptr() for p in target.parameters()] == before
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_number_is_filled_into_the_live_tensor_of_a_hyper_parameter_and_reported(plain):
+    def make_one(lr: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+        module = model(1)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
+        if not plain:
+            optimizer.register_load_state_dict_pre_hook(lambda *_: None)
+        return module, optimizer
+
+    live = torch.tensor(0.5)
+    target = make_one(live)
+    report = resume(make_one(0.03), target)
+    assert target[1].param_groups[0]["lr"] is live
+    assert live == torch.tensor(0.03)
+    if plain:
+        assert report.changed == ["group 0: 'lr' was saved as a number and is filled into the live tensor"]
+        report = resume(make_one(torch.tensor(0.03)), make_one(0.5))
+        assert report.changed == ["group 0: 'lr' was saved as a tensor, and the number becomes one"]
