@@ -67,6 +67,7 @@ def main() -> None:
             mgr.save(step, epoch=batches.epoch, metrics={"loss": loss})
             if mgr.should_stop():
                 return
+        mgr.save(args.steps - 1, epoch=batches.epoch, force=True)  # the last step is saved, though no rule fires
 
     torch.save(
         {
