@@ -74,7 +74,7 @@ class VerifyReport:
 def verify_checkpoint(storage: Storage, directory: str, manifest: Manifest, info: CheckpointInfo) -> CheckpointReport:
     """Read and hash every byte that the manifest lists, file by file, and look for files that it does not.
 
-    What the system does not let be read says nothing of its bytes, and keeps nothing else from being checked.
+    What the system does not let be read is reported as unreadable: that says nothing of its bytes.
     """
     damage: list[str] = []
     refused: list[str] = []

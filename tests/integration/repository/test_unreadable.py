@@ -170,18 +170,6 @@ def test_a_tensor_file_that_may_not_be_read_is_no_damage_and_no_bare_error(denie
     assert (denied / "checkpoint-3").exists()  # not in quarantine
 
 
-def test_damage_is_found_beside_a_file_that_may_not_be_read(denied: Path) -> None:
-    (denied / "checkpoint-2" / "manifest.json").chmod(0o644)
-    place = denied / "checkpoint-3"
-    (place / "index.json").chmod(0)
-    reader, _ = manager(denied, read_only=True)
-    report = reader.verify(3).checkpoints[0]
-    assert (report.damage, len(report.unreadable)) == ((), 1)
-    (place / "index.json").chmod(0o644)
-    (place / "index.json").write_text("{}")
-    assert [bool(item.damage) for item in reader.verify().checkpoints] == [False, False, True]
-
-
 @pytest.mark.parametrize("found_by", ["restore", "verify"])
 def test_retention_neither_counts_on_nor_removes_what_could_not_be_read_a_moment_ago(
     denied: Path, found_by: str
