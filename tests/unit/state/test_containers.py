@@ -216,7 +216,7 @@ class Pair(NamedTuple):
         ([np.random.default_rng()], "parts[0]", "Generator", "enumerate(parts)"),
         ([DataLoader([1, 2])], "parts[0]", "DataLoader", "enumerate(parts)"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_collections_of_components_get_a_keyword_for_each_when_the_manager_is_made(tmp_path, obj, place, kind, cure):
     with pytest.raises(UnsupportedStateError) as caught:
