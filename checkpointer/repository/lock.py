@@ -64,11 +64,6 @@ class WriterLock:
         return self.held and self._identity == identity
 
     @property
-    def tenure(self) -> object | None:
-        """Stands for the time from one ``acquire`` to its ``release``; ``None`` where this process does not hold it."""
-        return self._lock if self.held else None
-
-    @property
     def proven(self) -> bool:
         """Whether holding it proves that no other writer of this root is alive."""
         return self.held and (self._inside_root or self._url.startswith("memory://"))

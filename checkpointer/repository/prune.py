@@ -66,9 +66,9 @@ class Pruner:
         stays, as does one that cannot be removed, with a warning: the others go, and the next call
         tries it again.
         """
-        listed = self._repository.list_checkpoints().checkpoints
+        listed = on_disk(self._repository.storage, self._repository.list_checkpoints().checkpoints)
         refused = {info.id: self._repository.refused[info.id] for info in listed if info.id in self._repository.refused}
-        checkpoints = on_disk(self._repository.storage, [info for info in listed if info.id not in refused])
+        checkpoints = [info for info in listed if info.id not in refused]
         now = datetime.now(timezone.utc)
         decide = partial(plan, checkpoints, self._policy, now=now, protect=protect, unreturned=unreturned())
         decided = decide(stuck=self._stuck)

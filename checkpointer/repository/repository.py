@@ -1,4 +1,4 @@
-"""One run root: list, write, commit, read, verify, remove. Disk is the truth: what is remembered is held against it."""
+"""One run root: list, write, commit, read, verify, remove. Disk is the truth; nothing here remembers it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from checkpointer.format.manifest import FileRecord, Manifest, parse_manifest
 from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.checkpoint_reader import ONE_PROCESS, CheckpointReader, ReadingRank
 from checkpointer.repository.commit import Attempt, for_each, obstacle_of, protocol_for, read_manifest
-from checkpointer.repository.known import KnownManifests
 from checkpointer.repository.lock import WriterLock
 from checkpointer.repository.notes import (
     Note,
@@ -99,7 +98,6 @@ class Repository:
         """Names of checkpoints whose sequence is at most ``_highest``, whether they can be read now or not."""
         self._highest = 0
         self.lock = WriterLock(storage.url, storage.lock_path, lambda: storage.make_directory(paths.PRIVATE))
-        self._known = KnownManifests(storage, self.lock)
         self._protocol = protocol_for(storage, self.lock)
         self._abandoned: list[Attempt] = []
         """Failed attempts whose files could not be removed yet."""
@@ -117,8 +115,6 @@ class Repository:
     def list_checkpoints(self) -> Listing:
         """Everything that is committed. Reads one small file a checkpoint, and the notes.
 
-        Who holds the writer's lock reads only the manifests that are new or changed since it listed them last.
-
         Raises:
             CheckpointNotFoundError: there is no run root, and it has to be there.
             ConfigError: the run root is itself a checkpoint, or a file.
@@ -129,26 +125,21 @@ class Repository:
         self._check_root(entries)
         named = [entry for entry in entries if paths.parse_checkpoint_name(entry.name) is not None]
         names = [entry.name for entry in named if entry.is_dir]
+        listed = [f"{name}/{paths.MANIFEST}" for name in names]
         noted = noted_as_far_as_known(self.storage) if names else set()
         with refusals_typed(self.storage, ""):
-            look = self._known.look(names)
-            unknown = [name for name in names if name not in look.known]
-            manifests = self.storage.read_many([f"{name}/{paths.MANIFEST}" for name in unknown], paths.MANIFEST_LIMIT)
+            manifests = self.storage.read_many(listed, paths.MANIFEST_LIMIT)
         found: list[CheckpointInfo] = []
         unreadable = [item for entry in named if entry.link is not None and (item := self._behind(entry))]
         strangers = [self._stranger(entry) for entry in named if not entry.is_dir]
-        for name, data in zip(unknown, manifests, strict=True):
+        for name, data in zip(names, manifests, strict=True):
             try:
-                info = self._describe(name, data)
+                info = self._describe(name, data, noted)
             except (CorruptCheckpointError, FormatVersionError, UnreadableCheckpointError) as error:
                 unreadable.append(Unreadable(name, self.storage.place(name), _step_of(name), error))
             else:
                 found += [info] if info else []
                 strangers += [] if info else [self._stranger(Entry(name, is_dir=True, is_file=False))]
-                if info:
-                    self._known.remember(look, name, info)
-        found += look.known.values()
-        found = [self.current(info) if noted is None or info.id in noted else info for info in found]
         found.sort(key=lambda info: (info.sequence, info.created, info.id))
         known = {item.name for item in unreadable}
         return Listing(
@@ -350,12 +341,7 @@ class Repository:
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> CheckpointInfo:
         """Make an attempt visible and durable: the one commit point."""
-        try:
-            name = self._protocol.commit(attempt, manifest)
-        except BaseException:  # perhaps because another job writes here, too
-            self._known.forget()
-            raise
-        self._known.forget_one(name)
+        name = self._protocol.commit(attempt, manifest)
         return self.current(manifest.info(self.storage.place(name)))
 
     def abandon(self, attempt: Attempt) -> None:
@@ -379,8 +365,6 @@ class Repository:
             if manifest.id not in self._half_removed:
                 self._half_removed.append(manifest.id)
             raise
-        finally:
-            self._known.forget_one(name_of(info))
 
     def why_stuck(self, info: CheckpointInfo, error: Exception) -> str:
         """Why a checkpoint could not be removed, for humans: ``error``, and what shows of its cause."""
@@ -396,7 +380,7 @@ class Repository:
         What cannot be cleared away is a warning: it keeps nobody from saving, or from removing anything else.
         """
         try:
-            for_each([self._recover, self._forget_notes], lambda work: work())
+            for_each([self._protocol.recover, self._forget_notes], lambda work: work())
         except (OSError, CheckpointerError) as error:
             obstacle = obstacle_of(self.storage, error) if isinstance(error, OSError) else None
             reason = f"{error} ({obstacle})" if obstacle else str(error)
@@ -406,12 +390,6 @@ class Repository:
                 stacklevel=4,
             )
 
-    def _recover(self) -> None:
-        try:
-            self._protocol.recover()
-        finally:
-            self._known.forget()
-
     def _forget_notes(self) -> None:
         listing = self.list_checkpoints()
         if not listing.unreadable:  # an unreadable manifest may belong to any note
@@ -420,10 +398,7 @@ class Repository:
 
     def quarantine(self, name: str) -> str | None:
         """Move a damaged checkpoint to where nothing is ever deleted; ``None`` where the storage cannot move."""
-        try:
-            return self._protocol.quarantine(name)
-        finally:
-            self._known.forget_one(name)
+        return self._protocol.quarantine(name)
 
     def _clear_away(self) -> None:
         for_each(self._abandoned.copy(), self._abandon)
@@ -473,8 +448,8 @@ class Repository:
         )
         return Unreadable(link.name, place, _step_of(link.name), error, link.link)
 
-    def _describe(self, name: str, data: bytes | Exception) -> CheckpointInfo | None:
-        """The checkpoint in directory ``name``, without its notes; ``None`` if it has no manifest, and so is none."""
+    def _describe(self, name: str, data: bytes | Exception, noted: set[str] | None) -> CheckpointInfo | None:
+        """The checkpoint in directory ``name``; ``None`` if it has no manifest, and so is none."""
         where = self.storage.place(f"{name}/{paths.MANIFEST}")
         if isinstance(data, FileNotFoundError):
             return None
@@ -487,7 +462,8 @@ class Repository:
         manifest = parse_manifest(data, where)
         if manifest.step != _step_of(name):
             raise CorruptCheckpointError(f"{where} is the manifest of step {manifest.step}: files were swapped")
-        return manifest.info(self.storage.place(name))
+        info = manifest.info(self.storage.place(name))
+        return self.current(info) if noted is None or manifest.id in noted else info
 
 
 def _unchecked(path: str, step: int, info: CheckpointInfo | None, error: CheckpointerError) -> CheckpointReport:

@@ -107,13 +107,6 @@ class Storage(Protocol):
     def read_many(self, paths: Sequence[str], limit: int) -> list[bytes | Exception]:
         """``read`` for each path, concurrently where that helps; an error takes the place of its result."""
 
-    def stamps(self, paths: Sequence[str]) -> list[object | None] | None:
-        """For each file a value that is another one once the file has been changed, replaced or made unreadable.
-
-        ``None`` in the place of a file that is not there, or of which this cannot be promised, as of one that was
-        written just now; ``None`` for all where asking takes as long as reading.
-        """
-
     def open(self, path: str) -> ReadFile: ...
 
     def write(self, path: str, pieces: Iterable[Buffer], size: int, *, steady: bool = False) -> float:

@@ -27,9 +27,6 @@ PREFETCHED = 128 << 10
 LARGE = 1 << 20
 """Bytes. Files from this size on are written past the page cache, by several threads."""
 
-_CLOCK_TICK = 50_000_000
-"""Nanoseconds: a file can change twice before the clock that its times are taken from goes on (4 ms on Linux)."""
-
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NON_BLOCK = getattr(os, "O_NONBLOCK", 0)
 _DIRECTORY = getattr(os, "O_DIRECTORY", 0)
@@ -119,10 +116,6 @@ class LocalStorage:
             except OSError as error:
                 results.append(error)
         return results
-
-    def stamps(self, files: Sequence[str]) -> list[object | None] | None:
-        latest = time.time_ns() - _CLOCK_TICK
-        return [self._stamp(path, latest) for path in files]
 
     def open(self, path: str) -> LocalFile:
         fd = _open_below(self.root, path)
@@ -258,16 +251,6 @@ class LocalStorage:
             return time.time() - os.lstat(self.place(path)).st_mtime
         except (FileNotFoundError, NotADirectoryError):
             return None
-
-    def _stamp(self, path: str, latest: int) -> object | None:
-        """Of a file that changed last before ``latest``, in nanoseconds since 1970."""
-        try:
-            status = os.lstat(self.place(path))
-        except OSError:  # whoever reads the file learns why
-            return None
-        if not stat.S_ISREG(status.st_mode) or max(status.st_ctime_ns, status.st_mtime_ns) > latest:
-            return None
-        return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     @contextlib.contextmanager
     def _scan(self, path: str) -> Iterator[Iterator[os.DirEntry[str]]]:

@@ -162,9 +162,6 @@ class FsspecStorage:
             raise self._no_file(path)
         return RemoteFile(self, self._full(path), int(details["size"]), self.place(path))
 
-    def stamps(self, paths: Sequence[str]) -> list[object | None] | None:  # noqa: ARG002  the seam names them
-        return None
-
     @_as_os_errors
     def write(self, path: str, pieces: Iterable[Buffer], size: int, *, steady: bool = False) -> float:  # noqa: ARG002
         file = self._open_for_writing(path)

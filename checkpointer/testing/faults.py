@@ -42,8 +42,8 @@ Kind: TypeAlias = Literal[
 """What can go wrong; see :class:`Fault`."""
 
 OPERATIONS = (
-    "list_directory", "exists", "read", "read_many", "stamps", "open", "write", "link", "put", "create", "replace",
-    "remove", "remove_directory", "make_directory", "rename", "exchange", "sync", "age", "free_bytes", "read_into",
+    "list_directory", "exists", "read", "read_many", "open", "write", "link", "put", "create", "replace", "remove",
+    "remove_directory", "make_directory", "rename", "exchange", "sync", "age", "identity", "free_bytes", "read_into",
 )  # fmt: skip
 """Every operation of a :class:`~checkpointer.storage.Storage` that asks the file system for something; ``read_into`` is
 all reading from an open file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from checkpointer.errors import CheckpointerError, IncompatibleStateError, RunLo
 from tests.integration.hostile.attacks import ATTACKS, OWNERS
 from tests.support.command import runner
 from tests.support.compare import assert_identical
+from tests.support.processes import Process
 from tests.support.training import assert_at, at
 
 SETTINGS = {"write": {"mode": "sync", "durable": False}}
@@ -118,12 +120,22 @@ def test_an_attacked_run_is_continued_by_a_new_writer(name, run, victim, tmp_pat
     assert kinds(tmp_path, run) == outside
 
 
+HOLDER = """
+import sys
+from checkpointer.repository.repository import Repository
+from checkpointer.storage import open_storage
+repository = Repository(open_storage(sys.argv[1]))
+repository.lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.fixture
 def held(run: Path) -> Any:
-    """A run whose lock somebody holds."""
-    live = at(1, frozen=True)
-    with CheckpointManager(run, config=SETTINGS, **live.components) as mgr:
-        mgr.restore(1)
+    """A run whose lock another process holds."""
+    with Process([sys.executable, "-c", HOLDER, str(run)]) as holder:
+        assert holder.stdout.readline() == "held\n"
         yield run
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from checkpointer.restore.request import restore_request
 from checkpointer.storage import open_storage
 from tests.conftest import Root
 from tests.support.forge import flip
+from tests.support.processes import Process
 
 SYNC = {"write": {"mode": "sync", "durable": False}, "require_resume": False}
 
@@ -239,6 +241,29 @@ def test_a_second_writer_on_an_object_store_loses_by_name_and_overwrites_nothing
 # ------------------------------------------------------------------------------------------------ the lock
 
 
+ANOTHER_JOB = """
+import sys
+import torch
+from checkpointer import CheckpointManager
+live = {"value": 0, "tensor": torch.zeros(3)}
+mgr = CheckpointManager(sys.argv[1], config={"write": {"mode": "sync", "durable": False}}, state=live)
+sys.stdin.readline()
+mgr.restore_latest()
+print("restored", flush=True)
+sys.stdin.readline()
+mgr.save(2)
+print("saved", [info.step for info in mgr.checkpoints()], mgr.verify().ok, flush=True)
+sys.stdin.read()
+"""
+
+
+def go_on(job: Process, expected: str) -> None:
+    """Let another job do its next step."""
+    job.stdin.write("\n")
+    job.stdin.flush()
+    assert job.stdout.readline() == f"{expected}\n"
+
+
 @pytest.mark.parametrize("how", ["removed", "replaced", "the whole folder"])
 def test_a_commit_is_refused_when_the_lock_was_taken_away(local, how):
     import shutil
@@ -252,17 +277,14 @@ def test_a_commit_is_refused_when_the_lock_was_taken_away(local, how):
         shutil.rmtree(lock.parent)
     else:
         lock.unlink()
-    second = manager(local, state(0))
-    if how != "removed":
-        second.restore_latest()
-    with pytest.raises(RunLockedError, match="no longer ours"):
-        first.save(2)
-    if how == "removed":
-        second.restore_latest()
-    second.save(2)
-    assert [info.step for info in second.checkpoints()] == [1, 2]
-    assert second.verify().ok
-    second.close()
+    with Process([sys.executable, "-c", ANOTHER_JOB, local.url]) as second:
+        if how != "removed":
+            go_on(second, "restored")
+        with pytest.raises(RunLockedError, match="no longer ours"):
+            first.save(2)
+        if how == "removed":
+            go_on(second, "restored")
+        go_on(second, "saved [1, 2] True")
     first.close()
     assert restored_value(local) == 1
 

@@ -444,11 +444,11 @@ def test_a_checkpoint_that_was_replaced_before_the_lock_was_taken_is_not_moved(l
     examined = doctor(local)
     acquire = examined._repository.lock.acquire
 
-    def after_a_save() -> None:
+    def after_a_save(*holder: str) -> None:
         with CheckpointManager(local.url, config=SYNC, state=torch.ones(3)) as other:
             other.restore(1, strict=False, ignore_keys=["*"], components=[])
             other.save(3)
-        acquire()
+        acquire(*holder)
 
     with mock.patch.object(examined._repository.lock, "acquire", after_a_save):
         examined.mend()
