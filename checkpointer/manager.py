@@ -252,9 +252,12 @@ class CheckpointManager:
         if preempted and handle is not None:
             handle = self._made_durable(handle)
             self._preemption.saved = handle is not None
+        begun = handle is not None and handle is not last
         if handle is not None:
             self._unsaved.none()
-        return handle, handle is not None and handle is not last
+        if begun and not force:  # the forced one after a loop is seldom given metrics
+            self._due.begun(step)
+        return handle, begun
 
     def should_save(self, step: int, *, epoch: int | None = None) -> bool:
         """Whether ``save`` would find a save due at this step. Does nothing, and knows no metrics (``on_metric``)."""

@@ -34,6 +34,8 @@ class DueSaves:
         self._again = False
         """Whether the call before was given the same."""
         self._said_lost = False
+        self._unrecorded: tuple[int, str] | None = None
+        """The last call since the last save that was given one of ``monitors``, and saved nothing."""
 
     def call(self, step: int, metrics: Collection[str] = ()) -> None:
         """A call begins, in which this is decided; ``metrics`` are the names of those that ``save`` was given."""
@@ -44,24 +46,37 @@ class DueSaves:
             self._job.clock.forget()  # another call at the same step may have been given less
 
     def say_what_is_lost(self, step: int, last: PendingSave | None) -> None:
-        """Warn, once, that a monitored metric was given to a call that saves nothing.
+        """Warn, once, that a monitored metric was given for a step that is saved already, without it.
 
-        What is given on other ranks than the coordinator is never recorded.
+        Where nothing is due, that is remembered until the next save: most loops give their metrics at every call.
         """
         _, metric = self._given
-        if metric is None or self._said_lost or self._job.ranks.rank != 0:
+        if metric is None:
             return
         if last is None or last.step != step:
-            why, cure = "is none to save at", "save: {on_metric: true} makes such calls due"
-        elif self._again or (last.done() and not last.failed and metric in last.result().metrics):
-            return  # that checkpoint has it
-        else:
-            why, cure = "is saved already", f"mgr.annotate({step}, metrics=...) adds it to that checkpoint"
+            self._unrecorded = (step, metric)
+        elif not (self._again or (last.done() and not last.failed and metric in last.result().metrics)):
+            cure = f"mgr.annotate({step}, metrics=...) adds it to that checkpoint"
+            self._say_lost(metric, f"at step {step}, which is saved already", cure)
+
+    def begun(self, step: int) -> None:
+        """A save of ``step`` has begun. Warn, once, if calls before it were given a monitored metric, and this was not:
+        then the metric comes at other steps than those that are saved.
+        """
+        lost, self._unrecorded = self._unrecorded, None
+        if lost is not None and self._given[1] is None:
+            where = f"at step {lost[0]}, which was none to save at, and not at step {step}, which is saved"
+            self._say_lost(lost[1], where, "save: {on_metric: true} makes such calls due")
+
+    def _say_lost(self, metric: str, where: str, cure: str) -> None:
+        """What is given on other ranks than the coordinator is never recorded."""
+        if self._said_lost or self._job.ranks.rank != 0:
+            return
         self._said_lost = True
         messages.warn(
-            f"save() was given {metric!r} at step {step}, which {why}: the value is recorded nowhere, and keep: best, "
-            f"which goes by it, does not see it. {cure}. This is said once",
-            stacklevel=3,
+            f"save() was given {metric!r} {where}: the value is recorded nowhere, and keep: best, which goes by it, "
+            f"does not see it. {cure}. This is said once",
+            stacklevel=5,
         )
 
     def is_due(self, step: int, epoch: int | None, last: PendingSave | None) -> bool:

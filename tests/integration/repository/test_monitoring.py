@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,12 +165,26 @@ def test_the_nearest_name_is_found_however_its_words_are_joined():
 # ----------------------------------------------------------------------------- a metric given where nothing is due
 
 
-def test_a_monitored_metric_given_where_nothing_is_due_is_said_once(local):
+def test_a_monitored_metric_given_only_where_nothing_is_due_is_said_once_at_the_next_save(local):
     with manager(local, save={"every_n_steps": 10}, keep={"last": 5, "best": LOWEST}) as mgr:
         assert mgr.save(1, metrics={"loss": 1.0}) is None
-        with pytest.warns(CheckpointerWarning, match=r"'val_loss' at step 2, which is none to save.*on_metric: true"):
-            assert mgr.save(2, metrics={"val_loss": 1.0}) is None
-        assert mgr.save(3, metrics={"val_loss": 1.0}) is None
+        assert mgr.save(2, metrics={"val_loss": 1.0}) is None
+        with pytest.warns(
+            CheckpointerWarning, match=r"'val_loss' at step 2, .* not at step 10, .*on_metric: true"
+        ) as said:
+            mgr.save(10, metrics={"loss": 1.0})
+        assert [Path(warning.filename).name for warning in said] == ["test_monitoring.py"]
+        assert mgr.save(12, metrics={"val_loss": 1.0}) is None
+        mgr.save(20)
+
+
+def test_a_monitored_metric_given_at_every_call_is_recorded_where_it_counts_and_nothing_is_said(local):
+    with manager(local, save={"every_n_steps": 10}, keep={"last": 5, "best": LOWEST}) as mgr:
+        for step in range(1, 21):
+            mgr.save(step, metrics={"val_loss": 1 / step})
+        mgr.save(21, metrics={"val_loss": 1 / 21})
+        mgr.save(21, force=True)
+        assert mgr.best().step == 20
 
 
 def test_a_monitored_metric_given_to_a_step_that_is_saved_already_is_said_with_its_own_cure(local):
