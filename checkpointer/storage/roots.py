@@ -82,7 +82,7 @@ def _refuse_capitals(part: str, text: str) -> None:
 
 
 def _refuse_protocol_inside(text: str) -> None:
-    """What ``Path.resolve``, ``os.path.abspath``, Hydra or argparse make of a URL: ``/work/s3:/bucket/run``."""
+    """What ``Path.resolve``, ``os.path.abspath``, Hydra or argparse make of a URL: ``/data/s3:/bucket/run``."""
     parts = text.replace("\\", "/").split("/")
     for index, part in enumerate(parts):
         found = _PROTOCOL.fullmatch(part)
