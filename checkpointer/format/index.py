@@ -1,24 +1,28 @@
-"""The index of a checkpoint: component trees, and where every tensor's bytes lie.
+"""The index of a checkpoint: component trees, which files there are, and where every tensor's bytes lie.
 
-Pure data: no I/O and no torch. :func:`parse_index` accepts bytes from anywhere, hostile ones included, and
-returns an index whose every promise (shapes, ranges, coverage) has been checked against the file sizes
-that the manifest gives. See FORMAT.md, "index.json".
+It is two files: ``index.json`` holds the trees, ``index.safetensors`` the table of tensors in columns, which becomes
+objects one by one, when somebody asks. Pure data: no I/O and no torch. :func:`parse_index` accepts bytes from anywhere,
+hostile ones included, and returns an index whose every promise (shapes, ranges, coverage) has been checked against the
+sizes of the files that it lists. See FORMAT.md, "The index".
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from checkpointer.errors import CorruptCheckpointError, FormatVersionError
 from checkpointer.format import paths, strict_json
 from checkpointer.system.gc import collector_paused
 
+if TYPE_CHECKING:  # NumPy takes longer to load than `checkpointer ls` takes in all
+    from checkpointer.format.table import ChunkColumns, TensorColumns
+
 FORMAT = "checkpointer-index"
+TABLE_FORMAT = "checkpointer-table"
 VERSION = 1
 MAX_DIMENSIONS = 64
 MAX_CUT_DIMENSIONS = 4
@@ -54,6 +58,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all elements."""
         return prod(self.shape) * ITEM_SIZES[self.dtype]
 
 
@@ -87,167 +92,209 @@ class Chunk(NamedTuple):
 
 
 @dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and xxh3-128 (32 hexadecimal digits) of a whole file, and whose bytes it shares."""
+
+    size: int
+    xxh3: str
+    origin: str | None = None
+    """``id`` of the earlier checkpoint whose save wrote the bytes that this file shares; ``None``: its own did."""
+    turn: int = 1
+    """Which of the consecutive checkpoints that share these bytes this one is; the one that wrote them is the first."""
+    header: tuple[int, str] | None = None
+    """Of a tensor file: the length in bytes of its header, and the xxh3-128 of that; ``None`` for other files."""
+
+
+@dataclass(frozen=True)
 class Index:
-    """What ``index.json`` says."""
+    """What ``index.json`` and ``index.safetensors`` say."""
 
     components: Mapping[str, Component]
     chunks: Mapping[tuple[str, str], tuple[Chunk, ...]]
     """Chunks of each tensor, by component and key."""
-    headers: Mapping[str, tuple[int, str]]
-    """Length in bytes and xxh3-128 of the header of each safetensors file."""
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    """Every file of the checkpoint but the manifest, the index, and what only a rank's own part knows of."""
+    parts: Mapping[int, FileRecord] = field(default_factory=dict)
+    """By rank: size and hash of the file (``paths.rank_index``) with what that rank has otherwise than rank 0."""
 
-    def to_bytes(self) -> bytes:
-        """The file's content."""
+    @property
+    def headers(self) -> dict[str, tuple[int, str]]:
+        """Length in bytes and xxh3-128 of the header of each tensor file."""
+        return {path: record.header for path, record in self.files.items() if record.header is not None}
+
+    def to_files(self) -> dict[str, bytes]:
+        """The two files that say it, by path."""
+        from checkpointer.format import table  # noqa: PLC0415  loads NumPy
+
         with collector_paused():
-            components = {name: self._component_to_json(name, part) for name, part in self.components.items()}
-            headers = {path: [length, xxh3] for path, (length, xxh3) in self.headers.items()}
-            fields = {"format": FORMAT, "version": VERSION, "files": headers, "components": components}
-            return strict_json.dumps(fields).encode("ascii")
-
-    def _component_to_json(self, name: str, component: Component) -> dict[str, object]:
-        tensors = {key: _tensor_to_json(spec, self.chunks[name, key]) for key, spec in component.tensors.items()}
-        return {"kind": component.kind, "meta": dict(component.meta), "tree": component.tree, "tensors": tensors}
+            plain = [file_to_json(path, record) for path, record in self.files.items() if record.header is None]
+            fields = {"format": FORMAT, "version": VERSION, "components": components_to_json(self.components), "files": plain}
+            return {paths.INDEX: strict_json.dumps(fields).encode("ascii"), paths.TABLE: table.pack_index(self)}
 
 
-def parse_index(data: bytes, sizes: Mapping[str, int], where: str) -> Index:
-    """Read an index and check it against ``sizes``, the bytes of every file that the manifest lists.
+@dataclass(frozen=True)
+class RankPart:
+    """What one rank has otherwise than rank 0, as ``index-<rank>.safetensors`` says it."""
+
+    components: Mapping[str, Component]
+    """They take the place of those of the same name, for this rank."""
+    chunks: Mapping[tuple[str, str], tuple[Chunk, ...]]
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    """The files of its own that only this part knows of."""
+
+
+def parse_index(text: bytes, table: bytes, where: str) -> Index:
+    """Read ``index.json`` (``text``) and ``index.safetensors`` (``table``), trusting neither.
 
     After it returns, every chunk lies inside its file and its tensor, no two overlap, together they cover every
-    tensor and every safetensors file exactly, and every shape and dtype accounts for its bytes. So the memory that a
-    restore allocates is bounded by the size of the files, whatever the index claims.
+    tensor and every tensor file exactly, and every shape and dtype accounts for its bytes. So the memory that a restore
+    allocates is bounded by the size of the files, whatever the index claims. That the files have these sizes is checked
+    by whoever opens them.
 
     Raises:
         CorruptCheckpointError: anything else.
         FormatVersionError: an index of a newer version.
     """
-    if len(data) > paths.INDEX_LIMIT:
-        raise CorruptCheckpointError(f"{where} is larger than {paths.INDEX_LIMIT} bytes")
+    from checkpointer.format import table as tables  # noqa: PLC0415  loads NumPy
+
+    for data in (text, table):
+        if len(data) > paths.INDEX_LIMIT:
+            raise CorruptCheckpointError(f"{where} is larger than {paths.INDEX_LIMIT} bytes")
     with collector_paused():
-        return _parse(strict_json.mapping(strict_json.loads(data, where), where), sizes, where)
+        raw = strict_json.mapping(strict_json.loads(text, where), where)
+        try:
+            check_version(raw.get("format"), raw.get("version"), FORMAT, where)
+            files = parse_files(raw.get("files"), "files")
+            if any(record.header is not None for record in files.values()):
+                raise CorruptCheckpointError("a file with a header of tensors stands among those without")
+            return tables.parse_table(table, strict_json.array(raw.get("components"), "components"), files, where)
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{where}: {error}") from error
 
 
-def _parse(raw: Mapping[str, object], sizes: Mapping[str, int], where: str) -> Index:
-    try:
-        _check_version(raw, where)
-        headers = {path: _parse_header(path, value, sizes) for path, value in _object(raw, "files").items()}
-        components: dict[str, Component] = {}
-        chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {}
-        for name, value in _object(raw, "components").items():
-            components[name] = _parse_component(name, strict_json.mapping(value, name), headers, chunks)
-        _check_coverage(chunks.values(), headers, sizes)
-    except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{where}: {error}") from error
-    return Index(components, chunks, headers)
+def check_version(name: object, version: object, expected: str, where: str) -> None:
+    """Refuse a file of another kind (CorruptCheckpointError) or of a newer version (FormatVersionError)."""
+    if name != expected:
+        raise CorruptCheckpointError(f"not a {expected} (format {str(name)[:40]!r})")
+    found = strict_json.integer(version, "version", low=1)
+    if found != VERSION:
+        raise FormatVersionError(f"{where} is written in format version {found}, this library reads {VERSION}")
 
 
-def _check_version(raw: Mapping[str, object], where: str) -> None:
-    if raw.get("format") != FORMAT:
-        raise CorruptCheckpointError(f"not a checkpointer index (format {str(raw.get('format'))[:40]!r})")
-    version = strict_json.integer(raw.get("version"), "version", low=1)
-    if version != VERSION:
-        raise FormatVersionError(f"{where} is written in format version {version}, this library reads {VERSION}")
+def components_to_json(components: Mapping[str, Component]) -> list[Json]:
+    """Components without their tensors, of which only the number is told: the table has them in this order."""
+    return [
+        {
+            "name": name,
+            "kind": component.kind,
+            "meta": dict(component.meta),
+            "tree": component.tree,
+            "tensors": len(component.tensors),
+        }
+        for name, component in components.items()
+    ]
 
 
-def _object(raw: Mapping[str, object], name: str) -> dict[str, Any]:
-    return strict_json.mapping(raw.get(name), name)
+def file_to_json(path: str, record: FileRecord) -> Json:
+    """One entry of ``files``."""
+    entry: dict[str, Json] = {"path": path, "size": record.size, "xxh3": record.xxh3}
+    if record.header is not None:
+        entry["header"] = list(record.header)
+    if record.origin is not None:
+        entry["shared"] = [record.origin, record.turn]
+    return entry
 
 
-def _parse_header(path: str, value: object, sizes: Mapping[str, int]) -> tuple[int, str]:
-    what = f"header of {path[:100]!r}"
-    items = strict_json.array(value, what)
-    if path not in sizes or len(items) != 2:
-        raise CorruptCheckpointError(f"{what}: not a file of the checkpoint, or not [length, xxh3]")
-    length = strict_json.integer(items[0], what, low=8, high=sizes[path])
-    return length, strict_json.digest(items[1], what)
+def parse_files(raw: object, what: str) -> dict[str, FileRecord]:
+    """The inverse of :func:`file_to_json` for a list of them.
 
-
-def _parse_component(
-    name: str,
-    raw: Mapping[str, object],
-    headers: Mapping[str, tuple[int, str]],
-    chunks: dict[tuple[str, str], tuple[Chunk, ...]],
-) -> Component:
-    tensors: dict[str, TensorSpec] = {}
-    for key, value in _object(raw, "tensors").items():
-        what = f"tensor {name}.{key}"
-        entry = strict_json.mapping(value, what)
-        usual = _usual(entry, headers)
-        if usual is not None:
-            tensors[key], chunks[name, key] = usual
-            continue
-        spec = tensors[key] = _parse_spec(entry, what)
-        parts = [_parse_chunk(part, spec, headers, what) for part in strict_json.array(entry.get("chunks"), what)]
-        _check_tiling(spec, parts, what)
-        chunks[name, key] = tuple(parts)
-    kind = strict_json.string(raw.get("kind"), f"kind of {name}")
-    if "tree" not in raw:
-        raise CorruptCheckpointError(f"component {name!r} has no tree")
-    tree: Json = raw["tree"]  # type: ignore[assignment]  # whatever a JSON parser returned
-    return Component(kind=kind, tree=tree, tensors=tensors, meta=_object(raw, "meta"))
-
-
-def _usual(
-    entry: Mapping[str, Any], headers: Mapping[str, tuple[int, str]]
-) -> tuple[TensorSpec, tuple[Chunk, ...]] | None:
-    """Spec and chunk of a tensor as nearly all are: row-major, saved from the CPU, in one piece, with elements.
-
-    Models have tens of thousands of them. ``None`` for every other, and for what is not well formed: then the long way
-    says what is wrong.
+    Raises:
+        CorruptCheckpointError: not such a list; a path that leaves the checkpoint, or stands twice.
     """
-    chunks = entry["chunks"] if entry.keys() == _USUAL_ENTRY else None
-    chunk = chunks[0] if type(chunks) is list and len(chunks) == 1 else None
-    if type(chunk) is not dict or chunk.keys() != _USUAL_CHUNK or not _is_usual(entry, chunk, headers):
-        return None
-    shape = tuple(entry["shape"])
-    begin, end = chunk["range"]
-    return TensorSpec(entry["dtype"], shape), (
-        Chunk(tuple(chunk["offsets"]), shape, chunk["file"], begin, end, chunk["xxh3"]),
-    )
+    found: dict[str, FileRecord] = {}
+    for item in strict_json.array(raw, what):
+        entry = strict_json.mapping(item, what)
+        path = paths.check_relative(entry.get("path"))
+        if path in found:
+            raise CorruptCheckpointError(f"{what} lists {path[:100]!r} twice")
+        found[path] = _parse_file(path, entry)
+    return found
 
 
-def _is_usual(entry: Mapping[str, Any], chunk: Mapping[str, Any], headers: Mapping[str, tuple[int, str]]) -> bool:
-    dtype, file, xxh3 = entry["dtype"], chunk["file"], chunk["xxh3"]
-    shape, span, offsets, lengths = entry["shape"], chunk["range"], chunk["offsets"], chunk["lengths"]
-    if not (type(shape) is type(span) is type(offsets) is type(lengths) is list):
-        return False
-    if not (type(dtype) is type(file) is type(xxh3) is str):
-        return False
-    numbers = [*shape, *span, *offsets, *lengths]
-    return (
-        {int}.issuperset(map(type, numbers))
-        and len(span) == 2
-        and min(numbers) >= 0
-        and max(numbers) < 2**63
-        and shape == lengths
-        and len(offsets) == len(shape) <= MAX_DIMENSIONS
-        and not any(offsets)
-        and dtype in ITEM_SIZES
-        and 0 < span[1] - span[0] == prod(shape) * ITEM_SIZES[dtype]
-        and file in headers
-        and len(xxh3) == 32
-        and not xxh3.strip("0123456789abcdef")
-    )
+def _parse_file(path: str, entry: Mapping[str, object]) -> FileRecord:
+    size = strict_json.integer(entry.get("size"), f"size of {path!r}")
+    xxh3 = strict_json.digest(entry.get("xxh3"), path)
+    header: tuple[int, str] | None = None
+    if "header" in entry:
+        pair = strict_json.array(entry["header"], f"header of {path!r}")
+        if len(pair) != 2:
+            raise CorruptCheckpointError(f"header of {path!r} must be [length, xxh3]")
+        header = (strict_json.integer(pair[0], f"header of {path!r}", low=8, high=size), strict_json.digest(pair[1], path))
+    if "shared" not in entry:
+        return FileRecord(size, xxh3, header=header)
+    shared = strict_json.array(entry["shared"], f"shared file {path!r}")
+    if len(shared) != 2 or not paths.is_id(shared[0]):
+        raise CorruptCheckpointError(f"shared file {path!r} must be [id, turn]")
+    turn = strict_json.integer(shared[1], f"turn of {path!r}", low=2, high=2**31)
+    return FileRecord(size, xxh3, str(shared[0]), turn, header)
 
 
-_USUAL_ENTRY = {"dtype", "shape", "chunks"}
-_USUAL_CHUNK = {"offsets", "lengths", "file", "range", "xxh3"}
+class Tensors(Mapping[str, TensorSpec]):
+    """The tensors of one component: some rows of a table, each an object only when it is asked for."""
+
+    def __init__(self, columns: TensorColumns, first: int, count: int) -> None:
+        """Raises CorruptCheckpointError where a key stands twice."""
+        self.columns, self.first, self.count = columns, first, count
+        self._numbers = {key: number for number, key in enumerate(columns.keys[first : first + count], start=first)}
+        if len(self._numbers) != count:
+            raise CorruptCheckpointError("a component names a tensor twice")
+
+    def __getitem__(self, key: str) -> TensorSpec:
+        return self.columns.spec(self._numbers[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._numbers
+
+    def number(self, key: str) -> int:
+        """The row of ``key`` in the table."""
+        return self._numbers[key]
 
 
-def _parse_spec(entry: Mapping[str, object], what: str) -> TensorSpec:
-    dtype = strict_json.string(entry.get("dtype"), f"dtype of {what}")
-    if dtype not in ITEM_SIZES:
-        raise CorruptCheckpointError(f"{what} has unknown dtype {dtype[:40]!r}")
-    shape = strict_json.integers(entry.get("shape"), f"shape of {what}")
-    strides = entry.get("strides")
-    parsed = None if strides is None else strict_json.integers(strides, f"strides of {what}")
-    if len(shape) > MAX_DIMENSIONS or (parsed is not None and len(parsed) != len(shape)):
-        raise CorruptCheckpointError(f"{what} has {len(shape)} dimensions and strides {str(strides)[:100]}")
-    spec = TensorSpec(dtype, shape, parsed, strict_json.string(entry.get("device", "cpu"), f"device of {what}"))
-    if prod(size for size in shape if size) >= 2**63:  # zero-size tensors too: torch refuses what int64 cannot count
-        raise CorruptCheckpointError(f"{what} has impossible shape {str(shape)[:100]}")
-    if parsed is not None and not is_dense(shape, parsed):
-        raise CorruptCheckpointError(f"{what} has strides {str(parsed)[:100]}, which leave gaps or overlap")
-    return spec
+class Chunks(Mapping[tuple[str, str], "tuple[Chunk, ...]"]):
+    """The chunks of all tensors of a table, each an object only when it is asked for."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensors], columns: ChunkColumns, files: Sequence[str], this_file: str
+    ) -> None:
+        self._tensors, self.columns, self.file_names, self.this_file = tensors, columns, files, this_file
+
+    def __getitem__(self, place: tuple[str, str]) -> tuple[Chunk, ...]:
+        component, key = place
+        tensors = self._tensors[component]
+        number = tensors.number(key)
+        first, last = self.starts[number], self.starts[number + 1]
+        shape = tensors.columns.shape[number]
+        return tuple(
+            [self.columns.chunk(row, shape, self.file_names, self.this_file) for row in range(first, last)]
+        )
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return ((component, key) for component, tensors in self._tensors.items() for key in tensors)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._tensors.values()))
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """For each tensor its first chunk, and one more: chunks lie in the order of tensors."""
+        count = sum(map(len, self._tensors.values()))
+        return self.columns.starts(count)
 
 
 def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -260,81 +307,3 @@ def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
             return False
         expected *= size
     return True
-
-
-def _parse_chunk(value: object, spec: TensorSpec, headers: Mapping[str, tuple[int, str]], what: str) -> Chunk:
-    raw = strict_json.mapping(value, f"chunk of {what}")
-    file = strict_json.string(raw.get("file"), f"file of {what}")
-    span = strict_json.integers(raw.get("range"), f"range of {what}")
-    offsets = strict_json.integers(raw.get("offsets"), f"offsets of {what}")
-    lengths = strict_json.integers(raw.get("lengths"), f"lengths of {what}")
-    if file not in headers or len(span) != 2 or not len(offsets) == len(lengths) == len(spec.shape):
-        raise CorruptCheckpointError(f"{what} has a chunk that does not fit its shape, or lies in no tensor file")
-    if any(start + length > size for start, length, size in zip(offsets, lengths, spec.shape, strict=True)):
-        raise CorruptCheckpointError(f"{what} has a chunk outside its shape {list(spec.shape)}")
-    if span[1] - span[0] != prod(lengths) * ITEM_SIZES[spec.dtype]:
-        raise CorruptCheckpointError(f"{what} has a chunk of {span[1] - span[0]} bytes for lengths {list(lengths)}")
-    return Chunk(offsets, lengths, file, span[0], span[1], strict_json.digest(raw.get("xxh3"), what))
-
-
-def _check_tiling(spec: TensorSpec, chunks: list[Chunk], what: str) -> None:
-    """Chunks cover the tensor exactly once.
-
-    A sum of boxes equals the whole box exactly if their corners, each counted with the sign (-1) ** (number of upper
-    ends), add up to the corners of the whole box. That takes linear time, where comparing pairs takes quadratic.
-    """
-    if len(chunks) == 1 and chunks[0].lengths == spec.shape:
-        return
-    whole = Chunk((0,) * len(spec.shape), spec.shape, "", 0, 0, "")
-    cut = [d for d in range(len(spec.shape)) if any(chunk.lengths[d] != spec.shape[d] for chunk in chunks)]
-    if len(cut) > MAX_CUT_DIMENSIONS:
-        raise CorruptCheckpointError(f"{what} is cut along {len(cut)} dimensions, at most {MAX_CUT_DIMENSIONS} may be")
-    corners: Counter[tuple[int, ...]] = Counter()
-    for chunk in chunks:
-        _add_corners(corners, chunk, cut, 1)
-    _add_corners(corners, whole, cut, -1)
-    if any(corners.values()) or not chunks:
-        raise CorruptCheckpointError(f"the chunks of {what} do not cover its shape {list(spec.shape)} exactly once")
-
-
-def _add_corners(corners: Counter[tuple[int, ...]], chunk: Chunk, dimensions: list[int], sign: int) -> None:
-    for ends in product((0, 1), repeat=len(dimensions)):
-        point = tuple([chunk.offsets[d] + end * chunk.lengths[d] for d, end in zip(dimensions, ends, strict=True)])
-        corners[point] += sign * (-1) ** sum(ends)
-
-
-def _check_coverage(
-    chunks: Iterable[tuple[Chunk, ...]], headers: Mapping[str, tuple[int, str]], sizes: Mapping[str, int]
-) -> None:
-    """Header and chunks fill every safetensors file without a gap and without an overlap."""
-    spans: dict[str, list[tuple[int, int]]] = {path: [] for path in headers}
-    for parts in chunks:
-        for chunk in parts:
-            spans[chunk.file].append((chunk.begin, chunk.end))
-    for path, ranges in spans.items():
-        position = headers[path][0]
-        for begin, end in sorted(ranges):
-            if begin != position:
-                raise CorruptCheckpointError(f"bytes {min(begin, position)} of {path!r} are claimed twice or by nobody")
-            position = end
-        if position != sizes[path]:
-            raise CorruptCheckpointError(f"{path!r} has {sizes[path]} bytes, the index accounts for {position}")
-
-
-def _tensor_to_json(spec: TensorSpec, chunks: Iterable[Chunk]) -> dict[str, object]:
-    result: dict[str, object] = {"dtype": spec.dtype, "shape": list(spec.shape)}
-    if spec.strides is not None:
-        result["strides"] = list(spec.strides)
-    if spec.device != "cpu":
-        result["device"] = spec.device
-    result["chunks"] = [
-        {
-            "offsets": list(chunk.offsets),
-            "lengths": list(chunk.lengths),
-            "file": chunk.file,
-            "range": [chunk.begin, chunk.end],
-            "xxh3": chunk.xxh3,
-        }
-        for chunk in chunks
-    ]
-    return result

@@ -10,6 +10,7 @@ from checkpointer.errors import CorruptCheckpointError
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"
+TABLE = "index.safetensors"
 ATTACHMENTS = "files"
 SHARED_TENSORS = "state.safetensors"
 
@@ -25,7 +26,7 @@ MANIFEST_LIMIT = 64 * 1024
 """Bytes. A manifest is read before anything about the checkpoint is known, so it is bounded."""
 
 INDEX_LIMIT = 512 * 1024 * 1024
-"""Bytes. About two million tensors."""
+"""Bytes of each of the two files of an index."""
 
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,18})(?:-([0-9a-f]{8}))?")
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -94,8 +95,13 @@ def shared_tensors(rank: int, *, own: bool) -> str:
 
 
 def rank_index(rank: int) -> str:
-    """The index of what one rank has otherwise than the coordinator."""
-    return f"index-{rank}.json"
+    """The index of what one rank has otherwise than the coordinator, with that state itself where it is small."""
+    return f"index-{rank:05d}.safetensors"
+
+
+def is_reserved(path: str) -> bool:
+    """Whether a file of this name belongs to the checkpoint itself, so that nobody else may write it."""
+    return path == MANIFEST or path.startswith(("index.", "index-", f"{ATTACHMENTS}/")) or path == ATTACHMENTS
 
 
 def shard_index(component: str) -> str:
