@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from checkpointer.distributed.save_plan import OWN
 from checkpointer.format import paths, strict_json
-from checkpointer.format.index import Chunk, Component, Index, Json, parse_index
-from checkpointer.format.manifest import FileRecord
+from checkpointer.format.index import (
+    Chunk,
+    Component,
+    FileRecord,
+    Index,
+    Json,
+    file_to_json,
+    parse_files,
+    parse_index,
+)
 from checkpointer.format.tensor_files import joined_shard_indexes
 from checkpointer.repository.commit import Attempt
 
@@ -19,13 +27,22 @@ class RankFiles:
     """The files of one rank."""
 
     files: Mapping[str, FileRecord]
-    headers: Mapping[str, tuple[int, str]]
-    """As in :class:`~checkpointer.format.index.Index`; ``chunks`` too."""
+    """Those that the index of all ranks lists."""
     chunks: dict[tuple[str, str], tuple[Chunk, ...]]
+    """As in :class:`~checkpointer.format.index.Index`."""
     finite: bool | None
     trainable: bool
     """Whether it holds parameters or moments at all."""
     fsync_seconds: float
+    part: FileRecord | None = None
+    """The part of the index that this rank has written of what it has otherwise than the coordinator."""
+    own_files: Mapping[str, FileRecord] = field(default_factory=dict)
+    """The files that only that part lists."""
+
+    @property
+    def all_files(self) -> dict[str, FileRecord]:
+        """Those that the index lists, and those that only the part does."""
+        return {**self.files, **self.own_files}
 
 
 @dataclass(frozen=True)
@@ -66,12 +83,13 @@ class RankFilesForm:
             part: Any = chunks.setdefault(name, {})
             part[key] = [[list(c.offsets), list(c.lengths), c.file, c.begin, c.end, c.xxh3] for c in found]
         return {
-            "files": {path: [file.size, file.xxh3, file.origin, file.turn] for path, file in value.files.items()},
-            "headers": {path: list(header) for path, header in value.headers.items()},
+            "files": _files_to_json(value.files),
             "chunks": chunks,
             "finite": value.finite,
             "learned": value.trainable,
             "fsync_seconds": value.fsync_seconds,
+            "part": None if value.part is None else [value.part.size, value.part.xxh3],
+            "own_files": _files_to_json(value.own_files),
         }
 
     def unpack(self, raw: Json) -> RankFiles:
@@ -82,13 +100,18 @@ class RankFilesForm:
             for key, found in tensors.items()
         }
         return RankFiles(
-            files={path: FileRecord(*values) for path, values in part["files"].items()},
-            headers={path: (header[0], header[1]) for path, header in part["headers"].items()},
+            files=parse_files(part["files"], "files"),
             chunks=chunks,
             finite=part["finite"],
             trainable=part["learned"],
             fsync_seconds=part["fsync_seconds"],
+            part=None if part["part"] is None else FileRecord(*part["part"]),
+            own_files=parse_files(part["own_files"], "files"),
         )
+
+
+def _files_to_json(files: Mapping[str, FileRecord]) -> list[Json]:
+    return [file_to_json(path, record) for path, record in files.items()]
 
 
 def all_finite_over_ranks(parts: Sequence[RankFiles]) -> bool | None:
@@ -99,41 +122,30 @@ def all_finite_over_ranks(parts: Sequence[RankFiles]) -> bool | None:
     return None if None in found or not found else True
 
 
-class IndexParts(NamedTuple):
-    """Where tensors lie, as an index has it."""
-
-    chunks: dict[tuple[str, str], tuple[Chunk, ...]]
-    headers: dict[str, tuple[int, str]]
-
-
 def separated(
-    chunks: Mapping[tuple[str, str], tuple[Chunk, ...]], headers: Mapping[str, tuple[int, str]]
-) -> tuple[IndexParts, IndexParts]:
-    """What belongs to the index of all ranks, and what to this rank's own."""
+    chunks: Mapping[tuple[str, str], tuple[Chunk, ...]],
+) -> tuple[dict[tuple[str, str], tuple[Chunk, ...]], dict[tuple[str, str], tuple[Chunk, ...]]]:
+    """The chunks that belong to the index of all ranks, and those of this rank's own part."""
     own = {(name.removeprefix(OWN), key): found for (name, key), found in chunks.items() if name.startswith(OWN)}
-    shared = {place: found for place, found in chunks.items() if not place[0].startswith(OWN)}
-    files = {chunk.file for found in own.values() for chunk in found}
-    return (
-        IndexParts(shared, {path: header for path, header in headers.items() if path not in files}),
-        IndexParts(own, {path: header for path, header in headers.items() if path in files}),
-    )
+    return {place: found for place, found in chunks.items() if not place[0].startswith(OWN)}, own
 
 
-def joined_index(components: Mapping[str, Component], parts: Sequence[RankFiles]) -> Index:
+def joined_index(components: Mapping[str, Component], ranks: Sequence[RankFiles]) -> Index:
     """The index of all ranks, of ``components`` as a whole."""
     chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {
         (name, key): () for name, component in components.items() for key in component.tensors
     }
-    headers: dict[str, tuple[int, str]] = {}
-    for part in parts:
-        headers.update(part.headers)
-        for place, found in part.chunks.items():
+    files: dict[str, FileRecord] = {}
+    for written in ranks:
+        files.update(written.files)
+        for place, found in written.chunks.items():
             chunks[place] += found
-    return Index(dict(components), chunks, headers)
+    parts = {rank: written.part for rank, written in enumerate(ranks) if written.part is not None}
+    return Index(dict(components), chunks, files, parts)
 
 
 def write_index(attempt: Attempt, index: Index, *, joined: bool) -> None:
-    """Write the index of a checkpoint of which all files are recorded.
+    """Write the index of a checkpoint of which all other files are recorded.
 
     ``joined``: others than this process have written some, so that it is checked, and the model gets its index for
     Hugging Face tools only now.
@@ -141,9 +153,14 @@ def write_index(attempt: Attempt, index: Index, *, joined: bool) -> None:
     Raises:
         CorruptCheckpointError: a byte of a tensor is missing, or is there twice.
     """
-    data = index.to_bytes()
     if joined:
-        parse_index(data, {path: record.size for path, record in attempt.files.items()}, "the index of all ranks")
         for path, content in joined_shard_indexes(index).items():
             attempt.write(path, [content], len(content))
-    attempt.write(paths.INDEX, [data], len(data))
+    plain = {path: record for path, record in attempt.files.items() if record.header is None}
+    known = {paths.rank_index(rank) for rank in index.parts}
+    files = {**{path: record for path, record in plain.items() if path not in known}, **index.files}
+    data = replace(index, files=files).to_files()
+    if joined:
+        parse_index(data[paths.INDEX], data[paths.TABLE], "the index of all ranks")
+    for path, content in data.items():
+        attempt.write(path, [content], len(content))

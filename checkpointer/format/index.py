@@ -117,7 +117,7 @@ class Index:
     parts: Mapping[int, FileRecord] = field(default_factory=dict)
     """By rank: size and hash of the file (``paths.rank_index``) with what that rank has otherwise than rank 0."""
 
-    @property
+    @cached_property
     def headers(self) -> dict[str, tuple[int, str]]:
         """Length in bytes and xxh3-128 of the header of each tensor file."""
         return {path: record.header for path, record in self.files.items() if record.header is not None}
@@ -279,7 +279,7 @@ class Chunks(Mapping[tuple[str, str], "tuple[Chunk, ...]"]):
         tensors = self._tensors[component]
         number = tensors.number(key)
         first, last = self.starts[number], self.starts[number + 1]
-        shape = tensors.columns.shape[number]
+        shape = tensors.columns.shape.row(number)
         return tuple(
             [self.columns.chunk(row, shape, self.file_names, self.this_file) for row in range(first, last)]
         )

@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint is, which files it has, and the proof that it was committed.
+"""The manifest: what a checkpoint is, the hashes of its index, and the proof that it was committed.
 
 Pure: bytes in, :class:`Manifest` out, and back. Reading trusts nothing (see FORMAT.md, "manifest.json").
 """
@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from typing import TypedDict
 
 from checkpointer.errors import CorruptCheckpointError, FormatVersionError, SaveError
 from checkpointer.format import paths, strict_json
-from checkpointer.format.index import Json
+from checkpointer.format.index import FileRecord, Json
 from checkpointer.format.info import CheckpointInfo
 
 FORMAT = "checkpointer"
@@ -26,18 +27,6 @@ _TIME = re.compile(
 """What ``created`` may be; every Python that runs this reads the same of it."""
 
 _SPECIAL_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Size in bytes and xxh3-128 (32 hexadecimal digits) of a whole file, and whose bytes it shares."""
-
-    size: int
-    xxh3: str
-    origin: str | None = None
-    """``id`` of the earlier checkpoint whose save wrote the bytes that this file shares; ``None``: its own did."""
-    turn: int = 1
-    """Which of the consecutive checkpoints that share these bytes this one is; the one that wrote them is the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,27 +45,37 @@ class Manifest:
     world_size: int = 1
     data: str | None = None
     """Directory inside the checkpoint that holds the files, where the file system cannot rename; else ``None``."""
-    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    index: Mapping[str, FileRecord] = field(default_factory=dict)
+    """Size and hash of the files that say what else there is: ``index.json`` and ``index.safetensors``."""
+    files: int = 0
+    """How many files there are but the manifest."""
+    size: int = 0
+    """Bytes of all of them."""
+    shared: Mapping[str, int] = field(default_factory=dict)
+    """Of these, the bytes that were written by the save of another checkpoint, by its id."""
+    foreign: int = 0
+    """How many of the files were written by somebody else's saver."""
+    run: str | None = None
+    """The id of the run; every checkpoint of a run root has the same."""
+    rules: Mapping[str, Json] = field(default_factory=dict)
+    """The ``save`` and ``keep`` rules that were in force, as the configuration spells them."""
+    replaces: str | None = None
+    """The id that this checkpoint had before some of its components were removed."""
+    slimmed: tuple[str, ...] = ()
+    """The components that were removed since it was saved."""
     environment: Mapping[str, Json] = field(default_factory=dict)
     statistics: Mapping[str, Json] = field(default_factory=dict)
 
     @property
-    def size(self) -> int:
-        """Bytes of all files but the manifest."""
-        return sum(record.size for record in self.files.values())
-
-    @property
     def copies(self) -> dict[str, int]:
-        """Bytes of each physical copy that the files lie on, by its name."""
-        return {self.copy(path): record.size for path, record in self.files.items()}
+        """Bytes that lie on this disk, by the id of the checkpoint whose save wrote them.
 
-    def copy(self, path: str) -> str:
-        """A name of the physical copy that file ``path`` lies on; checkpoints that share it agree on the name.
-
-        Where files cannot be linked (``data`` is given) sharing is a copy made by the server, so it is one of its own.
+        What several checkpoints share is counted once, at the largest of their numbers. Where files cannot be linked
+        (``data`` is given) sharing is a copy made by the server, so all bytes are its own.
         """
-        origin = self.files[path].origin
-        return f"{origin if origin and not self.data else self.id}/{path}"
+        if self.data:
+            return {self.id: self.size}
+        return {self.id: self.size - sum(self.shared.values()), **self.shared}
 
     def place(self, path: str) -> str:
         """Where file ``path`` lies, relative to the checkpoint's directory."""
@@ -120,8 +119,10 @@ class Manifest:
             "finite": self.finite,
             "world_size": self.world_size,
             "data": self.data,
-            "files": {path: [record.size, record.xxh3] for path, record in self.files.items()},
-            **self._shared_to_json(),
+            "index": {path: [record.size, record.xxh3] for path, record in self.index.items()},
+            "files": self.files,
+            "size": self.size,
+            **self._optional_to_json(),
             "environment": dict(self.environment),
             "statistics": dict(self.statistics),
         }
@@ -129,7 +130,7 @@ class Manifest:
         if len(data) > paths.MANIFEST_LIMIT:
             raise SaveError(
                 f"the manifest would take {len(data)} bytes, at most {paths.MANIFEST_LIMIT} are allowed: "
-                f"pass fewer or shorter metrics, tags or attached files ({len(self.files)} files)"
+                "pass fewer or shorter metrics or tags"
             )
         try:
             parse_manifest(data, "the new manifest")
@@ -137,9 +138,17 @@ class Manifest:
             raise SaveError(f"this checkpoint could not be read back, so it is not committed: {error}") from error
         return data
 
-    def _shared_to_json(self) -> dict[str, object]:
-        shared = {path: [file.origin, file.turn] for path, file in self.files.items() if file.origin is not None}
-        return {"shared": shared} if shared else {}
+    def _optional_to_json(self) -> dict[str, object]:
+        """Members that most manifests can do without."""
+        members: dict[str, object] = {
+            "shared": dict(self.shared),
+            "foreign": self.foreign,
+            "run": self.run,
+            "rules": dict(self.rules),
+            "replaces": self.replaces,
+            "slimmed": list(self.slimmed),
+        }
+        return {name: value for name, value in members.items() if value}
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
@@ -189,9 +198,12 @@ def _from_json(raw: Mapping[str, object]) -> Manifest:
         finite=finite,
         world_size=strict_json.integer(raw["world_size"], "world_size", low=1, high=2**31),
         data=None if data is None else str(data),
-        files=_parse_files(
-            strict_json.mapping(raw["files"], "files"), strict_json.mapping(raw.get("shared", {}), "shared")
-        ),
+        **_totals(raw),
+        foreign=strict_json.integer(raw.get("foreign", 0), "foreign"),
+        run=_optional_id(raw, "run"),
+        rules=strict_json.mapping(raw.get("rules", {}), "rules"),
+        replaces=_optional_id(raw, "replaces"),
+        slimmed=tuple(strict_json.string(name, "slimmed") for name in strict_json.array(raw.get("slimmed", []), "slimmed")),
         environment=strict_json.mapping(raw["environment"], "environment"),
         statistics=strict_json.mapping(raw["statistics"], "statistics"),
     )
@@ -206,24 +218,40 @@ def _parse_time(text: str) -> datetime:
     return datetime.fromisoformat(f"{found['time']}{fraction}{zone}").astimezone(timezone.utc)
 
 
-def _parse_files(raw: Mapping[str, object], shared: Mapping[str, object]) -> dict[str, FileRecord]:
-    strangers = shared.keys() - raw.keys()
-    if strangers:
-        raise CorruptCheckpointError(f"shared names {min(strangers)[:100]!r}, which is not in files")
-    return {paths.check_relative(path): _parse_record(path, value, shared.get(path)) for path, value in raw.items()}
+class _Totals(TypedDict):
+    index: dict[str, FileRecord]
+    files: int
+    size: int
+    shared: dict[str, int]
 
 
-def _parse_record(path: str, value: object, shared: object) -> FileRecord:
+def _totals(raw: Mapping[str, object]) -> _Totals:
+    index = {path: _parse_record(path, value) for path, value in strict_json.mapping(raw["index"], "index").items()}
+    if index.keys() != {paths.INDEX, paths.TABLE}:
+        raise CorruptCheckpointError(f"index must name {paths.INDEX} and {paths.TABLE}")
+    size = strict_json.integer(raw["size"], "size", low=sum(record.size for record in index.values()))
+    shared: dict[str, int] = {}
+    for origin, number in strict_json.mapping(raw.get("shared", {}), "shared").items():
+        if not paths.is_id(origin) or origin == raw["id"]:
+            raise CorruptCheckpointError(f"shared names {origin[:100]!r}, which is no id of another checkpoint")
+        shared[origin] = strict_json.integer(number, f"bytes shared with {origin}")
+    if sum(shared.values()) > size:
+        raise CorruptCheckpointError("more bytes are shared than there are")
+    return {"index": index, "files": strict_json.integer(raw["files"], "files", low=2), "size": size, "shared": shared}
+
+
+def _parse_record(path: str, value: object) -> FileRecord:
     items = strict_json.array(value, f"file {path!r}")
     if len(items) != 2:
         raise CorruptCheckpointError(f"file {path!r} must be [size, xxh3]")
-    size, xxh3 = strict_json.integer(items[0], f"size of {path!r}"), strict_json.digest(items[1], path)
-    if shared is None:
-        return FileRecord(size, xxh3)
-    origin, turn, *rest = [*strict_json.array(shared, f"shared file {path!r}"), None, None]
-    if not paths.is_id(origin) or len(rest) != 2:
-        raise CorruptCheckpointError(f"shared file {path!r} must be [id, turn]")
-    return FileRecord(size, xxh3, str(origin), strict_json.integer(turn, f"turn of {path!r}", low=2, high=2**31))
+    return FileRecord(strict_json.integer(items[0], f"size of {path!r}"), strict_json.digest(items[1], path))
+
+
+def _optional_id(raw: Mapping[str, object], name: str) -> str | None:
+    value = raw.get(name)
+    if not (value is None or paths.is_id(value)):
+        raise CorruptCheckpointError(f"{name} must be null or 32 hexadecimal digits")
+    return None if value is None else str(value)
 
 
 def metric_to_json(value: float) -> float | str:

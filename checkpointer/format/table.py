@@ -90,11 +90,13 @@ class Ragged(NamedTuple):
             raise CorruptCheckpointError(f"{what}: rows of {int(starts[-1])} numbers in all, and {len(values)} are there")
         return cls(values, starts)
 
-    def __getitem__(self, row: int) -> tuple[int, ...]:  # type: ignore[override]
+    def row(self, row: int) -> tuple[int, ...]:
+        """The numbers of one row."""
         return tuple(self.values[self.starts[row] : self.starts[row + 1]].tolist())
 
     @property
     def counts(self) -> Array:
+        """The length of each row."""
         return np.diff(self.starts)
 
     def by_length(self, rows: Array | None = None) -> Iterator[tuple[int, Array, Array]]:
@@ -150,7 +152,7 @@ class TensorColumns:
     def columns(self, prefix: str = "") -> dict[str, Array]:
         """As they lie in the file."""
         texts = [key.encode("utf-8", "surrogatepass") for key in self.keys]
-        found = {
+        found: dict[str, Array] = {
             "key_lengths": np.fromiter(map(len, texts), np.uint32, len(texts)),
             "keys": np.frombuffer(b"".join(texts), np.uint8),
             "dtype": self.dtype,
@@ -209,8 +211,8 @@ class TensorColumns:
     def spec(self, number: int) -> TensorSpec:
         """One tensor, as an object."""
         row = self.strided_row.get(number)
-        strides = None if row is None else self.strides[row]
-        return TensorSpec(self.dtypes[self.dtype[number]], self.shape[number], strides, self.devices[self.device[number]])
+        strides = None if row is None else self.strides.row(row)
+        return TensorSpec(self.dtypes[self.dtype[number]], self.shape.row(number), strides, self.devices[self.device[number]])
 
     def _check_shapes(self) -> None:
         if (self.shape.values < 0).any():
@@ -223,7 +225,7 @@ class TensorColumns:
             impossible = np.flatnonzero(counted >= _FAR)
             if len(impossible):
                 number = int(rows[impossible[0]])
-                raise CorruptCheckpointError(f"{self.keys[number]!r} has impossible shape {list(self.shape[number])[:8]}")
+                raise CorruptCheckpointError(f"{self.keys[number]!r} has impossible shape {list(self.shape.row(number))[:8]}")
 
     def _check_strides(self) -> None:
         """Strides visit each element of a dense block exactly once, in some order of the dimensions."""
@@ -262,7 +264,7 @@ class ChunkColumns:
     ) -> ChunkColumns:
         """From objects: for each tensor its number and chunks. Not checked."""
         rows = [(number, chunk) for number, parts in chunks for chunk in parts]
-        shapes = [tensors.shape[number] for number, _ in rows]
+        shapes = [tensors.shape.row(number) for number, _ in rows]
         boxed = [row for row, (_, chunk) in enumerate(rows) if chunk.lengths != shapes[row]]
         hashes = bytes.fromhex("".join(chunk.xxh3 for _, chunk in rows))
         return cls(
@@ -334,8 +336,8 @@ class ChunkColumns:
     def chunk(self, number: int, shape: tuple[int, ...], files: Sequence[str], this_file: str) -> Chunk:
         """One chunk, as an object."""
         row = self.boxed_row.get(number)
-        offsets = (0,) * len(shape) if row is None else self.offsets[row]
-        lengths = shape if row is None else self.lengths[row]
+        offsets = (0,) * len(shape) if row is None else self.offsets.row(row)
+        lengths = shape if row is None else self.lengths.row(row)
         file = int(self.file[number])
         path = this_file if file == THIS_FILE else files[file]
         return Chunk(offsets, lengths, path, int(self.begin[number]), int(self.end[number]), self.hash[number].tobytes().hex())
@@ -400,7 +402,7 @@ class ChunkColumns:
             if wrong is not None:
                 number, reason = int(numbers[wrong[0]]), wrong[1]
                 raise CorruptCheckpointError(
-                    f"the chunks of {tensors.keys[number]!r} {reason} (shape {list(tensors.shape[number])})"
+                    f"the chunks of {tensors.keys[number]!r} {reason} (shape {list(tensors.shape.row(number))})"
                 )
 
     def _boxes(self, chunks: Array, length: int, tensors: TensorColumns) -> tuple[Array, Array]:

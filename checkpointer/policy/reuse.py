@@ -13,9 +13,9 @@ from typing import Literal
 
 import xxhash
 
-from checkpointer.format.index import Chunk, Index
+from checkpointer.format.index import Chunk, FileRecord, Index
 from checkpointer.format.info import CheckpointInfo
-from checkpointer.format.manifest import FileRecord, Manifest
+from checkpointer.format.manifest import Manifest
 from checkpointer.format.tensor_files import TensorFile
 
 
@@ -28,17 +28,16 @@ class ReuseSource:
     """The manifest's ``data``."""
     files: Mapping[str, FileRecord]
     """Those that may be shared."""
-    headers: Mapping[str, tuple[int, str]]
-    """As in :class:`~checkpointer.format.index.Index`; ``chunks`` too."""
     chunks: Mapping[tuple[str, str], tuple[Chunk, ...]]
+    """As in :class:`~checkpointer.format.index.Index`."""
 
     @classmethod
     def of(
         cls, info: CheckpointInfo, manifest: Manifest, index: Index, verified: Collection[str] | None = None
     ) -> ReuseSource:
         """``verified``: the files whose every byte was checked; ``None`` where this process wrote all of them."""
-        files = manifest.files if verified is None else {path: manifest.files[path] for path in verified}
-        return cls(info, manifest.data, files, index.headers, index.chunks)
+        files = index.files if verified is None else {path: index.files[path] for path in verified}
+        return cls(info, manifest.data, files, index.chunks)
 
     def place(self, path: str) -> str:
         """Where file ``path`` lies, relative to the checkpoint's directory."""
@@ -95,7 +94,7 @@ def _compared(file: TensorFile, source: ReuseSource, limit: int) -> Candidate:
 def _hashes(file: TensorFile, source: ReuseSource) -> tuple[str, ...] | None:
     """The hash of each tensor in the source's file; ``None`` where that is not laid out as the new one."""
     header = file.header
-    if source.headers.get(file.path) != (len(header), xxhash.xxh3_128_hexdigest(header)):
+    if source.files[file.path].header != (len(header), xxhash.xxh3_128_hexdigest(header)):
         return None
     hashes = []
     for slot in file.slots:

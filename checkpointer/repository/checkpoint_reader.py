@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import xxhash
 
-from checkpointer.errors import CorruptCheckpointError, UnreadableCheckpointError
+from checkpointer.errors import CorruptCheckpointError
 from checkpointer.format import paths
-from checkpointer.format.index import Chunk, Index, parse_index
+from checkpointer.format.index import Chunk, FileRecord, Index
 from checkpointer.format.manifest import Manifest
-from checkpointer.storage import ReadFile, Storage, refusals_typed
+from checkpointer.repository.contents import disk_errors, open_file, read_index, read_part
+from checkpointer.storage import ReadFile, Storage
 from checkpointer.system.threads import Pool
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 READ_BLOCK = 512 * 1024
 """Bytes read and hashed at a time: small enough that the hash finds them in the processor's cache."""
@@ -97,8 +100,8 @@ class CheckpointReader:
         self._stack = ExitStack()
         try:
             self._files: dict[str, ReadFile] = {}
-            self.index = self._with_own(self._read_index(paths.INDEX))
-            for path in manifest.files:
+            self.index = self._with_own(read_index(storage, directory, manifest))
+            for path in self.index.files:
                 self._check_size(path)
         except BaseException:
             self.close()
@@ -116,11 +119,10 @@ class CheckpointReader:
 
     def check_metadata(self) -> None:
         """Check what is not tensor data: whole small files, and the headers of safetensors files."""
-        for path, record in self.manifest.files.items():
-            header = self.index.headers.get(path)
-            length, expected = header or (record.size, record.xxh3)
+        for path, record in self.index.files.items():
+            length, expected = record.header or (record.size, record.xxh3)
             if self._hash(path, 0, length) != expected:
-                what = "the header of " if header else ""
+                what = "the header of " if record.header else ""
                 raise CorruptCheckpointError(f"{what}{self._place(path)} is damaged: its bytes do not match its hash")
 
     def read(self, reads: Iterable[ChunkRead], *, verify: bool) -> None:
@@ -144,28 +146,26 @@ class CheckpointReader:
         _share(partial(self._check_chunk, name, chunk) for name, chunk in chunks)
 
     def _open(self, path: str) -> ReadFile:
-        record = self.manifest.files[path]
-        place = f"{self._directory}/{self.manifest.place(path)}"
-        try:
-            with refusals_typed(self._storage, place):
-                file = self._storage.open(place)
-        except FileNotFoundError as error:
-            if not self._storage.exists(f"{self._directory}/{paths.MANIFEST}"):
-                raise  # the whole checkpoint is gone, not one file of it
-            raise CorruptCheckpointError(f"{self._place(path)} is missing") from error
-        if file.size != record.size:
-            file.close()
-            raise CorruptCheckpointError(f"{self._place(path)} has {file.size} bytes, {record.size} were written")
-        return file
+        record = self.index.files.get(path) or self._index_files[path]
+        return open_file(self._storage, self._directory, self.manifest, path, record)
+
+    @property
+    def _index_files(self) -> dict[str, FileRecord]:
+        """What the index lies in, to be read as bytes like every other file."""
+        own = {paths.rank_index(rank): record for rank, record in self.index.parts.items()}
+        return {**self.manifest.index, **own}
 
     def _check_size(self, path: str) -> None:
         """Open a file, which compares its size; those with tensors stay open, there are few of them."""
         file = self._open(path)
-        if path in self.index.headers:
-            self._files[path] = file
-            self._stack.callback(file.close)
+        if self.index.files[path].header is not None:
+            self._keep_open(path, file)
         else:
             file.close()
+
+    def _keep_open(self, path: str, file: ReadFile) -> None:
+        self._files[path] = file
+        self._stack.callback(file.close)
 
     @property
     def has_own_state(self) -> bool:
@@ -174,10 +174,10 @@ class CheckpointReader:
 
     def _with_own(self, index: Index) -> Index:
         """``index`` with what this rank had otherwise than rank 0."""
-        path = paths.rank_index(self._reader.rank)
-        if self._reader.size == 1 or path not in self.manifest.files:
+        rank = self._reader.rank
+        if self._reader.size == 1 or rank not in index.parts:
             return index
-        own = self._read_index(path)
+        own = read_part(self._storage, self._directory, self.manifest, index, rank)
         same_size = self._reader.size == self.manifest.world_size
         names = {name for name, part in own.components.items() if same_size or part.kind in _OWN_AT_ANY_SIZE}
         components = {
@@ -187,19 +187,9 @@ class CheckpointReader:
             for name, part in index.components.items()
         }
         mine = {place: chunks for place, chunks in own.chunks.items() if place[0] in names}
-        return Index(components, {**index.chunks, **mine}, {**index.headers, **own.headers})
-
-    def _read_index(self, path: str) -> Index:
-        if path not in self.manifest.files:
-            raise CorruptCheckpointError(f"{self._storage.place(self._directory)} lists no {path}")
-        size = self.manifest.files[path].size
-        if size > paths.INDEX_LIMIT:
-            raise CorruptCheckpointError(f"{self._place(path)} is larger than {paths.INDEX_LIMIT} bytes")
-        data = self.whole(path, 0, size)
-        if xxhash.xxh3_128_hexdigest(data) != self.manifest.files[path].xxh3:
-            raise CorruptCheckpointError(f"{self._place(path)} is damaged: its bytes do not match its hash")
-        sizes = {file: record.size for file, record in self.manifest.files.items()}
-        return parse_index(data, sizes, self._place(path))
+        path = paths.rank_index(rank)
+        self._keep_open(path, open_file(self._storage, self._directory, self.manifest, path, index.parts[rank]))
+        return Index(components, _Both(mine, index.chunks), {**index.files, **own.files}, index.parts)
 
     def _tasks(self, reads: Iterable[ChunkRead], *, verify: bool) -> Iterator[Callable[[], None]]:
         """What one thread does at a time. Small chunks next to each other are one request, large ones are several."""
@@ -293,19 +283,27 @@ class CheckpointReader:
         with self._disk_errors(path):
             file.read_into(offset, view)
 
-    @contextmanager
-    def _disk_errors(self, path: str) -> Iterator[None]:
-        """A bad sector is damage of the checkpoint; other failures are not."""
-        try:
-            with refusals_typed(self._storage, f"{self._directory}/{self.manifest.place(path)}"):
-                yield
-        except UnreadableCheckpointError as error:
-            if error.errno != errno.EIO:
-                raise
-            raise CorruptCheckpointError(f"{self._place(path)} cannot be read: {error.__cause__}") from error.__cause__
+    def _disk_errors(self, path: str) -> AbstractContextManager[None]:
+        return disk_errors(self._storage, f"{self._directory}/{self.manifest.place(path)}")
 
     def _place(self, path: str) -> str:
         return self._storage.place(f"{self._directory}/{self.manifest.place(path)}")
+
+
+class _Both(Mapping[K, V]):
+    """Two mappings of which the first counts where both have a key, without a copy of either."""
+
+    def __init__(self, first: Mapping[K, V], second: Mapping[K, V]) -> None:
+        self._first, self._second = first, second
+
+    def __getitem__(self, key: K) -> V:
+        return self._first[key] if key in self._first else self._second[key]
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(dict.fromkeys([*self._second, *self._first]))
+
+    def __len__(self) -> int:
+        return len(self._first.keys() | self._second.keys())
 
 
 class _Run:

@@ -19,7 +19,8 @@ from checkpointer.errors import (
 )
 from checkpointer.format import paths
 from checkpointer.format.info import CheckpointInfo
-from checkpointer.format.manifest import FileRecord, Manifest, parse_manifest
+from checkpointer.format.index import FileRecord
+from checkpointer.format.manifest import Manifest, parse_manifest
 from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.checkpoint_reader import ONE_PROCESS, CheckpointReader, ReadingRank
 from checkpointer.repository.commit import Attempt, for_each, obstacle_of, protocol_for, read_manifest

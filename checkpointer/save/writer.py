@@ -7,12 +7,11 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from checkpointer.distributed.exchange import AS_JSON, Meeting
 from checkpointer.distributed.rank_report import (
-    IndexParts,
     NoRoom,
     PartForm,
     RankFiles,
@@ -27,14 +26,17 @@ from checkpointer.distributed.save_plan import OWN, RankPlan
 from checkpointer.errors import SaveError
 from checkpointer.format import paths, strict_json
 from checkpointer.format.boxes import whole
-from checkpointer.format.index import Chunk, Index, Json
+from checkpointer.format.index import Chunk, Component, FileRecord, Index, Json, RankPart
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest, parse_manifest
+from checkpointer.format.table import pack_part
+from checkpointer.format.tensor_files import SMALL_COMPONENT
 from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.commit import Attempt
 from checkpointer.repository.repository import Repository
 from checkpointer.save.snapshot import Snapshot, bytes_to_write
 from checkpointer.save.tensor_writer import chunks_of, header_of, write_file
+from checkpointer.staging.digest import Digest
 from checkpointer.staging.stager import ReusedFile, Staged, StagedFile
 from checkpointer.system import messages
 
@@ -102,7 +104,7 @@ class _Writing:
             return None
         mine = self._written
         assert mine is not None
-        return reply.info, ReuseSource(reply.info, reply.manifest.data, mine.files, mine.headers, mine.chunks)
+        return reply.info, ReuseSource(reply.info, reply.manifest.data, mine.files, mine.chunks)
 
     def _begin(self) -> Attempt:
         """A new attempt, of which every rank knows."""
@@ -190,18 +192,31 @@ def _write_files(repository: Repository, attempt: Attempt, snapshot: Snapshot) -
         tensors.write(item)
     for path, data in snapshot.small_files.items():
         attempt.write(path, [data], len(data))
-    shared, own = separated(tensors.chunks, _headers(snapshot.staged))
-    if any(name.startswith(OWN) for name in snapshot.staged.components):
-        data = _own_index(snapshot.staged, own).to_bytes()
-        attempt.write(paths.rank_index(snapshot.rank_plan.ranks.rank), [data], len(data))
+    shared, own = separated(tensors.chunks)
+    own_paths = {chunk.file for found in own.values() for chunk in found}
+    files = {path: record for path, record in attempt.files.items() if path not in own_paths}
+    own_files = {path: record for path, record in attempt.files.items() if path in own_paths}
     return RankFiles(
-        files=dict(attempt.files),
-        headers=shared.headers,
-        chunks=shared.chunks,
+        files=files,
+        chunks=shared,
         finite=tensors.finite,
         trainable=bool(snapshot.staged.trainable),
+        part=_write_part(attempt, snapshot, RankPart(_own_components(snapshot.staged), own, own_files), tensors.inside),
+        own_files=own_files,
         fsync_seconds=attempt.fsync_seconds,
     )
+
+
+def _own_components(staged: Staged) -> dict[str, Component]:
+    """What this rank has otherwise than the coordinator."""
+    return {name.removeprefix(OWN): part for name, part in staged.components.items() if name.startswith(OWN)}
+
+
+def _write_part(attempt: Attempt, snapshot: Snapshot, part: RankPart, inside: bytes) -> FileRecord | None:
+    if not part.components:
+        return None
+    data = pack_part(part, inside)
+    return attempt.write(paths.rank_index(snapshot.rank_plan.ranks.rank), [data], len(data))
 
 
 @dataclass(frozen=True)
@@ -236,8 +251,10 @@ def _commit(
 ) -> _Committed:
     """On the coordinator, after every rank has written."""
     index = _index(snapshot, parts)
-    for part in parts:
-        attempt.files.update(part.files)
+    for rank, part in enumerate(parts):
+        attempt.files.update(part.all_files)
+        if part.part is not None:
+            attempt.files[paths.rank_index(rank)] = part.part
     write_index(attempt, index, joined=len(parts) > 1)
     seconds = time.perf_counter() - began
     manifest = _manifest(repository, snapshot, attempt, seconds, finite=all_finite_over_ranks(parts), ranks=len(parts))
@@ -263,7 +280,10 @@ class _TensorFiles:
         self._boxes = snapshot.rank_plan.boxes
         self._not_finite: list[str] = []
         self._unseen = False
+        self._own_path = paths.shared_tensors(snapshot.rank_plan.ranks.rank, own=True)
         self.chunks: dict[tuple[str, str], tuple[Chunk, ...]] = {}
+        self.inside = b""
+        """Bytes of tensors that are kept in this rank's part of the index."""
 
     @property
     def finite(self) -> bool | None:
@@ -276,6 +296,9 @@ class _TensorFiles:
         """Write one file, or share it with an earlier checkpoint."""
         file, source = item
         hashes: Sequence[str]
+        if file.path == self._own_path and file.data_size < SMALL_COMPONENT:
+            self._keep_inside(item)
+            return
         if isinstance(source, ReusedFile) and self._share(file.path, source):
             hashes = source.hashes
             self._unseen = self._unseen or source.earlier.info.finite is None
@@ -287,30 +310,31 @@ class _TensorFiles:
             self._boxes.get((slot.component, slot.key)) or whole(spec.shape)
             for slot, spec in zip(file.slots, file.specs, strict=True)
         ]
+        self._attempt.files[file.path] = replace(self._attempt.files[file.path], header=header_of(file))
         chunks = chunks_of(file, hashes, (box.offsets for box in boxes))
         self.chunks.update(
             {(slot.component, slot.key): (chunk,) for slot, chunk in zip(file.slots, chunks, strict=True)}
         )
 
+    def _keep_inside(self, item: StagedFile) -> None:
+        """Small tensors of this rank alone lie in its part of the index: ten thousand ranks have so many files less."""
+        digest = Digest(item.file, self._learned)
+        self.inside = b"".join([bytes(block) for block in item.source.pieces(digest)])
+        digest.update(memoryview(b""))
+        for slot, spec, xxh3 in zip(item.file.slots, item.file.specs, digest.hashes, strict=True):
+            begins = (0,) * len(spec.shape)
+            self.chunks[slot.component, slot.key] = (Chunk(begins, spec.shape, "", slot.begin, slot.end, xxh3),)
+
     def _share(self, path: str, source: ReusedFile) -> bool:
         return self._repository.reuse(self._attempt, path, source.earlier, source.record)
-
-
-def _headers(staged: Staged) -> dict[str, tuple[int, str]]:
-    return {file.path: header_of(file) for file, _ in staged.files}
-
-
-def _own_index(staged: Staged, own: IndexParts) -> Index:
-    """What this rank has otherwise than the coordinator."""
-    components = {name.removeprefix(OWN): part for name, part in staged.components.items() if name.startswith(OWN)}
-    return Index(components, own.chunks, own.headers)
 
 
 def _index(snapshot: Snapshot, parts: Sequence[RankFiles]) -> Index:
     """Of all ranks. Where there is one, as it stands."""
     components = snapshot.rank_plan.components or snapshot.staged.components
     if len(parts) == 1:
-        return Index(dict(components), parts[0].chunks, parts[0].headers)
+        tensor_files = {path: record for path, record in parts[0].files.items() if record.header is not None}
+        return Index(dict(components), parts[0].chunks, tensor_files)
     return joined_index(components, parts)
 
 
@@ -329,7 +353,10 @@ def _manifest(
         finite=finite,
         world_size=ranks,
         data=attempt.data,
-        files=dict(attempt.files),
+        index={path: attempt.files[path] for path in (paths.INDEX, paths.TABLE)},
+        files=len(attempt.files),
+        size=sum(record.size for record in attempt.files.values()),
+        shared=attempt.shared,
         environment=snapshot.environment,
         statistics=_statistics(snapshot, attempt, seconds),
     )

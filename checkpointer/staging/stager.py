@@ -12,8 +12,7 @@ import torch
 import xxhash
 
 from checkpointer.errors import SaveError
-from checkpointer.format.index import Component
-from checkpointer.format.manifest import FileRecord
+from checkpointer.format.index import Component, FileRecord
 from checkpointer.format.tensor_files import ComponentTensors, TensorFile, plan_files
 from checkpointer.policy.reuse import ReuseSource, candidate
 from checkpointer.staging.arena import Arena, Copy, copy_threads, is_flat

@@ -11,7 +11,7 @@ from typing import Literal
 
 from checkpointer.errors import SaveError
 from checkpointer.format.info import CheckpointInfo
-from checkpointer.format.manifest import FileRecord
+from checkpointer.format.index import FileRecord
 from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.repository import Repository
 

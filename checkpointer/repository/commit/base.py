@@ -17,7 +17,8 @@ from checkpointer.errors import (
     UnreadableCheckpointError,
 )
 from checkpointer.format import paths
-from checkpointer.format.manifest import FileRecord, Manifest, parse_manifest
+from checkpointer.format.index import FileRecord
+from checkpointer.format.manifest import Manifest, parse_manifest
 from checkpointer.repository.notes import annotated, read_notes
 from checkpointer.storage import Buffer, Entry, Storage, refusals_typed
 
@@ -74,6 +75,15 @@ class Attempt:
             return False
         self.files[path] = record
         return True
+
+    @property
+    def shared(self) -> dict[str, int]:
+        """Of its files so far, the bytes that lie in files of each other checkpoint, by its id."""
+        found: dict[str, int] = {}
+        for record in self.files.values():
+            if record.origin is not None:
+                found[record.origin] = found.get(record.origin, 0) + record.size
+        return found
 
     @property
     def bytes_shared(self) -> int:

@@ -15,7 +15,8 @@ from typing import Any
 
 from checkpointer.errors import CorruptCheckpointError, FormatVersionError, RunLockedError
 from checkpointer.format import paths, strict_json
-from checkpointer.format.manifest import FileRecord, Manifest
+from checkpointer.format.index import FileRecord
+from checkpointer.format.manifest import Manifest
 from checkpointer.repository.commit.base import (
     STALE_AFTER,
     Attempt,

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from checkpointer.errors import CorruptCheckpointError
 from checkpointer.format import strict_json
-from checkpointer.format.manifest import FileRecord, Manifest, parse_manifest
+from checkpointer.format.index import FileRecord
+from checkpointer.format.manifest import Manifest, parse_manifest
 
 A, B = "a" * 32, "b" * 32
 PLAIN = Manifest(

@@ -9,9 +9,8 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpointer.format.index import Chunk, TensorSpec
+from checkpointer.format.index import Chunk, FileRecord, TensorSpec
 from checkpointer.format.info import CheckpointInfo
-from checkpointer.format.manifest import FileRecord
 from checkpointer.format.tensor_files import ComponentTensors, TensorFile, plan_files
 from checkpointer.policy.reuse import ReuseSource, candidate
 

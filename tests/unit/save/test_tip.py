@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from checkpointer.errors import RunNotEmptyError, StepOrderError
 from checkpointer.format.info import CheckpointInfo
-from checkpointer.format.manifest import FileRecord, Manifest
+from checkpointer.format.index import FileRecord
+from checkpointer.format.manifest import Manifest
 from checkpointer.policy.schedule import RECENT
 from checkpointer.repository.repository import Repository
 from checkpointer.save.tip import Tip

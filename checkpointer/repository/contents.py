@@ -1,0 +1,110 @@
+"""Which files a checkpoint has, by its index: the manifest names the files of the index alone."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import xxhash
+
+from checkpointer.errors import CorruptCheckpointError, UnreadableCheckpointError
+from checkpointer.format import paths
+from checkpointer.format.index import FileRecord, Index, RankPart, parse_index
+from checkpointer.format.manifest import Manifest
+from checkpointer.storage import ReadFile, Storage, refusals_typed
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything that the index of a checkpoint says, the parts of all ranks included."""
+
+    index: Index
+    parts: Mapping[int, RankPart]
+    """By rank."""
+    files: Mapping[str, FileRecord]
+    """Every file but the manifest."""
+
+
+def read_contents(storage: Storage, directory: str, manifest: Manifest) -> Contents:
+    """Read the index of the checkpoint in ``directory``, and all parts of it.
+
+    Raises:
+        CorruptCheckpointError: a file of it is missing, or is not what was written.
+        UnreadableCheckpointError: the system does not let it be read.
+        FileNotFoundError: the whole checkpoint has vanished.
+    """
+    index = read_index(storage, directory, manifest)
+    parts = {rank: read_part(storage, directory, manifest, index, rank) for rank in index.parts}
+    files = {**manifest.index, **index.files}
+    for rank, part in parts.items():
+        _add(files, {paths.rank_index(rank): index.parts[rank]}, directory)
+        _add(files, part.files, directory)
+    return Contents(index, parts, files)
+
+
+def _add(files: dict[str, FileRecord], more: Mapping[str, FileRecord], directory: str) -> None:
+    if not files.keys().isdisjoint(more):
+        raise CorruptCheckpointError(f"{directory}: two parts of its index list {min(files.keys() & more.keys())!r}")
+    files.update(more)
+
+
+def read_index(storage: Storage, directory: str, manifest: Manifest) -> Index:
+    """Read what all ranks share of the index. Raises as :func:`read_contents` does."""
+    text, table = (read_whole(storage, directory, manifest, path, manifest.index[path]) for path in (paths.INDEX, paths.TABLE))
+    return parse_index(text, table, storage.place(f"{directory}/{manifest.place(paths.INDEX)}"))
+
+
+def read_part(storage: Storage, directory: str, manifest: Manifest, index: Index, rank: int) -> RankPart:
+    """Read the part of one rank, which the index lists. Raises as :func:`read_contents` does."""
+    from checkpointer.format.table import parse_part  # noqa: PLC0415  loads NumPy
+
+    path = paths.rank_index(rank)
+    data = read_whole(storage, directory, manifest, path, index.parts[rank])
+    return parse_part(data, path, storage.place(f"{directory}/{manifest.place(path)}"))
+
+
+def read_whole(storage: Storage, directory: str, manifest: Manifest, path: str, record: FileRecord) -> bytes:
+    """The content of a file of the index, checked against its hash. Raises as :func:`read_contents` does."""
+    place = f"{directory}/{manifest.place(path)}"
+    if record.size > paths.INDEX_LIMIT:
+        raise CorruptCheckpointError(f"{storage.place(place)} is larger than {paths.INDEX_LIMIT} bytes")
+    file = open_file(storage, directory, manifest, path, record)
+    try:
+        data = bytearray(record.size)
+        with disk_errors(storage, place):
+            file.read_into(0, memoryview(data))
+    finally:
+        file.close()
+    if xxhash.xxh3_128_hexdigest(data) != record.xxh3:
+        raise CorruptCheckpointError(f"{storage.place(place)} is damaged: its bytes do not match its hash")
+    return bytes(data)
+
+
+def open_file(storage: Storage, directory: str, manifest: Manifest, path: str, record: FileRecord) -> ReadFile:
+    """Open a file of a checkpoint, and compare its size. Raises as :func:`read_contents` does."""
+    place = f"{directory}/{manifest.place(path)}"
+    try:
+        with refusals_typed(storage, place):
+            file = storage.open(place)
+    except FileNotFoundError as error:
+        if not storage.exists(f"{directory}/{paths.MANIFEST}"):
+            raise  # the whole checkpoint is gone, not one file of it
+        raise CorruptCheckpointError(f"{storage.place(place)} is missing") from error
+    if file.size != record.size:
+        file.close()
+        raise CorruptCheckpointError(f"{storage.place(place)} has {file.size} bytes, {record.size} were written")
+    return file
+
+
+@contextmanager
+def disk_errors(storage: Storage, place: str) -> Iterator[None]:
+    """A bad sector is damage of the checkpoint; other failures are not."""
+    try:
+        with refusals_typed(storage, place):
+            yield
+    except UnreadableCheckpointError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise CorruptCheckpointError(f"{storage.place(place)} cannot be read: {error.__cause__}") from error.__cause__
