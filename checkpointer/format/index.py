@@ -183,16 +183,28 @@ def check_version(name: object, version: object, expected: str, where: str) -> N
 
 def components_to_json(components: Mapping[str, Component]) -> list[Json]:
     """Components without their tensors, of which only the number is told: the table has them in this order."""
-    return [
-        {
-            "name": name,
-            "kind": component.kind,
-            "meta": dict(component.meta),
-            "tree": component.tree,
-            "tensors": len(component.tensors),
-        }
-        for name, component in components.items()
-    ]
+    return [_component_to_json(name, component) for name, component in components.items()]
+
+
+def _component_to_json(name: str, component: Component) -> Json:
+    meta = dict(component.meta)
+    entry: dict[str, Json] = {"name": name, "kind": component.kind, "meta": meta, "tree": component.tree}
+    entry["tensors"] = len(component.tensors)
+    if has_parameters(component):
+        entry["parameters"] = [len(group) for group in meta["params"]]  # type: ignore[union-attr,arg-type]  # lists of lists
+        for member in PARAMETER_MEMBERS:
+            del meta[member]
+    return entry
+
+
+PARAMETER_MEMBERS = ("params", "shapes", "devices", "dtypes")
+"""Members of an optimizer's meta that hold, for each group, a list with an entry for each parameter. They lie in the
+table, in columns of the same form as those of tensors; a parameter without a name has an empty one."""
+
+
+def has_parameters(component: Component) -> bool:
+    """Whether the table of tensors has columns of the parameters of this component too."""
+    return component.kind == "optimizer" and all(member in component.meta for member in PARAMETER_MEMBERS)
 
 
 def file_to_json(path: str, record: FileRecord) -> Json:

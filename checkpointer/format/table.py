@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, pairwise
-from typing import NamedTuple
+from itertools import accumulate, chain, islice, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from checkpointer.format.index import (
     ITEM_SIZES,
     MAX_CUT_DIMENSIONS,
     MAX_DIMENSIONS,
+    PARAMETER_MEMBERS,
     TABLE_FORMAT,
     VERSION,
     Chunk,
@@ -35,6 +36,7 @@ from checkpointer.format.index import (
     check_version,
     components_to_json,
     file_to_json,
+    has_parameters,
     parse_files,
 )
 from checkpointer.system.gc import collector_paused
@@ -523,16 +525,19 @@ def parse_texts(metadata: Mapping[str, str], name: str, what: str) -> tuple[str,
 # ------------------------------------------------------------------------------------ the two kinds of tables
 
 
-INDEX_FORMS: Mapping[str, Form] = {
+_COMMON_FORMS: Mapping[str, Form] = {
     **TENSOR_FORMS,
     **{f"param_{name}": TENSOR_FORMS[name] for name in ("key_lengths", "keys", "dtype", "ndim", "shape", "device")},
     **CHUNK_FORMS,
+}
+INDEX_FORMS: Mapping[str, Form] = {
+    **_COMMON_FORMS,
     "part": Form("U32"),
     "part_size": Form("I64"),
     "part_hash": Form("U8", 16),
 }
 PART_FORMS: Mapping[str, Form] = {
-    **{f"own_{name}": form for name, form in {**TENSOR_FORMS, **CHUNK_FORMS}.items()},
+    **{f"own_{name}": form for name, form in _COMMON_FORMS.items()},
     "data": Form("U8"),
 }
 
@@ -540,12 +545,13 @@ PART_FORMS: Mapping[str, Form] = {
 def pack_index(index: Index) -> bytes:
     """The content of ``index.safetensors``."""
     tensors = TensorColumns.of(chain.from_iterable(part.tensors.items() for part in index.components.values()))
+    parameters = TensorColumns.of(chain.from_iterable(map(parameters_of, index.components.values())))
     stored = {path: record for path, record in index.files.items() if record.header is not None}
     places = ((name, key) for name, part in index.components.items() for key in part.tensors)
     numbers = {path: number for number, path in enumerate(stored)}
     chunks = ChunkColumns.of(enumerate(index.chunks[place] for place in places), tensors, numbers)
     columns = {**tensors.columns(), **chunks.columns(), **_part_columns(index.parts)}
-    return pack(columns, _metadata(tensors, stored))
+    return pack({**columns, **parameters.columns("param_")}, _metadata(tensors, parameters, stored))
 
 
 def _part_columns(parts: Mapping[int, FileRecord]) -> dict[str, Array]:
@@ -560,12 +566,19 @@ def _part_columns(parts: Mapping[int, FileRecord]) -> dict[str, Array]:
     }
 
 
-def _metadata(tensors: TensorColumns, files: Mapping[str, FileRecord], **texts: str) -> dict[str, str]:
+def _metadata(
+    tensors: TensorColumns, parameters: TensorColumns, files: Mapping[str, FileRecord], **texts: str
+) -> dict[str, str]:
+    of_parameters = {
+        "param_dtypes": strict_json.dumps(list(parameters.dtypes)),
+        "param_devices": strict_json.dumps(list(parameters.devices)),
+    }
     return {
         "format": TABLE_FORMAT,
         "version": str(VERSION),
         "dtypes": strict_json.dumps(list(tensors.dtypes)),
         "devices": strict_json.dumps(list(tensors.devices)),
+        **(of_parameters if len(parameters) else {}),
         "files": strict_json.dumps([file_to_json(path, record) for path, record in files.items()]),
         **texts,
     }
@@ -581,7 +594,7 @@ def parse_table(data: bytes, components: Sequence[object], plain: Mapping[str, F
     columns, metadata = unpack(data, INDEX_FORMS, paths.TABLE)
     files = _checked_metadata(metadata, where)
     tensors = TensorColumns.parse(columns, *_names_of(metadata))
-    found = _components(components, tensors)
+    found = _components(components, tensors, TensorColumns.parse(columns, *_names_of(metadata, "param_"), "param_"))
     chunks = ChunkColumns.parse(columns, tensors)
     if not files.keys().isdisjoint(plain):
         raise CorruptCheckpointError("a file is listed with tensors, and without")
@@ -609,17 +622,17 @@ def _checked_metadata(metadata: Mapping[str, str], where: str) -> dict[str, File
     return parse_files(strict_json.loads(metadata.get("files", "[]").encode("utf-8", "replace"), "files"), "files")
 
 
-def _names_of(metadata: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    dtypes, devices = parse_texts(metadata, "dtypes", "dtypes"), parse_texts(metadata, "devices", "devices")
+def _names_of(metadata: Mapping[str, str], prefix: str = "") -> tuple[tuple[str, ...], tuple[str, ...]]:
+    dtypes, devices = (parse_texts(metadata, prefix + name, prefix + name) for name in ("dtypes", "devices"))
     unknown = [name for name in dtypes if name not in ITEM_SIZES]
     if unknown:
         raise CorruptCheckpointError(f"unknown dtype {unknown[0][:40]!r}")
     return dtypes, devices
 
 
-def _components(raw: Sequence[object], tensors: TensorColumns) -> dict[str, Component]:
+def _components(raw: Sequence[object], tensors: TensorColumns, parameters: TensorColumns) -> dict[str, Component]:
     found: dict[str, Component] = {}
-    first = 0
+    first = row = 0
     for item in raw:
         entry = strict_json.mapping(item, "component")
         name = strict_json.string(entry.get("name"), "name of a component")
@@ -629,10 +642,54 @@ def _components(raw: Sequence[object], tensors: TensorColumns) -> dict[str, Comp
         tree: Json = entry["tree"]
         kind = strict_json.string(entry.get("kind"), f"kind of {name}")
         meta = strict_json.mapping(entry.get("meta"), f"meta of {name}")
+        if "parameters" in entry:
+            groups = strict_json.integers(entry["parameters"], f"parameters of {name}")
+            meta = {**parameters_meta(groups, parameters, row), **meta}
+            row += sum(groups)
         found[name] = Component(kind=kind, tree=tree, tensors=Tensors(tensors, first, count), meta=meta)
         first += count
     if first != len(tensors):
         raise CorruptCheckpointError(f"{len(tensors) - first} tensors belong to no component")
+    if row != len(parameters):
+        raise CorruptCheckpointError(f"{len(parameters) - row} parameters belong to no component")
+    return found
+
+
+# ------------------------------------------------------------------------------------ the parameters of an optimizer
+
+
+def parameters_of(component: Component) -> list[tuple[str, TensorSpec]]:
+    """The parameters of all groups of an optimizer, one behind the other; none of other components."""
+    if not has_parameters(component):
+        return []
+    columns: list[Any] = [chain.from_iterable(component.meta[name]) for name in PARAMETER_MEMBERS]  # type: ignore[arg-type]
+    return [
+        (name or "", TensorSpec(dtype, tuple(shape), None, device))
+        for name, shape, device, dtype in zip(*columns, strict=True)
+    ]
+
+
+def parameters_meta(groups: Sequence[int], parameters: TensorColumns, first: int) -> dict[str, Any]:
+    """What :func:`parameters_of` has taken apart: the members of meta, for groups of so many parameters.
+
+    Raises:
+        CorruptCheckpointError: there are not so many parameters.
+    """
+    if sum(groups) > len(parameters) - first:
+        raise CorruptCheckpointError(f"{sum(groups)} parameters are in groups, and {len(parameters) - first} are there")
+    last = first + sum(groups)
+    rows = zip(
+        [name or None for name in parameters.keys[first:last]],
+        [list(parameters.shape.row(number)) for number in range(first, last)],
+        [parameters.devices[number] for number in parameters.device[first:last].tolist()],
+        [parameters.dtypes[number] for number in parameters.dtype[first:last].tolist()],
+        strict=True,
+    )
+    found: dict[str, Any] = {name: [] for name in PARAMETER_MEMBERS}
+    for count in groups:
+        of_group = list(islice(rows, count))
+        for place, name in enumerate(PARAMETER_MEMBERS):
+            found[name].append([row[place] for row in of_group])
     return found
 
 
@@ -642,15 +699,17 @@ def pack_part(part: RankPart, data: bytes = b"") -> bytes:
     ``data``: bytes of tensors that lie in this very file. Their chunks have ``""`` for a file, and count from the start
     of ``data``.
     """
-    tensors = TensorColumns.of(chain.from_iterable(own.tensors.items() for own in part.components.values()))
+    tensors = TensorColumns.of(chain.from_iterable(state.tensors.items() for state in part.components.values()))
     stored = {path: record for path, record in part.files.items() if record.header is not None}
     numbers = {"": THIS_FILE, **{path: number for number, path in enumerate(stored)}}
-    places = ((name, key) for name, own in part.components.items() for key in own.tensors)
+    places = ((name, key) for name, state in part.components.items() for key in state.tensors)
     chunks = ChunkColumns.of(enumerate(part.chunks[place] for place in places), tensors, numbers)
-    columns = {"own_" + name: array for name, array in {**tensors.columns(), **chunks.columns()}.items()}
+    parameters = TensorColumns.of(chain.from_iterable(map(parameters_of, part.components.values())))
+    own = {**tensors.columns(), **chunks.columns(), **parameters.columns("param_")}
+    columns = {"own_" + name: array for name, array in own.items()}
     columns["data"] = np.frombuffer(data, np.uint8)
     trees = strict_json.dumps(components_to_json(part.components))
-    metadata = _metadata(tensors, stored, components=trees)
+    metadata = _metadata(tensors, parameters, stored, components=trees)
     shift = np.where(chunks.file == THIS_FILE, place_of("data", columns, metadata), 0)
     return pack({**columns, "own_chunk_begin": chunks.begin + shift}, metadata)
 
@@ -679,7 +738,8 @@ def _parse_part(data: bytes, path: str, where: str) -> RankPart:
     own = {name.removeprefix("own_"): array for name, array in columns.items() if name.startswith("own_")}
     tensors = TensorColumns.parse(own, *_names_of(metadata))
     text = metadata.get("components", "[]").encode("utf-8", "replace")
-    found = _components(strict_json.array(strict_json.loads(text, "components"), "components"), tensors)
+    parameters = TensorColumns.parse(own, *_names_of(metadata, "param_"), "param_")
+    found = _components(strict_json.array(strict_json.loads(text, "components"), "components"), tensors, parameters)
     chunks = ChunkColumns.parse(own, tensors)
     begin = columns["data"].ctypes.data - np.frombuffer(data, np.uint8).ctypes.data if len(columns["data"]) else 0
     chunks.check_files(list(files.values()), list(files), (begin, begin + len(columns["data"])))

@@ -62,13 +62,19 @@ class GradientsAdapter:
         self.live = live
 
     def capture(self) -> Captured:
-        """Tree: parameter name to gradient, or null. Raises :class:`UnsupportedStateError`."""
+        """Tree: what is not simply the tensor of the parameter's name. Raises :class:`UnsupportedStateError`."""
         encoder = Encoder(self.name)
         tree: dict[str, Json] = {}
+        plain: set[str] = set()
         for key, parameter in self._parameters().items():
             grad = parameter.grad
-            tree[key] = None if grad is None else encoder.encode_at([("[]", key)], grad)
-        return Captured(self.kind, tree, encoder.tensors)
+            node = None if grad is None else encoder.encode_at([("[]", key)], grad)
+            if node == {"$tensor": key}:
+                plain.add(key)
+            else:
+                tree[key] = node
+        meta: dict[str, Json] = {INNER: [key for key in encoder.tensors if key not in plain]}
+        return Captured(self.kind, tree, encoder.tensors, meta)
 
     def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:
         """Match by parameter name. Raises :class:`IncompatibleStateError` with all mismatches."""
@@ -81,6 +87,10 @@ class GradientsAdapter:
         for key, parameter in Names(unwrap(self.live.module)).parameters():
             found.setdefault(id(parameter), (key, parameter))
         return dict(found.values())
+
+
+INNER = "inner"
+"""A member of meta: the keys of tensors that are parts of a gradient, as of a sparse one, and no gradients."""
 
 
 class _GradientsRestore:
@@ -112,11 +122,8 @@ class _GradientsRestore:
         return RestorePlan(self.places.reads, apply, self.report)
 
     def _pairs(self) -> list[_Pair]:
-        tree = self.component.tree
-        if type(tree) is not dict:
-            raise CorruptCheckpointError(f"{self.name}: the saved gradients are not well formed")
         found: dict[str, _Pair] = {}
-        for saved, node in tree.items():
+        for saved, node in self._nodes().items():
             key = self.options.renamed(saved)
             if self._ignored(saved) or self._ignored(key):
                 continue
@@ -133,6 +140,14 @@ class _GradientsRestore:
         self.problems += [f"missing from the checkpoint: {key!r}{nearest(key, unexpected)}" for key in missing]
         self.problems += [f"not in the live module: {key!r}{nearest(key, missing)}" for key in unexpected]
         return list(found.values())
+
+    def _nodes(self) -> dict[str, Json]:
+        """The saved gradient of each parameter, as a tree."""
+        tree, inner = self.component.tree, self.component.meta.get(INNER, [])
+        if type(tree) is not dict or type(inner) is not list or not all(type(key) is str for key in inner):
+            raise CorruptCheckpointError(f"{self.name}: the saved gradients are not well formed")
+        hidden = {*map(str, inner), *tree}
+        return {**{key: {"$tensor": key} for key in self.component.tensors if key not in hidden}, **tree}
 
     def _ignored(self, key: str) -> bool:
         return self.options.ignored(self.name, key)

@@ -81,7 +81,7 @@ class OptimizerAdapter:
         tree, tensors = encode(state, self.name)
         assert isinstance(tree, dict)
         self._known = _KnownState.of(state["state"], tree["state"])
-        return tree, tensors
+        return tree if self._known is None else {**tree, "state": self._known.node}, tensors
 
     def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:
         """Map saved to live parameters. Raises :class:`IncompatibleStateError` with all mismatches."""
@@ -100,7 +100,7 @@ class _KnownState:
     """The form that the state of an optimizer keeps from save to save: plain tensors, each in memory of its own."""
 
     node: Json
-    """Its tree."""
+    """Its tree: one word, for the keys of the tensors say which slot of which parameter each is."""
     entries: dict[Any, dict[str, str]]
     """For each parameter's index: the key that the tensor of each slot is stored under."""
 
@@ -113,7 +113,9 @@ class _KnownState:
                 return None
             entries[index] = {slot: f"state.{index}.{slot}" for slot in entry}
         nodes = [[index, {slot: {"$tensor": key} for slot, key in keys.items()}] for index, keys in entries.items()]
-        return cls(node, entries) if node == {"$dict": nodes} else None
+        if node != {"$dict": nodes} or not all(entries.values()):
+            return None
+        return cls({"$slots": STATE}, entries)
 
     def tensors_in(self, state: dict[Any, Any]) -> dict[str, torch.Tensor] | None:
         """The tensors of ``state``, by key; ``None`` where it does not have this form any more."""

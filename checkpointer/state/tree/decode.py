@@ -9,9 +9,11 @@ and to find the tensors' places; then over the tensors that were read.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
@@ -22,7 +24,7 @@ from checkpointer.errors import CheckpointerError, CorruptCheckpointError, Incom
 from checkpointer.format.index import Json, TensorSpec
 from checkpointer.state import tensors as tensor_data
 from checkpointer.state.tree.codecs import codec_named, tensor_class
-from checkpointer.state.tree.encode import FACTORIES, MAX_DEPTH, TORCH_NUMPY, show_part
+from checkpointer.state.tree.encode import FACTORIES, MAX_DEPTH, MOST_COUNTED, TORCH_NUMPY, show_part
 from checkpointer.state.tree.leaves import (
     LEAF_DECODERS,
     decode_float,
@@ -91,6 +93,9 @@ class Decoder:
         self._path: list[Any] = []
         self._depth = 0
         self._copied: set[str] = set()
+        self._spread: set[str] = set()
+        """Tensors that lie in a dict of which the tree names only the prefix."""
+        self._counted = 0
         self._made: dict[tuple[Any, ...], Any] = {}
         self._plain_tags: Mapping[str, Callable[[Json], Any]] = {
             **LEAF_DECODERS,
@@ -101,6 +106,9 @@ class Decoder:
             "$bytearray": lambda node: bytearray(self._bytes(node)),
             "$custom": self._custom,
             "$tensor": lambda node: self._tensor(self._key(node)),
+            "$tensors": self._tensor_dict,
+            "$slots": self._slot_dicts,
+            "$count": self._count,
             "$ndarray": self._ndarray,
             "$sparse": self._sparse,
             "$quantized": self._quantized,
@@ -275,6 +283,45 @@ class Decoder:
             return self._once(("tensor", key), lambda: Leaf("tensor", key, self._specs[key]))
         return self._tensors[key]
 
+    def _below(self, node: Json) -> Iterator[tuple[str, str]]:
+        """Every tensor whose key begins with a prefix, in the order of the table: its key, and the rest of that."""
+        prefix: str = expect(node, str)
+        if prefix and not prefix.endswith("."):
+            self._fail(f"the prefix {prefix[:80]!r} of a dict of tensors does not end in a dot")
+        rows = self._sorted[bisect_left(self._sorted, (prefix, -1)) : bisect_left(self._sorted, _behind(prefix))]
+        if not rows:
+            self._fail(f"no tensor begins with {prefix[:80]!r}")
+        for key, _ in sorted(rows, key=lambda row: row[1]):
+            if key in self._spread:
+                self._fail(f"tensor {key[:80]!r} is in two dicts of tensors")
+            self._spread.add(key)
+            self.used.add(key)
+            yield key, key[len(prefix) :]
+
+    @cached_property
+    def _sorted(self) -> list[tuple[str, int]]:
+        """The key of each tensor with its row, by key."""
+        return sorted((key, row) for row, key in enumerate(self._specs))
+
+    def _tensor_dict(self, node: Json) -> dict[str, Any]:
+        return {name: self._tensor(key) for key, name in self._below(node)}
+
+    def _slot_dicts(self, node: Json) -> dict[int, dict[str, Any]]:
+        out: dict[int, dict[str, Any]] = {}
+        for key, rest in self._below(node):
+            number, dot, slot = rest.partition(".")
+            if not dot or not number.isascii() or not number.isdecimal() or (number[0] == "0" and number != "0"):
+                self._fail(f"tensor {key[:80]!r} is no slot of a parameter with a number")
+            out.setdefault(int(number), {})[slot] = self._tensor(key)
+        return out
+
+    def _count(self, node: Json) -> list[int]:
+        start, count = (decode_int(item) for item in expect_list(node, 2))
+        self._counted += count
+        if start < 0 or count < 0 or self._counted > MOST_COUNTED:
+            self._fail(f"{count} integers from {start} on, at most {MOST_COUNTED} may be counted in one tree")
+        return list(range(start, start + count))
+
     def _parameter(self, node: Json, live: Any) -> Any:
         inner, requires_grad = expect_list(node, 2)
         flag = expect(requires_grad, bool)
@@ -403,6 +450,11 @@ def _wrapped_leaf(kind: str, inner: Leaf, *, requires_grad: bool) -> Leaf:
     """A leaf for a parameter (or a tensor that requires grad) over what ``inner`` stands for."""
     kind = kind if inner.kind == "tensor" else "other"
     return Leaf(kind, inner.key, inner.spec, requires_grad=requires_grad)
+
+
+def _behind(prefix: str) -> tuple[str, int]:
+    """What sorts behind all keys that begin with ``prefix``, which ends in a dot unless it is empty."""
+    return (prefix[:-1] + chr(ord(prefix[-1]) + 1), -1) if prefix else (chr(0x10FFFF) * 2, 0)
 
 
 def _tag(node: dict[str, Json]) -> tuple[str, Json]:

@@ -7,6 +7,7 @@ What JSON holds exactly is written as it is. Everything else is an object with o
 from __future__ import annotations
 
 import datetime as dt
+from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
@@ -26,6 +27,12 @@ from checkpointer.state.tree.hints import REGISTER, hint
 
 MAX_DEPTH = 200
 INLINE_BYTES = 4096
+WORTH_A_TAG = 16
+"""Tensors or numbers of a dict or list from which on the tree says all of them in one word."""
+KEY_PART = 120
+"""Characters of a dict's key that the keys of tensors below it hold."""
+MOST_COUNTED = 1_000_000
+"""Numbers that one tree may stand for in that way, so that a forged one cannot use up memory."""
 #: The default factories that a defaultdict may have, by name.
 FACTORIES: Mapping[str, Callable[[], Any]] = {
     factory.__name__: factory
@@ -49,14 +56,22 @@ def encode(value: Any, root: str = "state") -> tuple[Json, dict[str, torch.Tenso
     """
     encoder = Encoder(root)
     tree = encoder.encode(value)
+    if not encoder.prefixes_hold():
+        encoder = Encoder(root, brief=False)
+        tree = encoder.encode(value)
     return tree, encoder.tensors
 
 
 class Encoder:
     """Encodes values into one name space of tensors."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, *, brief: bool = True) -> None:
+        """``brief``: dicts of tensors are one word, which holds if :meth:`prefixes_hold` says so in the end."""
         self.root = root
+        self._brief = brief
+        self._prefixes: dict[str, int] = {}
+        """For each dict of tensors that is one word: how many tensors its prefix stands for."""
+        self._counted = 0
         self.tensors: dict[str, torch.Tensor] = {}
         self._by_pointer: dict[int, tuple[str, ...]] = {}
         self._path: list[tuple[str, Any]] = []
@@ -109,7 +124,17 @@ class Encoder:
             return {"$custom": [codec.name, self.encode(codec.encode(value))]}
         return self._leaf(value)
 
+    def prefixes_hold(self) -> bool:
+        """Whether each prefix stands for the tensors of its dict, and for no others."""
+        keys = sorted(self.tensors)
+        return all(
+            not prefix or bisect_left(keys, prefix[:-1] + "/") - bisect_left(keys, prefix) == count
+            for prefix, count in self._prefixes.items()
+        ) and ("" not in self._prefixes or self._prefixes[""] == len(keys))
+
     def _list(self, items: Iterable[Any]) -> Json:
+        if self._brief and type(items) is list and self._counts(items):
+            return {"$count": [items[0], len(items)]}
         out: list[Json] = []
         for index, item in enumerate(items):
             if leaves.is_plain(item):
@@ -120,12 +145,41 @@ class Encoder:
             self._path.pop()
         return out
 
+    def _counts(self, items: list[Any]) -> bool:
+        """Whether these are consecutive integers, as the numbers of parameters in a group are, and many of them."""
+        count = len(items)
+        if count < WORTH_A_TAG or type(items[0]) is not int or items[0] < 0 or items[0] >= 1 << 62:
+            return False
+        if self._counted + count > MOST_COUNTED or items != list(range(items[0], items[0] + count)):
+            return False
+        if not all(type(item) is int for item in items):
+            return False
+        self._counted += count
+        return True
+
+    def _tensor_dict(self, value: dict[str, Any], prefix: str) -> Json | None:
+        """One word for a dict of nothing but simple tensors, each under the key of its path; else ``None``.
+
+        What it has added by then stays: the tensors are met again, and have their keys.
+        """
+        if not self._brief or len(value) < WORTH_A_TAG or self._hashable or prefix in self._prefixes:
+            return None
+        if not all(isinstance(item, torch.Tensor) and is_simple(item) for item in value.values()):
+            return None
+        if max(map(len, value)) > KEY_PART or any(self.add(prefix + key, item) != prefix + key for key, item in value.items()):
+            return None
+        self._prefixes[prefix] = len(value)
+        return {"$tensors": prefix}
+
     def _dict(self, value: dict[Any, Any]) -> Json:
         for key in value:
             if type(key) is not str or key.startswith("$") or not leaves.is_plain_str(key):
                 return {"$dict": self._pairs(value)}
         out: dict[str, Json] = {}
         prefix = ".".join([*(_key_part(part) for _, part in self._path), ""])
+        brief = self._tensor_dict(value, prefix)
+        if brief is not None:
+            return brief
         for key, item in value.items():
             if (
                 isinstance(item, torch.Tensor) and not self._hashable and is_simple(item)
