@@ -291,7 +291,7 @@ class Chunks(Mapping[tuple[str, str], "tuple[Chunk, ...]"]):
         tensors = self._tensors[component]
         number = tensors.number(key)
         first, last = self.starts[number], self.starts[number + 1]
-        shape = tensors.columns.shape.row(number)
+        shape = tensors.columns.spec(number).shape
         return tuple(
             [self.columns.chunk(row, shape, self.file_names, self.this_file) for row in range(first, last)]
         )

@@ -212,9 +212,23 @@ class TensorColumns:
 
     def spec(self, number: int) -> TensorSpec:
         """One tensor, as an object."""
-        row = self.strided_row.get(number)
-        strides = None if row is None else self.strides.row(row)
-        return TensorSpec(self.dtypes[self.dtype[number]], self.shape.row(number), strides, self.devices[self.device[number]])
+        return self._specs[number]
+
+    @cached_property
+    def _specs(self) -> list[TensorSpec]:
+        """All tensors as objects, of which equal ones are one: a model has few different ones."""
+        made: dict[tuple[int, int, tuple[int, ...], tuple[int, ...] | None], TensorSpec] = {}
+        numbers, starts = self.shape.values.tolist(), self.shape.starts.tolist()
+        found: list[TensorSpec] = []
+        rows = zip(self.dtype.tolist(), self.device.tolist(), pairwise(starts), strict=True)
+        for number, (dtype, device, (begin, end)) in enumerate(rows):
+            row = self.strided_row.get(number)
+            what = (dtype, device, tuple(numbers[begin:end]), None if row is None else self.strides.row(row))
+            spec = made.get(what)
+            if spec is None:
+                spec = made[what] = TensorSpec(self.dtypes[dtype], what[2], what[3], self.devices[device])
+            found.append(spec)
+        return found
 
     def _check_shapes(self) -> None:
         if (self.shape.values < 0).any():
@@ -340,9 +354,15 @@ class ChunkColumns:
         row = self.boxed_row.get(number)
         offsets = (0,) * len(shape) if row is None else self.offsets.row(row)
         lengths = shape if row is None else self.lengths.row(row)
-        file = int(self.file[number])
-        path = this_file if file == THIS_FILE else files[file]
-        return Chunk(offsets, lengths, path, int(self.begin[number]), int(self.end[number]), self.hash[number].tobytes().hex())
+        file, begin, end, xxh3 = self._numbers[number]
+        return Chunk(offsets, lengths, this_file if file == THIS_FILE else files[file], begin, end, xxh3)
+
+    @cached_property
+    def _numbers(self) -> list[tuple[int, int, int, str]]:
+        """File, begin, end and hash of each chunk as Python has them: one by one, NumPy takes ten times as long."""
+        digits = self.hash.tobytes().hex()
+        hashes = [digits[at : at + 32] for at in range(0, len(digits), 32)]
+        return list(zip(self.file.tolist(), self.begin.tolist(), self.end.tolist(), hashes, strict=True))
 
     def check_files(self, files: Sequence[FileRecord], paths: Sequence[str], data: tuple[int, int]) -> None:
         """Header and chunks fill every tensor file, and chunks the column ``data``, without a gap and an overlap.
