@@ -8,8 +8,8 @@ first and each half along mesh dimension 0 after it, as FSDP2 over tensor parall
     rank 2: rows 2, 3    rank 3: rows 6, 7
 
 A mesh dimension without a cut holds replicas; several meshes of one form that hold the same tensors are replicas too.
-So each tensor has shards, numbered in the order of the cuts, and replicas, and one rank for each pair of both. Pure, and
-proof against hostile numbers: nothing here takes memory that its arguments do not take already. See FORMAT.md, "Layouts".
+So each tensor has shards, numbered in the order of the cuts, and replicas, and one rank for each pair of both. Pure,
+and proof against hostile numbers: nothing takes more memory than what it is given. See FORMAT.md, "Layouts".
 """
 
 from __future__ import annotations
@@ -60,16 +60,22 @@ class Pieces(NamedTuple):
     lengths: Integers
 
 
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """How tensors lie over the ranks of one mesh, or of several of the same form."""
+class Form(NamedTuple):
+    """How a tensor is cut by the cells of a mesh, whichever ranks these are."""
 
     mesh: tuple[int, ...]
     """The size of each mesh dimension."""
-    cuts: tuple[Cut, ...]
+    cuts: tuple[Cut, ...] = ()
     """In the order in which a tensor is cut; mesh dimensions that are missing here hold replicas."""
-    ranks: RankTable
-    """Ranks of the job, of shape [meshes, cells of a mesh in row-major order]. None stands there twice."""
+
+    @property
+    def cells(self) -> int:
+        return prod(self.mesh)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of pieces of each cut."""
+        return tuple(self.mesh[cut.mesh] for cut in self.cuts)
 
     @property
     def shards(self) -> int:
@@ -77,55 +83,45 @@ class Layout:
         return prod(self.sizes)
 
     @property
-    def replicas(self) -> int:
-        """How many ranks hold each shard."""
-        return int(self.ranks.size) // self.shards
-
-    @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        """The number of pieces of each cut."""
-        return tuple(self.mesh[cut.mesh] for cut in self.cuts)
-
-    @cached_property
-    def holders(self) -> RankTable:
-        """The rank that holds each shard as each replica: of shape [replicas, shards]."""
-        return _by_replica(self.mesh, self.cuts, self.ranks)
-
-    @cached_property
     def parts(self) -> Mapping[int, tuple[int, ...]]:
         """For each tensor dimension that is cut, the numbers of pieces, in the order of its cuts."""
         found: dict[int, tuple[int, ...]] = {}
-        for cut, size in zip(self.cuts, self.sizes, strict=True):
-            found[cut.dimension] = (*found.get(cut.dimension, ()), size)
+        for cut in self.cuts:
+            found[cut.dimension] = (*found.get(cut.dimension, ()), self.mesh[cut.mesh])
         return found
 
-    def place_of(self, rank: int) -> Place | None:
-        """Which replica of which shard a rank of the job holds; ``None``: it holds nothing."""
-        found = np.flatnonzero(self.holders.ravel() == rank)
-        return Place(*divmod(int(found[0]), self.shards)) if len(found) else None
+    def place(self, group: int, cell: int) -> Place:
+        """Where the rank stands that is ``cell``, in row-major order, of the mesh number ``group``."""
+        where = digits(cell, self.mesh)
+        cutting = {cut.mesh for cut in self.cuts}
+        replica, shard = group, 0
+        for dimension, size in enumerate(self.mesh):
+            if dimension not in cutting:
+                replica = replica * size + where[dimension]
+        for cut in self.cuts:
+            shard = shard * self.mesh[cut.mesh] + where[cut.mesh]
+        return Place(replica, shard)
 
-    def fits(self, shape: Sequence[int]) -> bool:
-        """Whether every dimension that is cut is one of a tensor of this shape."""
-        return all(dimension < len(shape) for dimension in self.parts)
+    def position(self, place: Place) -> int:
+        """The inverse of :meth:`place`: the mesh's number times the cells of a mesh, and the cell."""
+        cutting = {cut.mesh for cut in self.cuts}
+        copies = [size for dimension, size in enumerate(self.mesh) if dimension not in cutting]
+        group, copy = divmod(place.replica, prod(copies))
+        replicating, pieces = iter(digits(copy, copies)), digits(place.shard, self.sizes)
+        of_cut = {cut.mesh: number for cut, number in zip(self.cuts, pieces, strict=True)}
+        position = group
+        for dimension, size in enumerate(self.mesh):
+            position = position * size + (of_cut[dimension] if dimension in cutting else next(replicating))
+        return position
 
     def box(self, shape: Sequence[int], shard: int) -> Box:
         """The box of one shard; some of its lengths may be 0."""
         offsets, lengths = [0] * len(shape), list(shape)
-        for cut, size, number in zip(self.cuts, self.sizes, digits(shard, self.sizes), strict=True):
-            begin, length = piece(lengths[cut.dimension], size, number)
+        for cut, number in zip(self.cuts, digits(shard, self.sizes), strict=True):
+            begin, length = piece(lengths[cut.dimension], self.mesh[cut.mesh], number)
             offsets[cut.dimension] += begin
             lengths[cut.dimension] = length
         return Box(tuple(offsets), tuple(lengths))
-
-    def boxes(self, shape: Sequence[int], owner: int) -> Iterator[tuple[int, Box]]:
-        """What each rank writes of a tensor of which the replica ``owner`` is written: rank and box, shard by shard.
-
-        The shards that hold elements; of a tensor without elements, the first shard.
-        """
-        for shard in range(self.shards):
-            box = self.box(shape, shard)
-            if box.numel or (shard == 0 and 0 in shape):
-                yield int(self.holders[owner, shard]), box
 
     def overlapping(self, shape: Sequence[int], box: Box) -> Integers:
         """The numbers of the shards that share an element with ``box``, in ascending order.
@@ -135,20 +131,60 @@ class Layout:
         if not box.numel:
             return np.empty(0, np.int64)
         chosen = np.zeros(1, np.int64)
-        weights = _weights(self.sizes)
         for dimension, parts in self.parts.items():
             pieces = pieces_of(shape[dimension], parts)
             begin, end = box.offsets[dimension], box.offsets[dimension] + box.lengths[dimension]
             touched = (pieces.begins < end) & (pieces.begins + pieces.lengths > begin) & (pieces.lengths > 0)
-            steps = [weight for cut, weight in zip(self.cuts, weights, strict=True) if cut.dimension == dimension]
             numbers = np.unravel_index(np.flatnonzero(touched), parts)
-            part = sum((axis * step for axis, step in zip(numbers, steps, strict=True)), np.zeros(1, np.int64))
+            weights = [self._weight(place) for place, cut in enumerate(self.cuts) if cut.dimension == dimension]
+            part = sum((axis * weight for axis, weight in zip(numbers, weights, strict=True)), np.zeros(1, np.int64))
             chosen = (chosen[:, None] + part[None, :]).ravel()
         return np.sort(chosen)
 
+    def _weight(self, place: int) -> int:
+        """What one piece further of the cut at ``place`` adds to the number of a shard."""
+        return prod(self.sizes[place + 1 :])
+
     def to_json(self) -> dict[str, Any]:
-        """The form without the ranks, which are stored as an array."""
         return {"mesh": list(self.mesh), "cuts": [list(cut) for cut in self.cuts]}
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How tensors lie over the ranks of one mesh, or of several of the same form."""
+
+    form: Form
+    ranks: RankTable
+    """Ranks of the job, of shape [meshes, cells of a mesh in row-major order]. None stands there twice."""
+
+    @property
+    def replicas(self) -> int:
+        """How many ranks hold each shard."""
+        return int(self.ranks.size) // self.form.shards
+
+    @cached_property
+    def holders(self) -> RankTable:
+        """The rank that holds each shard as each replica: of shape [replicas, shards]."""
+        mesh, cuts = self.form
+        behind = [1 + cut.mesh for cut in cuts]
+        front = [axis for axis in range(1 + len(mesh)) if axis not in behind]
+        arranged = self.ranks.reshape(-1, *mesh).transpose(*front, *behind)
+        return np.ascontiguousarray(arranged.reshape(-1, self.form.shards))
+
+    def place_of(self, rank: int) -> Place | None:
+        """Which replica of which shard a rank of the job holds; ``None``: it holds nothing."""
+        found = np.flatnonzero(self.holders.ravel() == rank)
+        return Place(*divmod(int(found[0]), self.form.shards)) if len(found) else None
+
+    def boxes(self, shape: Sequence[int], owner: int) -> Iterator[tuple[int, Box]]:
+        """What each rank writes of a tensor of which the replica ``owner`` is written: rank and box, shard by shard.
+
+        The shards that hold elements; of a tensor without elements, the first shard.
+        """
+        for shard in range(self.form.shards):
+            box = self.form.box(shape, shard)
+            if box.numel or (shard == 0 and 0 in shape):
+                yield int(self.holders[owner, shard]), box
 
 
 def parse_layout(raw: object, ranks: NDArray[Any], world_size: int, where: str) -> Layout:
@@ -169,7 +205,7 @@ def parse_layout(raw: object, ranks: NDArray[Any], world_size: int, where: str) 
         raise CorruptCheckpointError(f"{where} cuts along a mesh dimension twice, or along one that is not there")
     if any(cut.dimension >= MAX_TENSOR_DIMENSIONS for cut in cuts):
         raise CorruptCheckpointError(f"{where} cuts a dimension that no tensor has")
-    return Layout(mesh, cuts, _checked(ranks, prod(mesh), world_size, where))
+    return Layout(Form(mesh, cuts), _checked(ranks, prod(mesh), world_size, where))
 
 
 def _checked(ranks: NDArray[Any], cells: int, world_size: int, where: str) -> RankTable:
@@ -179,28 +215,6 @@ def _checked(ranks: NDArray[Any], cells: int, world_size: int, where: str) -> Ra
     if int(flat.min()) < 0 or int(flat.max()) >= world_size or len(np.unique(flat)) != len(flat):
         raise CorruptCheckpointError(f"{where} names a rank twice, or one that a job of {world_size} does not have")
     return flat.astype(np.int32).reshape(-1, cells)
-
-
-def _by_replica(mesh: tuple[int, ...], cuts: tuple[Cut, ...], ranks: RankTable) -> RankTable:
-    """``ranks`` with the dimensions that replicate in front, and those that cut behind, in the order of the cuts."""
-    behind = [1 + cut.mesh for cut in cuts]
-    front = [axis for axis in range(1 + len(mesh)) if axis not in behind]
-    shards = prod(mesh[cut.mesh] for cut in cuts)
-    return np.ascontiguousarray(ranks.reshape(-1, *mesh).transpose(*front, *behind).reshape(-1, shards))
-
-
-def place_in(mesh: Sequence[int], cuts: Sequence[Cut], group: int, cell: int) -> Place:
-    """The place of the rank at ``cell`` of the mesh number ``group``, for whom does not know the other ranks."""
-    where = digits(cell, mesh)
-    cutting = {cut.mesh for cut in cuts}
-    replica = group
-    for number, (size, position) in enumerate(zip(mesh, where, strict=True)):
-        if number not in cutting:
-            replica = replica * size + position
-    shard = 0
-    for cut in cuts:
-        shard = shard * mesh[cut.mesh] + where[cut.mesh]
-    return Place(replica, shard)
 
 
 # ------------------------------------------------------------------------------------ pieces of a dimension
@@ -238,10 +252,6 @@ def digits(number: int, sizes: Sequence[int]) -> list[int]:
         number, digit = divmod(number, size)
         found.append(digit)
     return found[::-1]
-
-
-def _weights(sizes: Sequence[int]) -> list[int]:
-    return [prod(sizes[place + 1 :]) for place in range(len(sizes))]
 
 
 # ------------------------------------------------------------------------------------ a table of tensors
@@ -285,7 +295,7 @@ def check_columns(table: TensorColumns, layouts: Sequence[Layout], where: str) -
         raise CorruptCheckpointError(f"{where} has columns of different lengths")
     if len(dimensions) and not 0 <= int(table.layout.min()) <= int(table.layout.max()) < len(layouts):
         raise CorruptCheckpointError(f"{where} names a layout that is not there")
-    least = np.array([max(layout.parts, default=-1) + 1 for layout in layouts], np.int64)
+    least = np.array([max(layout.form.parts, default=-1) + 1 for layout in layouts], np.int64)
     replicas = np.array([layout.replicas for layout in layouts], np.int64)
     wrong = dimensions < least[table.layout] if len(dimensions) else np.zeros(0, bool)
     if wrong.any():
@@ -296,11 +306,11 @@ def check_columns(table: TensorColumns, layouts: Sequence[Layout], where: str) -
 
 def written_by(rank: int, table: TensorColumns, layouts: Sequence[Layout]) -> BoxColumns:
     """The boxes that a rank of the job wrote, of a table that :func:`check_columns` has accepted."""
-    return written_at([layout.place_of(rank) for layout in layouts], table, layouts)
+    return written_at([layout.place_of(rank) for layout in layouts], table, [layout.form for layout in layouts])
 
 
-def written_at(places: Sequence[Place | None], table: TensorColumns, layouts: Sequence[Layout]) -> BoxColumns:
-    """The boxes that the rank at ``places`` (one for each layout) writes: none of the layouts' ranks are looked at."""
+def written_at(places: Sequence[Place | None], table: TensorColumns, forms: Sequence[Form]) -> BoxColumns:
+    """The boxes that a rank writes which stands at ``places``, one for each form: no other rank has to be known."""
     replica = np.array([-1 if place is None else place.replica for place in places], np.int64)
     shard = np.array([-1 if place is None else place.shard for place in places], np.int64)
     mine = np.flatnonzero(table.owner == replica[table.layout])
@@ -310,20 +320,18 @@ def written_at(places: Sequence[Place | None], table: TensorColumns, layouts: Se
     empty = _holds_nothing(lengths, starts)
     offsets = np.zeros_like(lengths)
     layout_of = table.layout[mine]
-    for number, layout in enumerate(layouts):
-        place = places[number]
-        if place is not None and layout.cuts:
-            first = starts[:-1][layout_of == number]
-            _cut_rows(offsets, lengths, first, layout, place.shard)
+    for number, (form, place) in enumerate(zip(forms, places, strict=True)):
+        if place is not None and form.cuts:
+            _cut_rows(offsets, lengths, starts[:-1][layout_of == number], form, place.shard)
     kept = np.where(empty, shard[layout_of] == 0, ~_holds_nothing(lengths, starts))
     return _rows(BoxColumns(mine, offsets, lengths, starts), np.flatnonzero(kept))
 
 
-def _cut_rows(offsets: Integers, lengths: Integers, first: Integers, layout: Layout, shard: int) -> None:
+def _cut_rows(offsets: Integers, lengths: Integers, first: Integers, form: Form, shard: int) -> None:
     """Cut the rows that begin at ``first`` down to one shard."""
-    for cut, size, number in zip(layout.cuts, layout.sizes, digits(shard, layout.sizes), strict=True):
+    for cut, number in zip(form.cuts, digits(shard, form.sizes), strict=True):
         where = first + cut.dimension
-        pieces = _cut(lengths[where], size, number)
+        pieces = _cut(lengths[where], form.mesh[cut.mesh], number)
         offsets[where] += pieces.begins
         lengths[where] = pieces.lengths
 

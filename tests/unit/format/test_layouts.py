@@ -19,6 +19,7 @@ from checkpointer.errors import CorruptCheckpointError
 from checkpointer.format.layouts import (
     BoxColumns,
     Cut,
+    Form,
     Layout,
     Place,
     TensorColumns,
@@ -27,7 +28,6 @@ from checkpointer.format.layouts import (
     parse_layout,
     piece,
     pieces_of,
-    place_in,
     written_by,
 )
 from tests.support.boxes import box_in, numbered, slices
@@ -45,7 +45,7 @@ def layouts(draw: st.DrawFn, dimensions: int = 3, mesh: tuple[int, ...] | None =
     cuts = tuple(Cut(dimension, draw(st.integers(0, dimensions - 1))) for dimension in order)
     groups = draw(st.integers(1, 3))
     ranks = np.array(draw(st.permutations(range(groups * prod(mesh)))), np.int32)
-    return Layout(mesh, cuts, ranks.reshape(groups, -1))
+    return Layout(Form(mesh, cuts), ranks.reshape(groups, -1))
 
 
 cut_tensors = shapes.flatmap(lambda shape: st.tuples(st.just(shape), layouts(len(shape))))
@@ -54,11 +54,11 @@ cut_tensors = shapes.flatmap(lambda shape: st.tuples(st.just(shape), layouts(len
 def really_cut(shape: Sequence[int], layout: Layout) -> dict[int, np.ndarray]:
     """What each rank holds of the numbers of a tensor's elements, by cutting an array again and again."""
     found = {}
-    for group, cell in itertools.product(range(len(layout.ranks)), range(prod(layout.mesh))):
-        part, where = numbered(shape), np.unravel_index(cell, layout.mesh)
-        for cut in layout.cuts:
+    for group, cell in itertools.product(range(len(layout.ranks)), range(layout.form.cells)):
+        part, where = numbered(shape), np.unravel_index(cell, layout.form.mesh)
+        for cut in layout.form.cuts:
             # torch.chunk leaves out the pieces that are empty
-            pieces = torch.from_numpy(part).chunk(layout.mesh[cut.mesh], cut.dimension)
+            pieces = torch.from_numpy(part).chunk(layout.form.mesh[cut.mesh], cut.dimension)
             number = int(where[cut.mesh])
             empty = part.take(range(0), axis=cut.dimension)
             part = pieces[number].numpy() if number < len(pieces) else empty
@@ -73,7 +73,7 @@ def test_the_box_of_each_rank_is_what_cutting_the_tensor_leaves_to_it(drawn):
     for rank, part in really_cut(shape, layout).items():
         place = layout.place_of(rank)
         assert place is not None
-        box = layout.box(shape, place.shard)
+        box = layout.form.box(shape, place.shard)
         assert box.lengths == part.shape
         assert np.array_equal(numbered(shape)[slices(box)], part)
         assert layout.holders[place.replica, place.shard] == rank
@@ -97,8 +97,10 @@ def test_any_replica_writes_every_element_once(drawn, data):
 @ANY
 @given(layouts())
 def test_a_rank_knows_its_place_without_the_ranks_of_the_layout(layout):
-    for group, cell in itertools.product(range(len(layout.ranks)), range(prod(layout.mesh))):
-        assert place_in(layout.mesh, layout.cuts, group, cell) == layout.place_of(int(layout.ranks[group, cell]))
+    for group, cell in itertools.product(range(len(layout.ranks)), range(layout.form.cells)):
+        place = layout.form.place(group, cell)
+        assert place == layout.place_of(int(layout.ranks[group, cell]))
+        assert layout.form.position(place) == group * layout.form.cells + cell
     assert layout.place_of(len(layout.ranks.ravel())) is None
 
 
@@ -108,8 +110,10 @@ def test_the_shards_that_overlap_a_box_are_found(drawn, data):
     shape, layout = drawn
     box = data.draw(box_in(shape))
     wanted = set(numbered(shape)[slices(box)].ravel())
-    every = [set(numbered(shape)[slices(layout.box(shape, shard))].ravel()) for shard in range(layout.shards)]
-    assert layout.overlapping(shape, box).tolist() == [number for number, held in enumerate(every) if held & wanted]
+    every = [set(numbered(shape)[slices(layout.form.box(shape, shard))].ravel()) for shard in range(layout.form.shards)]
+    assert layout.form.overlapping(shape, box).tolist() == [
+        number for number, held in enumerate(every) if held & wanted
+    ]
 
 
 @ANY
@@ -127,50 +131,46 @@ def test_all_pieces_of_a_dimension_are_those_that_are_asked_for_one_by_one(size,
 # ------------------------------------------------------------------------------------ as torch cuts
 
 
-def placements_of(layout: Layout) -> list[Placement]:
+def placements_of(form: Form) -> list[Placement]:
     """As torch writes an order of cuts: a dimension that is cut after ones to its right is strided."""
-    found: list[Placement] = [Replicate() for _ in layout.mesh]
-    for number, cut in enumerate(layout.cuts):
-        earlier = [c.mesh for c in layout.cuts[:number] if c.dimension == cut.dimension and c.mesh > cut.mesh]
-        factor = prod(layout.mesh[dimension] for dimension in earlier)
+    found: list[Placement] = [Replicate() for _ in form.mesh]
+    for number, cut in enumerate(form.cuts):
+        earlier = [c.mesh for c in form.cuts[:number] if c.dimension == cut.dimension and c.mesh > cut.mesh]
+        factor = prod(form.mesh[dimension] for dimension in earlier)
         found[cut.mesh] = _StridedShard(cut.dimension, split_factor=factor) if factor > 1 else Shard(cut.dimension)
     return found
 
 
-def torch_agrees(shape: tuple[int, ...], layout: Layout) -> None:
-    places = placements_of(layout)
-    for cell in range(prod(layout.mesh)):
-        where = [int(x) for x in np.unravel_index(cell, layout.mesh)]
-        lengths, offsets = _compute_local_shape_and_global_offset(shape, layout.mesh, where, places)
-        box = layout.box(shape, place_in(layout.mesh, layout.cuts, 0, cell).shard)
+def torch_agrees(shape: tuple[int, ...], form: Form) -> None:
+    places = placements_of(form)
+    for cell in range(form.cells):
+        where = [int(x) for x in np.unravel_index(cell, form.mesh)]
+        lengths, offsets = _compute_local_shape_and_global_offset(shape, form.mesh, where, places)
+        box = form.box(shape, form.place(0, cell).shard)
         assert box.lengths == tuple(lengths)
         if box.numel:
             assert box.offsets == tuple(offsets)
-
-
-def in_order(layout: Layout) -> Layout:
-    return Layout(layout.mesh, tuple(sorted(layout.cuts)), layout.ranks)
 
 
 @ANY
 @given(cut_tensors)
 def test_torch_has_the_same_boxes_where_mesh_dimensions_cut_from_left_to_right(drawn):
     shape, layout = drawn
-    torch_agrees(shape, in_order(layout))
+    torch_agrees(shape, layout.form._replace(cuts=tuple(sorted(layout.form.cuts))))
 
 
 @ANY
 @given(layouts(), st.lists(st.integers(0, 3), min_size=3, max_size=3))
 def test_torch_has_the_same_boxes_in_any_order_where_pieces_are_even(layout, times):
     """Uneven ones under ``_StridedShard`` are other boxes in torch itself, from version to version."""
-    shape = tuple(factor * prod(layout.parts.get(dimension, ())) for dimension, factor in enumerate(times))
-    torch_agrees(shape, layout)
+    parts = layout.form.parts
+    torch_agrees(tuple(factor * prod(parts.get(axis, ())) for axis, factor in enumerate(times)), layout.form)
 
 
 def test_fsdp_over_tensor_parallelism_cuts_by_the_second_mesh_dimension_first():
-    layout = Layout((2, 2), (Cut(1, 0), Cut(0, 0)), np.arange(4, dtype=np.int32)[None])
-    assert placements_of(layout) == [_StridedShard(0, split_factor=2), Shard(0)]
-    assert [layout.box((8,), layout.place_of(rank).shard).offsets for rank in range(4)] == [(0,), (4,), (2,), (6,)]
+    form = Form((2, 2), (Cut(1, 0), Cut(0, 0)))
+    assert placements_of(form) == [_StridedShard(0, split_factor=2), Shard(0)]
+    assert [form.box((8,), form.place(0, rank).shard).offsets for rank in range(4)] == [(0,), (4,), (2,), (6,)]
 
 
 # ------------------------------------------------------------------------------------ whole tables
@@ -180,10 +180,10 @@ def test_fsdp_over_tensor_parallelism_cuts_by_the_second_mesh_dimension_first():
 def tables(draw: st.DrawFn) -> tuple[list[tuple[int, ...]], TensorColumns, list[Layout]]:
     mesh = draw(meshes)
     known = draw(st.lists(layouts(3, mesh), min_size=1, max_size=3))
-    known = [Layout(layout.mesh, layout.cuts, known[0].ranks) for layout in known]
+    known = [Layout(layout.form, known[0].ranks) for layout in known]
     drawn = draw(st.lists(st.tuples(st.lists(st.integers(0, 9), min_size=0, max_size=4), st.integers(0, 2))))
     rows = [(tuple(shape), number % len(known)) for shape, number in drawn]
-    rows = [(shape, number) for shape, number in rows if known[number].fits(shape)]
+    rows = [(shape, number) for shape, number in rows if max(known[number].form.parts, default=-1) < len(shape)]
     owner = [draw(st.integers(0, known[number].replicas - 1)) for _, number in rows]
     return [shape for shape, _ in rows], columns([s for s, _ in rows], [n for _, n in rows], owner), known
 
@@ -229,14 +229,16 @@ def test_the_largest_sizes_are_cut_without_an_overflow(size, parts):
 
 # ------------------------------------------------------------------------------------ from anywhere
 
+PAIR = np.arange(2, dtype=np.int32)[None]
+COLUMNS = Form((2,), (Cut(0, 1),))
 GOOD = {"mesh": [2, 2], "cuts": [[1, 0], [0, 0]]}
 
 
 @ANY
 @given(layouts())
 def test_a_layout_comes_back_from_its_json(layout):
-    found = parse_layout(layout.to_json(), layout.ranks.ravel(), layout.ranks.size, "layout")
-    assert (found.mesh, found.cuts) == (layout.mesh, layout.cuts)
+    found = parse_layout(layout.form.to_json(), layout.ranks.ravel(), layout.ranks.size, "layout")
+    assert found.form == layout.form
     assert np.array_equal(found.ranks, layout.ranks)
 
 
@@ -273,20 +275,20 @@ def test_what_is_no_layout_is_refused(change, ranks):
 
 @pytest.mark.parametrize("layout,owner", [([2, 0], [0, 0]), ([-1, 0], [0, 0]), ([0, 0], [2, 0]), ([0, 1], [0, -1])])
 def test_a_table_that_names_what_is_not_there_is_refused(layout, owner):
-    known = [Layout((2,), (), np.arange(2, dtype=np.int32)[None]), Layout((2,), (Cut(0, 1),), np.arange(2)[None])]
+    known = [Layout(Form((2,)), PAIR), Layout(COLUMNS, PAIR)]
     check_columns(columns([(3,), (3, 3)], [0, 1], [1, 0]), known, "the table")
     with pytest.raises(CorruptCheckpointError):
         check_columns(columns([(3,), (3, 3)], layout, owner), known, "the table")
 
 
 def test_a_tensor_that_lacks_a_dimension_that_is_cut_is_refused():
-    known = [Layout((2,), (Cut(0, 1),), np.arange(2, dtype=np.int32)[None])]
+    known = [Layout(COLUMNS, PAIR)]
     with pytest.raises(CorruptCheckpointError, match="tensor 1 is cut along a dimension"):
         check_columns(columns([(3, 3), (3,)], [0, 0], [0, 0]), known, "the table")
 
 
 def test_a_rank_outside_a_layout_wrote_nothing_of_it():
-    known = [Layout((2,), (Cut(0, 0),), np.array([[1, 2]], np.int32))]
+    known = [Layout(Form((2,), (Cut(0, 0),)), PAIR + 1)]
     table = columns([(4,)], [0], [0])
     assert known[0].place_of(0) is None
     assert listed(written_by(0, table, known)) == []
