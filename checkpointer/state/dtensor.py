@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import xxhash
 
 from checkpointer.errors import UnsupportedStateError
+from checkpointer.format.boxes import Box
+from checkpointer.format.layouts import Cut, Form
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 """Just these, no class derived from them."""
@@ -94,3 +99,114 @@ def sharding_hook(hook: object) -> bool:
     """Whether a state-dict hook is FSDP2's, which brings parameters into their sharded form and does nothing else."""
     inner: Any = getattr(hook, "hook", hook)
     return str(getattr(inner, "__module__", "")).startswith("torch.distributed.fsdp._fully_shard.")
+
+
+# ------------------------------------------------------------------------------------ as a layout
+
+
+class Sharding(NamedTuple):
+    """How DTensors of one mesh and one list of placements lie over ranks, as this rank sees it."""
+
+    form: Form
+    """Cuts are in the order of tensor dimensions; one into a single piece is left out."""
+    mesh: int
+    """A hash of the ranks of the mesh: the same on all of them."""
+    cell: int | None
+    """This rank's cell of the mesh, in row-major order; ``None``: it is outside."""
+
+    def box(self, shape: tuple[int, ...]) -> Box | None:
+        """What this rank holds of a tensor; lengths may be 0. ``None``: it is outside the mesh."""
+        if self.cell is None:
+            return None
+        return self.form.box(shape, self.form.place(0, self.cell).shard)
+
+
+def sharding_of(tensor: torch.Tensor) -> Sharding:
+    """How a DTensor lies over the ranks of its mesh. What this rank holds is compared with it.
+
+    Raises:
+        UnsupportedStateError: its parts are no boxes of it, or it waits for a reduction over the ranks.
+    """
+    sharded: Any = tensor
+    order = getattr(getattr(sharded, "_spec", None), "shard_order", None)
+    found = _sharding(sharded.device_mesh, sharded.placements, order)
+    _check_part(sharded, found)
+    return found
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _sharding(mesh: Any, placements: tuple[Any, ...], order: Any) -> Sharding:
+    sizes, where = tuple(mesh.mesh.shape), mesh.get_coordinate()
+    cuts = _cuts(sizes, placements, {entry.tensor_dim: list(entry.mesh_dims) for entry in order or ()})
+    cell = None if where is None else int(np.ravel_multi_index(tuple(where), sizes))
+    ranks = np.array(mesh.mesh.tolist(), np.int64)
+    return Sharding(Form(sizes, cuts), xxhash.xxh3_64_intdigest(ranks.tobytes()), cell)
+
+
+def _cuts(sizes: tuple[int, ...], placements: tuple[Any, ...], given: Mapping[int, list[int]]) -> tuple[Cut, ...]:
+    """The order in which mesh dimensions cut. ``given``: what torch itself knows of it, by tensor dimension.
+
+    ``_StridedShard`` says how many pieces there were before its own cut, made by mesh dimensions that stand behind it.
+    """
+    orders: dict[int, list[int]] = {}
+    for dimension, placement in reversed(list(enumerate(placements))):
+        if placement.is_partial():
+            raise UnsupportedStateError(
+                f"a DTensor with placements {placements} waits for a reduction: redistribute it first"
+            )
+        if not placement.is_replicate():
+            order = orders.setdefault(placement.dim, [])
+            before = _position(order, sizes, int(getattr(placement, "split_factor", 1)))
+            if before is None:
+                raise UnsupportedStateError(
+                    f"the part of a DTensor with placements {placements} on a mesh of {sizes} is no box of it: a "
+                    "_StridedShard needs the Shards whose pieces it cuts, as FSDP2 over tensor parallelism has them"
+                )
+            order.insert(before, dimension)
+    for tensor_dimension, order in given.items():
+        if sorted(order) == sorted(orders.get(tensor_dimension, ())):
+            orders[tensor_dimension] = order
+    return tuple(Cut(mesh, axis) for axis in sorted(orders) for mesh in orders[axis] if sizes[mesh] > 1)
+
+
+def _position(order: list[int], sizes: tuple[int, ...], factor: int) -> int | None:
+    """Behind how many of the cuts in ``order`` there are ``factor`` pieces."""
+    pieces = 1
+    for place, dimension in enumerate([*order, None]):
+        if pieces == factor:
+            return place
+        if dimension is not None:
+            pieces *= sizes[dimension]
+    return None
+
+
+def _check_part(sharded: Any, sharding: Sharding) -> None:
+    shape = tuple(sharded.shape)
+    held = tuple(_local(sharded).shape)
+    box = _checked_box(shape, sharded.device_mesh, sharded.placements, sharding)
+    if box is None or box.lengths == held or (box.numel == 0 and 0 in held):
+        return
+    raise UnsupportedStateError(
+        f"this rank holds {list(held)} of a DTensor of shape {list(shape)} with placements {sharded.placements} on a "
+        f"mesh of {list(sharding.form.mesh)}, where it should hold {list(box.lengths)}"
+    )
+
+
+@functools.lru_cache(maxsize=1 << 14)  # a model has few different ones, and torch takes long to tell
+def _checked_box(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...], sharding: Sharding) -> Box | None:
+    """What the layout gives this rank. Where torch places as many elements elsewhere, nobody can tell which they are.
+
+    (FSDP2 over tensor parallelism keeps uneven pieces of other lengths than torch computes: then what is held decides.)
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    box = sharding.box(shape)
+    if box is None or not box.numel or not any(getattr(placement, "split_factor", 1) > 1 for placement in placements):
+        return box
+    lengths, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    if tuple(lengths) == box.lengths and tuple(offsets) != box.offsets:
+        raise UnsupportedStateError(
+            f"a DTensor of shape {list(shape)} with placements {placements} on a mesh of {list(sharding.form.mesh)} is "
+            "cut unevenly, and torch places this rank's part elsewhere than FSDP2 does: choose sizes that divide evenly"
+        )
+    return box

@@ -52,7 +52,8 @@ INPUT_OUTPUT = frozenset({
 })  # fmt: skip
 FILE_SYSTEMS = frozenset({"filelock", "fsspec"})
 FORBIDDEN = {
-    **dict.fromkeys(("errors", "version", "format", "policy"), TORCH | INPUT_OUTPUT),
+    **dict.fromkeys(("errors", "version", "policy"), TORCH | INPUT_OUTPUT),
+    "format": INPUT_OUTPUT | {"torch"},  # tables are read and checked as arrays
     **dict.fromkeys(("storage", "repository", "cli"), TORCH),
     "config": TORCH | FILE_SYSTEMS,
     "state": FILE_SYSTEMS,
