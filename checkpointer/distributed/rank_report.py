@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from checkpointer.distributed.save_plan import OWN
-from checkpointer.format import paths, strict_json
-from checkpointer.format.index import Chunk, Component, Index, Json, parse_index
+from checkpointer.format import paths
+from checkpointer.format.index import Chunk, Component, Index, parse_index
 from checkpointer.format.manifest import FileRecord
 from checkpointer.format.tensor_files import joined_shard_indexes
 from checkpointer.repository.commit import Attempt
@@ -36,59 +36,11 @@ class NoRoom:
     errno: int | None
 
 
-class PartForm:
-    """What a rank has written, or why it had no room, as JSON."""
+class RankReport(NamedTuple):
+    """What a rank has written, or why it had no room."""
 
-    def pack(self, value: RankFiles | NoRoom) -> Json:
-        return no_room_to_json(value) if isinstance(value, NoRoom) else RankFilesForm().pack(value)
-
-    def unpack(self, raw: Json) -> RankFiles | NoRoom:
-        return no_room_from_json(raw) or RankFilesForm().unpack(raw)
-
-
-def no_room_to_json(value: NoRoom) -> Json:
-    """As an object that no other report looks like."""
-    return {"no_room": value.text, "errno": value.errno}
-
-
-def no_room_from_json(raw: Json) -> NoRoom | None:
-    """The inverse of :func:`no_room_to_json`; ``None`` where this is another report."""
-    part = strict_json.mapping(raw, "report")
-    return NoRoom(part["no_room"], part["errno"]) if "no_room" in part else None
-
-
-class RankFilesForm:
-    """As JSON."""
-
-    def pack(self, value: RankFiles) -> Json:
-        chunks: dict[str, Json] = {}
-        for (name, key), found in value.chunks.items():
-            part: Any = chunks.setdefault(name, {})
-            part[key] = [[list(c.offsets), list(c.lengths), c.file, c.begin, c.end, c.xxh3] for c in found]
-        return {
-            "files": {path: [file.size, file.xxh3, file.origin, file.turn] for path, file in value.files.items()},
-            "headers": {path: list(header) for path, header in value.headers.items()},
-            "chunks": chunks,
-            "finite": value.finite,
-            "learned": value.trainable,
-            "fsync_seconds": value.fsync_seconds,
-        }
-
-    def unpack(self, raw: Json) -> RankFiles:
-        part = strict_json.mapping(raw, "report")
-        chunks = {
-            (name, key): tuple(Chunk(tuple(item[0]), tuple(item[1]), *item[2:]) for item in found)
-            for name, tensors in part["chunks"].items()
-            for key, found in tensors.items()
-        }
-        return RankFiles(
-            files={path: FileRecord(*values) for path, values in part["files"].items()},
-            headers={path: (header[0], header[1]) for path, header in part["headers"].items()},
-            chunks=chunks,
-            finite=part["finite"],
-            trainable=part["learned"],
-            fsync_seconds=part["fsync_seconds"],
-        )
+    written: RankFiles | None
+    no_room: NoRoom | None = None
 
 
 def all_finite_over_ranks(parts: Sequence[RankFiles]) -> bool | None:
