@@ -6,11 +6,11 @@ Their clocks differ, metrics are those of the coordinator, and a signal may come
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from checkpointer.distributed.exchange import AS_JSON, Meeting, Ranks
-from checkpointer.format.index import Json
+from checkpointer.distributed.exchange import Ranks
 
 EVERY = 1.0
 """Seconds between two questions, about: a rule of minutes needs no better, and a fast loop pays next to nothing."""
@@ -27,6 +27,15 @@ class Verdict:
     """Whether the coordinator's clock says that a save is due."""
     stop: bool
     """Whether a signal has come, to any rank."""
+
+
+class _Answer(NamedTuple):
+    """What the coordinator makes of a question."""
+
+    due: bool
+    stop: bool
+    next: int
+    """The call in which to ask again."""
 
 
 class SharedClock:
@@ -62,22 +71,20 @@ class SharedClock:
         self._calls += 1
         verdict = Verdict(due=False, stop=self.stop)
         if always or self._calls >= self._next:
-            verdict = self._meet(signalled=signalled, due=due)
+            verdict = self._asked_all(signalled=signalled, due=due)
         self._last = (step, verdict)
         return verdict
 
-    def _meet(self, *, signalled: bool, due: Callable[[], bool]) -> Verdict:
-        def decide(signals: Sequence[Json]) -> Json:
-            stop = any(signals) or self.stop
-            return [stop or due(), stop, self._calls + self._pause()]
+    def _asked_all(self, *, signalled: bool, due: Callable[[], bool]) -> Verdict:
+        with self._ranks.exchange("whether a save is due") as exchange:
+            signals = exchange.gather(signalled, bool)
+            answer = exchange.broadcast(None if signals is None else self._decide(any(signals), due), _Answer)
+        self.stop, self._next = answer.stop, answer.next
+        return Verdict(answer.due, answer.stop)
 
-        meeting = Meeting("whether a save is due", AS_JSON, AS_JSON)
-        answer = self._ranks.meet(meeting, lambda: signalled, decide)
-        assert isinstance(answer, list)
-        wanted, stop, following = answer
-        assert isinstance(following, int)
-        self.stop, self._next = bool(stop), following
-        return Verdict(bool(wanted), bool(stop))
+    def _decide(self, signalled: bool, due: Callable[[], bool]) -> _Answer:  # noqa: FBT001  any() of what ranks say
+        stop = signalled or self.stop
+        return _Answer(stop or due(), stop, self._calls + self._pause())
 
     def _pause(self) -> int:
         """After how many calls to ask again. On the coordinator."""

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpointer.format.index import Json
-
 _SPACES = ("pid", "time")
 """Namespaces in which a number and a time of a process mean the same."""
 
@@ -36,21 +34,20 @@ class Process(NamedTuple):
         return found is not None and found[0] not in _ENDED and found[1] == self.began
 
 
-def this_process() -> list[Json] | None:
+def this_process() -> Process | None:
     """What this process tells the others of itself; ``None`` where the system has no words for it."""
     where, found = _here(), _state(os.getpid())
-    return None if where is None or found is None else [where, os.getpid(), found[1]]
+    return None if where is None or found is None else Process(where, os.getpid(), found[1])
 
 
 class Liveness:
     """The other ranks that this process can see."""
 
-    def __init__(self, told: Mapping[int, Json]) -> None:
+    def __init__(self, told: Mapping[int, Process | None]) -> None:
         """``told``: for each rank, what its ``this_process`` was."""
         here = _here()
-        found = {rank: _process(words) for rank, words in told.items()}
-        self._seen = {rank: process for rank, process in found.items() if process and process.where == here}
-        self._seen = {rank: process for rank, process in self._seen.items() if process.runs}
+        found = {rank: process for rank, process in told.items() if process and process.where == here}
+        self._seen = {rank: process for rank, process in found.items() if process.runs}
 
     @property
     def ranks(self) -> frozenset[int]:
@@ -61,14 +58,6 @@ class Liveness:
         """Those of ``ranks`` that run no more, and the process that each was."""
         seen = {rank: self._seen[rank] for rank in ranks if rank in self._seen}
         return {rank: process.pid for rank, process in seen.items() if not process.runs}
-
-
-def _process(told: Json) -> Process | None:
-    if not isinstance(told, list) or len(told) != len(Process._fields):
-        return None
-    where, pid, began = told
-    known = isinstance(where, str) and isinstance(pid, int) and isinstance(began, int)
-    return Process(str(where), int(str(pid)), int(str(began))) if known else None
 
 
 def _here() -> str | None:

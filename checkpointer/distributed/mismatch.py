@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch.distributed.distributed_c10d import Store
 
+from checkpointer.distributed.encoding import decode, encode
 from checkpointer.distributed.store import StoreClient
 from checkpointer.errors import ConfigError
 
@@ -26,6 +27,23 @@ class Purpose(NamedTuple):
     """Names, one behind the other."""
     number: int
     """Of this process's managers of these components."""
+
+
+class Refusal(NamedTuple):
+    """Managers that cannot meet: who waits for this rank with one of them gives up."""
+
+    purposes: list[Purpose]
+    why: str
+
+
+class Posted(NamedTuple):
+    """What a rank says of itself while it waits."""
+
+    beat: int
+    """Another number each time."""
+    waits: list[Purpose]
+    """What its threads wait for."""
+    refused: Refusal | None = None
 
 
 class Board:
@@ -58,33 +76,31 @@ class Board:
         self._say(None)
         for rank in silent[:MOST]:
             if self._store_client.there(str(rank)):
-                said = self._store_client.hear(str(rank))
+                said = decode(self._store_client.hear(str(rank)), Posted, f"rank {rank}")
                 if self._alive(rank, said):
                     self._compare(rank, said)
 
-    def _compare(self, rank: int, said: dict[str, Any]) -> None:
-        refused = said["refused"]
-        if refused is not None and (list(self._purpose) in refused["purposes"] or self._found.get(rank)):
+    def _compare(self, rank: int, said: Posted) -> None:
+        refused = said.refused
+        if refused is not None and (self._purpose in refused.purposes or self._found.get(rank)):
             self._say(refused)  # to those that wait for this rank
-            raise ConfigError(str(refused["why"]))
-        others = [Purpose(*item) for item in said["waits"]]
-        apart = bool(others) and self._purpose not in others
+            raise ConfigError(refused.why)
+        apart = bool(said.waits) and self._purpose not in said.waits
         self._found[rank] = self._found.get(rank, 0) + 1 if apart else 0
         if self._found[rank] >= LOOKS:
-            told = self._told(rank, others[0])
-            self._say({"purposes": [list(self._purpose), *map(list, others)], "why": told})
+            told = self._told(rank, said.waits[0])
+            self._say(Refusal([self._purpose, *said.waits], told))
             raise ConfigError(told)
 
-    def _alive(self, rank: int, said: dict[str, Any]) -> bool:
+    def _alive(self, rank: int, said: Posted) -> bool:
         """Whether it has said something since the last look: a rank of an earlier life of this job has not."""
-        before, self._beats[rank] = self._beats.get(rank), said["beat"]
-        return before is not None and before != said["beat"]
+        before, self._beats[rank] = self._beats.get(rank), said.beat
+        return before is not None and before != said.beat
 
-    def _say(self, refused: dict[str, Any] | None) -> None:
-        """``refused``: the purposes that cannot meet, and why: who waits for this rank with one of them gives up."""
+    def _say(self, refused: Refusal | None) -> None:
         with _guard:
-            waits: list[Any] = [list(purpose) for purpose in _waits]
-        self._store_client.say(str(self._rank), {"beat": next(_beats), "waits": waits, "refused": refused})
+            waits = list(_waits)
+        self._store_client.say(str(self._rank), encode(Posted(next(_beats), waits, refused)))
 
     def _told(self, rank: int, other: Purpose) -> str:
         mine = self._purpose

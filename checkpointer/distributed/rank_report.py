@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import NamedTuple
 
 from checkpointer.distributed.save_plan import OWN
-from checkpointer.format import paths, strict_json
-from checkpointer.format.index import (
-    Chunk,
-    Component,
-    FileRecord,
-    Index,
-    Json,
-    file_to_json,
-    parse_files,
-    parse_index,
-)
+from checkpointer.format import paths
+from checkpointer.format.index import Chunk, Component, FileRecord, Index, parse_index
 from checkpointer.format.tensor_files import joined_shard_indexes
 from checkpointer.repository.commit import Attempt
 
@@ -53,65 +44,11 @@ class NoRoom:
     errno: int | None
 
 
-class PartForm:
-    """What a rank has written, or why it had no room, as JSON."""
+class RankReport(NamedTuple):
+    """What a rank has written, or why it had no room."""
 
-    def pack(self, value: RankFiles | NoRoom) -> Json:
-        return no_room_to_json(value) if isinstance(value, NoRoom) else RankFilesForm().pack(value)
-
-    def unpack(self, raw: Json) -> RankFiles | NoRoom:
-        return no_room_from_json(raw) or RankFilesForm().unpack(raw)
-
-
-def no_room_to_json(value: NoRoom) -> Json:
-    """As an object that no other report looks like."""
-    return {"no_room": value.text, "errno": value.errno}
-
-
-def no_room_from_json(raw: Json) -> NoRoom | None:
-    """The inverse of :func:`no_room_to_json`; ``None`` where this is another report."""
-    part = strict_json.mapping(raw, "report")
-    return NoRoom(part["no_room"], part["errno"]) if "no_room" in part else None
-
-
-class RankFilesForm:
-    """As JSON."""
-
-    def pack(self, value: RankFiles) -> Json:
-        chunks: dict[str, Json] = {}
-        for (name, key), found in value.chunks.items():
-            part: Any = chunks.setdefault(name, {})
-            part[key] = [[list(c.offsets), list(c.lengths), c.file, c.begin, c.end, c.xxh3] for c in found]
-        return {
-            "files": _files_to_json(value.files),
-            "chunks": chunks,
-            "finite": value.finite,
-            "learned": value.trainable,
-            "fsync_seconds": value.fsync_seconds,
-            "part": None if value.part is None else [value.part.size, value.part.xxh3],
-            "own_files": _files_to_json(value.own_files),
-        }
-
-    def unpack(self, raw: Json) -> RankFiles:
-        part = strict_json.mapping(raw, "report")
-        chunks = {
-            (name, key): tuple(Chunk(tuple(item[0]), tuple(item[1]), *item[2:]) for item in found)
-            for name, tensors in part["chunks"].items()
-            for key, found in tensors.items()
-        }
-        return RankFiles(
-            files=parse_files(part["files"], "files"),
-            chunks=chunks,
-            finite=part["finite"],
-            trainable=part["learned"],
-            fsync_seconds=part["fsync_seconds"],
-            part=None if part["part"] is None else FileRecord(*part["part"]),
-            own_files=parse_files(part["own_files"], "files"),
-        )
-
-
-def _files_to_json(files: Mapping[str, FileRecord]) -> list[Json]:
-    return [file_to_json(path, record) for path, record in files.items()]
+    written: RankFiles | None
+    no_room: NoRoom | None = None
 
 
 def all_finite_over_ranks(parts: Sequence[RankFiles]) -> bool | None:

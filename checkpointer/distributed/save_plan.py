@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
-from checkpointer.distributed.exchange import Meeting, Ranks
+from checkpointer.distributed.exchange import Ranks
 from checkpointer.distributed.partition import (
     LocalTensor,
     Partition,
@@ -23,7 +24,7 @@ from checkpointer.distributed.partition import (
 from checkpointer.errors import SaveError, UnsupportedStateError
 from checkpointer.format import strict_json
 from checkpointer.format.boxes import Box, whole
-from checkpointer.format.index import Component, Json, TensorSpec
+from checkpointer.format.index import Component, TensorSpec
 from checkpointer.format.tensor_files import FileNaming
 from checkpointer.staging.stager import hash_tensors
 from checkpointer.state.dtensor import is_sharded, local_box, local_part
@@ -69,59 +70,28 @@ class RankPlan:
         return self.ranks.rank == 0
 
 
-@dataclass(frozen=True)
-class _Offer:
+class _Offer(NamedTuple):
     """What a rank says before a save."""
 
     step: int
-    names: tuple[str, ...]
-    digests: Mapping[str, str]
+    names: list[str]
+    digests: dict[str, str]
     """Of what a component holds beside the tensors that are shared out."""
-    holding: RankTensors | None
-    """``None``: as at the last save."""
-    samples: Mapping[str, str] = field(default_factory=dict)
+    holding: Any
+    """As JSON. ``None``: as at the last save."""
+    samples: dict[str, str] = {}  # noqa: RUF012  a default of a named tuple, which nobody changes
     """With a holding: a hash of some elements of each plain tensor that should be equal on all ranks."""
-    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    values: dict[str, list[float]] = {}  # noqa: RUF012  as above
     """With a holding: some elements of some matrices among the parameters, to tell drift from another tensor."""
 
 
-@dataclass(frozen=True)
-class _Answer:
+class _Answer(NamedTuple):
     """What the coordinator makes of it."""
 
-    partition: Partition | None
-    """``None``: as at the last save."""
-    own: Sequence[Sequence[str]]
+    partition: Any
+    """As JSON. ``None``: as at the last save."""
+    own: list[list[str]]
     """For each rank, the components that it has otherwise than the coordinator."""
-
-
-class _OfferForm:
-    def pack(self, value: _Offer) -> Json:
-        holding = None if value.holding is None else rank_tensors_to_json(value.holding)
-        return {
-            "step": value.step,
-            "names": list(value.names),
-            "digests": dict(value.digests),
-            "holding": holding,
-            "samples": dict(value.samples),
-            "values": {key: list(found) for key, found in value.values.items()},
-        }
-
-    def unpack(self, raw: Json) -> _Offer:
-        part = strict_json.mapping(raw, "offer")
-        holding = None if part["holding"] is None else rank_tensors_from_json(part["holding"])
-        return _Offer(part["step"], tuple(part["names"]), part["digests"], holding, part["samples"], part["values"])
-
-
-class _AnswerForm:
-    def pack(self, value: _Answer) -> Json:
-        partition = None if value.partition is None else partition_to_json(value.partition)
-        return {"division": partition, "own": [list(names) for names in value.own]}
-
-    def unpack(self, raw: Json) -> _Answer:
-        part = strict_json.mapping(raw, "answer")
-        partition = None if part["division"] is None else partition_from_json(part["division"])
-        return _Answer(partition, part["own"])
 
 
 class SavePlanner:
@@ -143,25 +113,23 @@ class SavePlanner:
         """
         if self._ranks.size == 1:
             return _everything(self._ranks, capture())
-        captured: dict[str, Captured] = {}
-        holding: RankTensors | None = None
-
-        def offer() -> _Offer:
-            nonlocal holding
-            captured.update(capture())
+        with self._ranks.exchange(f"the save of step {step}") as exchange:
+            captured = capture()
             holding = _holding_of(captured)
-            digests = {name: _digest(part, holding.components[name]) for name, part in captured.items()}
-            if holding == self._holding:
-                return _Offer(step, tuple(captured), digests, None)
-            samples, values = _samples(captured, holding), _values(captured, holding)
-            return _Offer(step, tuple(captured), digests, holding, samples, values)
-
-        meeting = Meeting(f"the save of step {step}", _OfferForm(), _AnswerForm())
-        answer = self._ranks.meet(meeting, offer, self._answer)
-        assert holding is not None
-        self._holding, self._partition = holding, answer.partition or self._partition
+            offers = exchange.gather(self._offer(step, captured, holding), _Offer)
+            answer = exchange.broadcast(None if offers is None else self._answer(offers), _Answer)
+        self._holding = holding
+        if answer.partition is not None and self._ranks.rank:  # the coordinator's has the specs, too
+            self._partition = partition_from_json(answer.partition)
         assert self._partition is not None
         return self._part(captured, holding, self._partition, answer.own[self._ranks.rank])
+
+    def _offer(self, step: int, captured: Mapping[str, Captured], holding: RankTensors) -> _Offer:
+        digests = {name: _digest(part, holding.components[name]) for name, part in captured.items()}
+        if holding == self._holding:
+            return _Offer(step, list(captured), digests, None)
+        samples, values = _samples(captured, holding), _values(captured, holding)
+        return _Offer(step, list(captured), digests, rank_tensors_to_json(holding), samples, values)
 
     def _answer(self, offers: Sequence[_Offer]) -> _Answer:
         """On the coordinator."""
@@ -173,14 +141,17 @@ class SavePlanner:
                     f"{first.step} of {', '.join(first.names)}: every rank has to make the same calls, in one order"
                 )
         known = self._holdings or [RankTensors({}, {}) for _ in offers]
-        changed = any(offer.holding is not None for offer in offers)
-        self._holdings = [offer.holding or last for offer, last in zip(offers, known, strict=True)]
-        if changed:
+        told = {rank: offer for rank, offer in enumerate(offers) if offer.holding is not None}
+        self._holdings = [
+            rank_tensors_from_json(told[rank].holding) if rank in told else last for rank, last in enumerate(known)
+        ]
+        if told:
             self._partition = assign_writes(self._holdings)
-            _refuse_unrelated({rank: offer.values for rank, offer in enumerate(offers) if offer.holding is not None})
-            _warn_of_unequal({rank: offer.samples for rank, offer in enumerate(offers) if offer.holding is not None})
+            _refuse_unrelated({rank: offer.values for rank, offer in told.items()})
+            _warn_of_unequal({rank: offer.samples for rank, offer in told.items()})
         own = [[name for name in first.names if offer.digests[name] != first.digests[name]] for offer in offers]
-        return _Answer(self._partition if changed else None, own)
+        partition = partition_to_json(self._partition) if told and self._partition is not None else None
+        return _Answer(partition, own)
 
     def _part(
         self, captured: Mapping[str, Captured], holding: RankTensors, partition: Partition, own: Iterable[str]

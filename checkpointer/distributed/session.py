@@ -13,11 +13,12 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 from torch.distributed.distributed_c10d import Store
 
-from checkpointer.distributed.liveness import Liveness, this_process
+from checkpointer.distributed.encoding import decode, encode
+from checkpointer.distributed.liveness import Liveness, Process, this_process
 from checkpointer.distributed.mismatch import Board
 from checkpointer.distributed.store import StoreClient
 from checkpointer.errors import CheckpointerError, ConfigError
@@ -45,6 +46,15 @@ class Missing(Protocol):
 
     def remind(self, silent: list[int], hosts: Mapping[int, str]) -> None:
         """Say that they are waited for, where that is due. ``hosts``: where they run, as far as that is known."""
+
+
+class Words(NamedTuple):
+    """What a rank says of itself; never the same twice."""
+
+    word: str
+    """Made up."""
+    process: Process | None
+    host: str
 
 
 class Session:
@@ -141,12 +151,13 @@ class Session:
     def _lead(self, limit: float, missing: Missing) -> str:
         """On the coordinator: begin a session."""
         store_client, id = StoreClient(self._store, "sessions"), secrets.token_hex(8)
-        store_client.say("newest", {"id": id})
+        store_client.say("newest", encode(id))
         keys = {rank: f"{id}/{rank}" for rank in range(1, self.size)}
         self.wait(store_client, keys, limit, missing)
         heard = store_client.hear_all(list(keys.values()))
-        told = {"0": _words(), **{str(rank): message.value for rank, message in zip(keys, heard, strict=True)}}
-        store_client.say(f"{id}/all", {"ranks": told})
+        others = [decode(message.data, Words, f"rank {rank}") for rank, message in zip(keys, heard, strict=True)]
+        told = [_words(), *others]
+        store_client.say(f"{id}/all", encode(told))
         self._meet_neighbours(told)
         return id
 
@@ -155,12 +166,12 @@ class Session:
         store_client, words, nap, id = StoreClient(self._store, "sessions"), _words(), SHORTEST_NAP, ""
         look = time.monotonic() + BETWEEN_LOOKS
         while True:
-            if store_client.there("newest") and (newest := str(store_client.hear("newest")["id"])) != id:
+            if store_client.there("newest") and (newest := decode(store_client.hear("newest"), str, "rank 0")) != id:
                 id = newest
-                store_client.say(f"{id}/{self.rank}", words)
+                store_client.say(f"{id}/{self.rank}", encode(words))
             if id and store_client.there(f"{id}/all"):
-                told = store_client.hear(f"{id}/all")["ranks"]
-                if told.get(str(self.rank)) == words:
+                told = decode(store_client.hear(f"{id}/all"), list[Words], "rank 0")
+                if words in told:
                     self._meet_neighbours(told)
                     return id
             now = time.monotonic()
@@ -172,9 +183,9 @@ class Session:
             time.sleep(nap)
             nap = min(nap * 1.5, LONGEST_NAP)
 
-    def _meet_neighbours(self, told: dict[str, Any]) -> None:
-        self._liveness = Liveness({int(rank): words["process"] for rank, words in told.items()})
-        self._hosts = {int(rank): str(words["host"]) for rank, words in told.items()}
+    def _meet_neighbours(self, told: list[Words]) -> None:
+        self._liveness = Liveness({rank: words.process for rank, words in enumerate(told)})
+        self._hosts = {rank: words.host for rank, words in enumerate(told)}
 
 
 def _forget(heard: list[tuple[StoreClient, list[str]]]) -> None:
@@ -192,6 +203,5 @@ def _wait_at_exit() -> None:
         thread.join(LAST_MOMENTS)
 
 
-def _words() -> dict[str, Any]:
-    """What a rank says of itself; never the same twice."""
-    return {"word": secrets.token_hex(8), "process": this_process(), "host": socket.gethostname()}
+def _words() -> Words:
+    return Words(secrets.token_hex(8), this_process(), socket.gethostname())

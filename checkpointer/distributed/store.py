@@ -1,4 +1,4 @@
-"""Small JSON values in the key-value store of a job."""
+"""Small messages in the key-value store of a job."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from checkpointer.errors import SaveError
-from checkpointer.format import strict_json
 from checkpointer.system.threads import room_for_a_thread
 
 P = ParamSpec("P")
@@ -23,6 +22,9 @@ R = TypeVar("R")
 PIECE = 4 << 20
 """Bytes of one value: the store takes 8 MiB at most."""
 
+WORTH_PACKING = 512
+"""Bytes from which a message is compressed."""
+
 GRACE = 0.5
 """Seconds that a call may take beyond its limit, in which it says itself what was missing."""
 
@@ -30,7 +32,7 @@ GRACE = 0.5
 class Received(NamedTuple):
     """One message."""
 
-    value: dict[str, Any]
+    data: bytes
     keys: tuple[str, ...]
     """That it takes."""
 
@@ -45,18 +47,19 @@ class StoreClient:
         """Whether all of them have been said."""
         return not keys or bool(self._asked(self._keys.check, list(keys)))
 
-    def say(self, key: str, value: dict[str, Any]) -> list[str]:
-        """Publish a value; returns the keys that it takes."""
-        data = zlib.compress(strict_json.dumps(value).encode("ascii"), 1)
-        pieces = [data[start : start + PIECE] for start in range(0, len(data), PIECE)]
+    def say(self, key: str, data: bytes) -> list[str]:
+        """Publish a message; returns the keys that it takes."""
+        packed = zlib.compress(data, 1) if len(data) >= WORTH_PACKING else data
+        pieces = [packed[start : start + PIECE] for start in range(0, len(packed), PIECE)] or [b""]
         for number, piece in enumerate(pieces[1:], start=1):
             self._put(f"{key}+{number}", piece)
-        self._put(key, len(pieces).to_bytes(4, "big") + pieces[0])  # the last: whoever sees it finds the others
+        head = len(pieces).to_bytes(2, "big") + bytes([packed is not data])
+        self._put(key, head + pieces[0])  # the last: whoever sees it finds the others
         return [key, *(f"{key}+{number}" for number in range(1, len(pieces)))]
 
-    def hear(self, key: str) -> dict[str, Any]:
+    def hear(self, key: str) -> bytes:
         """What was said."""
-        return self.hear_all([key])[0].value
+        return self.hear_all([key])[0].data
 
     def hear_all(self, keys: Sequence[str]) -> list[Received]:
         """Everything that was said; one question for all, where the store takes such."""
@@ -73,10 +76,12 @@ class StoreClient:
                 self._asked(self._keys.delete_key, key)
 
     def _whole(self, key: str, first: bytes) -> Received:
-        names = [f"{key}+{number}" for number in range(1, int.from_bytes(first[:4], "big"))]
-        data = first[4:] + b"".join(self._asked(self._keys.get, name) for name in names)
-        said = strict_json.loads(zlib.decompress(data), "another rank's message")
-        return Received(strict_json.mapping(said, "message"), (key, *names))
+        names = [f"{key}+{number}" for number in range(1, int.from_bytes(first[:2], "big"))]
+        data = first[3:] + b"".join(self._asked(self._keys.get, name) for name in names)
+        if first[2:3] == b"\x01":
+            with contextlib.suppress(zlib.error):  # whoever decodes it knows whose message it is, and says so
+                data = zlib.decompress(data)
+        return Received(data, (key, *names))
 
     def _put(self, key: str, data: bytes) -> None:
         self._asked(self._keys.set, key, data)  # type: ignore[arg-type]  # declared for str, takes bytes

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from checkpointer.distributed.exchange import AS_JSON, Alone, Meeting, Ranks
+from checkpointer.distributed.exchange import Alone, Ranks
 from checkpointer.distributed.job import Job
 from checkpointer.distributed.read_plan import Reads
 from checkpointer.environment import differences, environment
@@ -22,7 +23,7 @@ from checkpointer.errors import (
     IncompatibleStateError,
     UnreadableCheckpointError,
 )
-from checkpointer.format.index import Chunk, Component, Json
+from checkpointer.format.index import Chunk, Component
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.checkpoint_reader import CheckpointReader, ReadingRank
@@ -55,6 +56,20 @@ class _Prepared:
     """Whether it is one of all components, so that what makes training inexact is worth a warning."""
     shared_check: bool = False
     """Whether a rank reads parts of chunks, which have no hash: then all ranks together check all chunks."""
+
+
+class _Seen(NamedTuple):
+    """What a rank sees in the run root, or all ranks do."""
+
+    ids: list[str]
+    """Of the checkpoints that may be restored, the newest first."""
+    empty: bool
+    """Whether there is nothing at all, as far as the coordinator sees."""
+
+
+def _seen_by_all(seen: list[_Seen]) -> _Seen:
+    others = [set(one.ids) for one in seen if not one.empty]
+    return _Seen([id for id in seen[0].ids if all(id in ids for ids in others)], seen[0].empty)
 
 
 class Restorer:
@@ -99,25 +114,12 @@ class Restorer:
 
     def _candidates(self, skipped: dict[str, Skipped], *, finite: bool) -> list[CheckpointInfo] | None:
         """What to try, the newest first, the same on every rank; ``None`` where there is nothing at all."""
-        found: list[CheckpointInfo] = []
-
-        def look() -> Json:
+        with self._ranks.exchange(f"looking for a checkpoint in {self._repository.url}") as exchange:
             listing = self._repository.list_checkpoints()
-            found[:] = self._usable(listing, skipped, finite=finite)
-            return None if listing.empty else [info.id for info in found]
-
-        def common(seen: Sequence[Json]) -> Json:
-            lists = [ids for ids in seen if isinstance(ids, list)]
-            if not isinstance(seen[0], list):
-                return None
-            return [id for id in seen[0] if all(id in ids for ids in lists)]
-
-        meeting = Meeting(f"looking for a checkpoint in {self._repository.url}", AS_JSON, AS_JSON)
-        agreed = self._ranks.meet(meeting, look, common)
-        if not isinstance(agreed, list):
-            return None
-        known = {info.id: info for info in found}
-        return [known[id] for id in agreed if isinstance(id, str)]
+            found = {info.id: info for info in self._usable(listing, skipped, finite=finite)}
+            seen = exchange.gather(_Seen(list(found), listing.empty), _Seen)
+            agreed = exchange.broadcast(None if seen is None else _seen_by_all(seen), _Seen)
+        return None if agreed.empty else [found[id] for id in agreed.ids]
 
     def _usable(self, listing: Listing, skipped: dict[str, Skipped], *, finite: bool) -> list[CheckpointInfo]:
         for item in listing.unreadable:
@@ -213,18 +215,13 @@ class Restorer:
 
     def _prepared(self, info: CheckpointInfo, request: RestoreRequest, stack: ExitStack) -> _Prepared:
         """Open, match and check, on every rank: nothing live is changed before all of them have succeeded."""
-        found: list[_Prepared] = []
-
-        def prepare() -> Json:
+        with self._ranks.exchange(f"the restore of step {info.step} from {self._repository.url}") as exchange:
             refuse_to_restore(info.path)
-            who = ReadingRank(self._ranks.rank, self._ranks.size)
-            reader = stack.enter_context(self._repository.open(info, who))
-            found.append(self._prepare_all(reader, request))
-            return found[0].reads.partial
-
-        meeting = Meeting(f"the restore of step {info.step} from {self._repository.url}", AS_JSON, AS_JSON)
-        partial = self._ranks.meet(meeting, prepare, any)
-        return replace(found[0], shared_check=bool(partial))
+            reader = stack.enter_context(self._repository.open(info, ReadingRank(self._ranks.rank, self._ranks.size)))
+            prepared = self._prepare_all(reader, request)
+            partial = exchange.gather(prepared.reads.partial, bool)
+            shared_check = exchange.broadcast(None if partial is None else any(partial), bool)
+        return replace(prepared, shared_check=shared_check)
 
     def _prepare_all(self, reader: CheckpointReader, request: RestoreRequest) -> _Prepared:
         names, report = self._choose(reader.index.components, request)
@@ -246,18 +243,15 @@ class Restorer:
         """Also returns which tensor files were verified as a whole."""
         reader, plans, report = prepared.reader, prepared.plans, prepared.report
 
-        def read() -> Json:
-            verify = request.verify != "off"
+        verify = request.verify != "off"
+        with self._ranks.exchange(f"reading {self._repository.url}, step {reader.manifest.step}") as exchange:
             targets = [local_part(tensor) for plan in plans.values() for tensor in plan.reads.values()]
             wait_for_devices(targets)  # the threads that read give their copies to other streams than the caller's
             prepared.reads.carry_out(reader, verify=verify)
             wait_for_devices(targets)
             if verify and prepared.shared_check:
                 reader.check_chunks(_share_of_checks(reader, plans, self._ranks))
-            return None
-
-        meeting = Meeting(f"reading {self._repository.url}, step {reader.manifest.step}", AS_JSON, AS_JSON)
-        self._ranks.meet(meeting, read, lambda _: None)
+            exchange.barrier()
         for name, plan in plans.items():
             plan.apply()
             report.components[name] = plan.report

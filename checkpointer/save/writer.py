@@ -7,28 +7,26 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, NamedTuple
 
-from checkpointer.distributed.exchange import AS_JSON, Meeting
 from checkpointer.distributed.rank_report import (
     NoRoom,
-    PartForm,
     RankFiles,
+    RankReport,
     all_finite_over_ranks,
     joined_index,
-    no_room_from_json,
-    no_room_to_json,
     separated,
     write_index,
 )
 from checkpointer.distributed.save_plan import OWN, RankPlan
 from checkpointer.errors import SaveError
-from checkpointer.format import paths, strict_json
+from checkpointer.format import paths
 from checkpointer.format.boxes import whole
 from checkpointer.format.index import Chunk, Component, FileRecord, Index, Json, RankPart
 from checkpointer.format.info import CheckpointInfo
-from checkpointer.format.manifest import Manifest, parse_manifest
+from checkpointer.format.manifest import Manifest
 from checkpointer.format.table import pack_part
 from checkpointer.format.tensor_files import SMALL_COMPONENT
 from checkpointer.policy.reuse import ReuseSource
@@ -84,44 +82,42 @@ class _Writing:
         self._what = f"the save of step {snapshot.step} to {repository.url}"
         self._repeatable = False
         """Whether every rank could write its files once more. Known to the coordinator."""
-        self._written: RankFiles | None = None
         self._full: OSError | None = None
         """What told this rank that there is no room."""
 
     def carried_out(self) -> tuple[CheckpointInfo, ReuseSource] | None:
         """The checkpoint, and what may be shared of it; ``None`` where there was no room, and now there is some."""
         attempt = self._begin()
-        meeting = Meeting(self._what, PartForm(), _ReplyForm())
         try:
-            reply = self._ranks.meet(meeting, partial(self._write, attempt), partial(self._finish, attempt))
+            with self._ranks.exchange(self._what) as exchange:
+                report = self._write(attempt)
+                reports = exchange.gather(report, RankReport)
+                outcome = exchange.broadcast(None if reports is None else self._finish(attempt, reports), _Outcome)
         except BaseException:
             if self._ranks.rank == 0:
                 _abandon(self._repository, attempt)
             raise
-        if isinstance(reply, NoRoom):
-            raise self._error(reply)
-        if reply is None:
+        if outcome.no_room is not None:
+            raise self._error(outcome.no_room)
+        if outcome.commit is None:
             return None
-        mine = self._written
+        mine = report.written
         assert mine is not None
-        return reply.info, ReuseSource(reply.info, reply.manifest.data, mine.files, mine.chunks)
+        info = outcome.commit.info
+        return info, ReuseSource(info, outcome.commit.data, mine.files, mine.chunks)
 
     def _begin(self) -> Attempt:
         """A new attempt, of which every rank knows."""
-        begun: list[Attempt] = []
         step, live = self._snapshot.step, self._snapshot.staged.live
-
-        def begin(parts: Sequence[Json]) -> Json:
-            pairs = [part for part in parts if isinstance(part, list)]
-            self._repeatable = all(pair[1] for pair in pairs)
-            begun.append(self._begun(sum(pair[0] for pair in pairs if isinstance(pair[0], int))))
-            return begun[0].id
-
-        def offer() -> Json:  # what is read from live memory is read once
-            return [bytes_to_write(self._repository, self._snapshot), live is None]
-
-        id = self._ranks.meet(Meeting(self._what, AS_JSON, AS_JSON), offer, begin)
-        return begun[0] if begun else self._repository.join(step, str(id))
+        attempt = None
+        with self._ranks.exchange(self._what) as exchange:
+            # What is read from live memory is read once.
+            needs = exchange.gather(_Need(bytes_to_write(self._repository, self._snapshot), live is None), _Need)
+            if needs is not None:
+                self._repeatable = all(need.repeatable for need in needs)
+                attempt = self._begun(sum(need.size for need in needs))
+            id = exchange.broadcast(None if attempt is None else attempt.id, str)
+        return attempt or self._repository.join(step, id)
 
     def _begun(self, size: int) -> Attempt:
         """On the coordinator."""
@@ -132,27 +128,26 @@ class _Writing:
                 raise
         return self._repository.begin(self._snapshot.step, size)
 
-    def _write(self, attempt: Attempt) -> RankFiles | NoRoom:
+    def _write(self, attempt: Attempt) -> RankReport:
         try:
-            self._written = _write_files(self._repository, attempt, self._snapshot)
+            return RankReport(_write_files(self._repository, attempt, self._snapshot))
         except OSError as error:
-            return self._no_room(error)
-        return self._written
+            return RankReport(None, self._no_room(error))
 
-    def _finish(self, attempt: Attempt, parts: Sequence[RankFiles | NoRoom]) -> _Committed | NoRoom | None:
+    def _finish(self, attempt: Attempt, reports: Sequence[RankReport]) -> _Outcome:
         """On the coordinator, once every rank has written, or has no room."""
-        lacking = {rank: part for rank, part in enumerate(parts) if isinstance(part, NoRoom)}
+        lacking = {rank: report.no_room for rank, report in enumerate(reports) if report.no_room is not None}
         if not lacking:
-            written = [part for part in parts if isinstance(part, RankFiles)]
+            written = [report.written for report in reports if report.written is not None]
             try:
-                return _commit(self._repository, self._snapshot, attempt, written, self._began)
+                return _Outcome(_commit(self._repository, self._snapshot, attempt, written, self._began))
             except OSError as error:
                 lacking = {0: self._no_room(error)}
         _abandon(self._repository, attempt)
         if self._make_room() and self._repeatable:  # else there is room for the next save
-            return None
+            return _Outcome()
         told = "; ".join(f"rank {rank} of {self._ranks.size}: {part.text}" for rank, part in lacking.items())
-        return NoRoom(told, next(iter(lacking.values())).errno)
+        return _Outcome(no_room=NoRoom(told, next(iter(lacking.values())).errno))
 
     def _no_room(self, error: OSError) -> NoRoom:
         if not is_full(error):
@@ -174,15 +169,8 @@ class _Writing:
 
 def refuse(rank_plan: RankPlan, what: str, error: BaseException) -> None:
     """Let the other ranks know that this one cannot write its part: they are waiting for it."""
-
-    def fail() -> Json:
-        raise error
-
-    def begin(sizes: Sequence[Json]) -> Json:
-        raise AssertionError(sizes)
-
-    with contextlib.suppress(BaseException):  # ``error`` itself, which the caller raises
-        rank_plan.ranks.meet(Meeting(what, AS_JSON, AS_JSON), fail, begin)
+    with contextlib.suppress(BaseException), rank_plan.ranks.exchange(what):
+        raise error  # which the caller raises, too
 
 
 def _write_files(repository: Repository, attempt: Attempt, snapshot: Snapshot) -> RankFiles:
@@ -219,36 +207,52 @@ def _write_part(attempt: Attempt, snapshot: Snapshot, part: RankPart, inside: by
     return attempt.write(paths.rank_index(snapshot.rank_plan.ranks.rank), [data], len(data))
 
 
-@dataclass(frozen=True)
-class _Committed:
-    info: CheckpointInfo
-    manifest: Manifest
+class _Need(NamedTuple):
+    """What a rank wants to write."""
+
+    size: int
+    """In bytes."""
+    repeatable: bool
+    """Whether it could write them once more."""
 
 
-class _ReplyForm:
-    """What the coordinator makes of it; ``None``: there is room now, try again."""
+class _Commit(NamedTuple):
+    """What every rank is told of a commit: the fields of its :class:`CheckpointInfo`, and the manifest's ``data``."""
 
-    def pack(self, value: _Committed | NoRoom | None) -> Json:
-        if value is None:
-            return None
-        if isinstance(value, NoRoom):
-            return no_room_to_json(value)
-        return {"path": value.info.path, "manifest": value.manifest.to_bytes().decode("ascii")}
+    step: int
+    epoch: int | None
+    sequence: int
+    id: str
+    parent: str | None
+    created: datetime
+    metrics: dict[str, float]
+    tags: tuple[str, ...]
+    size: int
+    finite: bool | None
+    path: str
+    statistics: dict[str, Any]
+    copies: dict[str, int]
+    data: str | None
 
-    def unpack(self, raw: Json) -> _Committed | NoRoom | None:
-        if raw is None:
-            return None
-        lacking = no_room_from_json(raw)
-        if lacking is not None:
-            return lacking
-        part = strict_json.mapping(raw, "commit")
-        manifest = parse_manifest(part["manifest"].encode("ascii"), "the manifest of the coordinator")
-        return _Committed(manifest.info(part["path"]), manifest)
+    @classmethod
+    def of(cls, info: CheckpointInfo, data: str | None) -> _Commit:
+        return cls(**{name: getattr(info, name) for name in cls._fields if name != "data"}, data=data)
+
+    @property
+    def info(self) -> CheckpointInfo:
+        return CheckpointInfo(**{name: value for name, value in self._asdict().items() if name != "data"})
+
+
+class _Outcome(NamedTuple):
+    """What the coordinator makes of it; neither of both: there is room now, try again."""
+
+    commit: _Commit | None = None
+    no_room: NoRoom | None = None
 
 
 def _commit(
     repository: Repository, snapshot: Snapshot, attempt: Attempt, parts: Sequence[RankFiles], began: float
-) -> _Committed:
+) -> _Commit:
     """On the coordinator, after every rank has written."""
     index = _index(snapshot, parts)
     for rank, part in enumerate(parts):
@@ -258,7 +262,7 @@ def _commit(
     write_index(attempt, index, joined=len(parts) > 1)
     seconds = time.perf_counter() - began
     manifest = _manifest(repository, snapshot, attempt, seconds, finite=all_finite_over_ranks(parts), ranks=len(parts))
-    return _Committed(repository.commit(attempt, manifest), manifest)
+    return _Commit.of(repository.commit(attempt, manifest), manifest.data)
 
 
 def _abandon(repository: Repository, attempt: Attempt) -> None:

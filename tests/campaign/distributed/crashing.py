@@ -240,21 +240,22 @@ def report_early() -> None:
 
 def commit_without_reports() -> None:
     """The coordinator does not wait for the others: it takes what they have reported of the save before."""
-    from checkpointer.distributed.exchange import StoreRanks
+    from checkpointer.distributed.rank_report import RankReport
+    from checkpointer.distributed.store_ranks import StoreExchange
 
-    collect = StoreRanks._collect
+    collect = StoreExchange._collect
     last: list[Any] = []
 
-    def hasty(self: StoreRanks, exchange: Any) -> list[Any]:
-        reports = self.channel == "writer" and int(exchange.number) % 2 == 0
-        if reports and last:
-            threading.Timer(0.05, collect, (self, exchange)).start()
+    def hasty(self: StoreExchange, kind: type[Any]) -> list[Any]:
+        if kind is RankReport and last:
+            threading.Timer(0.05, collect, (self, kind)).start()
             return last
-        found = collect(self, exchange)
-        last[:] = found if reports else last
+        found = collect(self, kind)
+        if kind is RankReport:
+            last[:] = found
         return found
 
-    StoreRanks._collect = hasty  # type: ignore[method-assign]
+    StoreExchange._collect = hasty  # type: ignore[method-assign,assignment]
 
 
 def leave_leftovers() -> None:

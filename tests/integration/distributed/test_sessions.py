@@ -22,10 +22,11 @@ from torch import nn
 
 from checkpointer import CheckpointManager
 from checkpointer.distributed import session
-from checkpointer.distributed.exchange import AS_JSON, Meeting, StoreRanks
-from checkpointer.distributed.liveness import Liveness, this_process
+from checkpointer.distributed.liveness import Liveness, Process, this_process
+from checkpointer.distributed.rank_report import RankReport
 from checkpointer.distributed.session import Session
 from checkpointer.distributed.store import in_time
+from checkpointer.distributed.store_ranks import StoreExchange, StoreRanks
 from checkpointer.errors import SaveError
 from checkpointer.repository.repository import Repository
 from checkpointer.storage import LocalStorage, open_storage
@@ -62,17 +63,15 @@ def dies_after_its_files() -> None:
     if name == "rename":
         LocalStorage.rename = die  # type: ignore[method-assign,assignment]
         return
-    from checkpointer.distributed.store import StoreClient
+    gather = StoreExchange.gather
 
-    say = StoreClient.say
-
-    def last_words(self: StoreClient, key: str, value: dict[str, Any]) -> list[str]:
-        said = say(self, key, value)
-        if "fsync_seconds" in str(value):
+    def last_words(self: StoreExchange, value: Any, kind: type[Any]) -> Any:
+        said = gather(self, value, kind)
+        if kind is RankReport:
             die()
         return said
 
-    StoreClient.say = last_words  # type: ignore[method-assign]
+    StoreExchange.gather = last_words  # type: ignore[method-assign]
 
 
 def started_again(server: Any) -> Any:
@@ -101,13 +100,19 @@ def test_a_job_that_is_started_again_with_the_same_store_hears_nothing_of_what_w
     assert not list((tmp_path / ".checkpointer" / "tmp").iterdir())
 
 
+def words_of_all(ranks: StoreRanks, word: float) -> list[float]:
+    """One exchange, in which each rank says something."""
+    with ranks.exchange("a word") as exchange:
+        return exchange.broadcast(exchange.gather(word, float), list[float])
+
+
 def met(server: Any, rank: int, size: int, delay: float) -> list[Any]:
-    """One rank's life, in a thread: what it hears in two meetings."""
+    """One rank's life, in a thread: what it hears in two exchanges."""
     time.sleep(delay)
     keys = dist.TCPStore("127.0.0.1", server.port, None, is_master=False)
     ranks = StoreRanks(Session(dist.PrefixStore("job", keys), rank, size), timeout=10)
     word = random.Random().random()
-    heard = [ranks.meet(Meeting("a word", AS_JSON, AS_JSON), lambda: word, list) for _ in range(2)]
+    heard = [words_of_all(ranks, word) for _ in range(2)]
     assert all(words[rank] == word for words in heard)
     return heard
 
@@ -125,8 +130,8 @@ def talking(server: Any, rank: int, times: int) -> None:
     keys = dist.TCPStore("127.0.0.1", server.port, None, is_master=False)
     ranks = StoreRanks(Session(dist.PrefixStore("job", keys), rank, 2), timeout=10)
     for _ in range(times):
-        ranks.meet(Meeting("a word", AS_JSON, AS_JSON), lambda: 1, list)
-    ranks.beside("writer").meet(Meeting("a word", AS_JSON, AS_JSON), lambda: 1, list)
+        words_of_all(ranks, 1)
+    words_of_all(ranks.beside("writer"), 1)
 
 
 @pytest.mark.parametrize("times", [60, 110])
@@ -142,12 +147,12 @@ def test_what_all_have_heard_does_not_stay_in_the_store(monkeypatch, times):
 # ------------------------------------------------------------------------------------ who still runs
 
 
-def told_of(pid: int) -> list[Any]:
+def told_of(pid: int) -> Process:
     """What a process would say of itself."""
     own = this_process()
     assert own is not None
     began = int(Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[19])
-    return [own[0], pid, began]
+    return Process(own.where, pid, began)
 
 
 @on_linux
@@ -172,11 +177,11 @@ def test_a_process_is_gone_once_it_has_ended_and_not_while_it_is_stopped():
 def test_nothing_is_said_of_a_process_that_was_not_seen_to_run(change):
     child = CONTEXT.Process(target=time.sleep, args=(60,))
     child.start()
-    told: Any = told_of(child.pid)
+    told: Process | None = told_of(child.pid)
     if change == "another host":
-        told[0] = "another kernel pid:[1] time:[1]"
+        told = told._replace(where="another kernel pid:[1] time:[1]")
     elif change == "its number was given again":
-        told[2] -= 1
+        told = told._replace(began=told.began - 1)
     elif change == "never seen":
         child.kill()
         child.join()
@@ -207,7 +212,7 @@ def test_a_store_that_answers_nobody_any_more_is_an_error_in_time():
     began = time.monotonic()
     try:
         with pytest.raises(SaveError, match="does not answer"):
-            ranks.meet(Meeting("a word", AS_JSON, AS_JSON), lambda: 1, list)
+            words_of_all(ranks, 1)
         assert time.monotonic() - began < 5
     finally:
         server.kill()

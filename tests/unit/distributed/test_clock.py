@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from checkpointer.distributed import clock as clock_module
 from checkpointer.distributed.clock import EVERY, MOST_CALLS, SharedClock, Verdict
-from checkpointer.distributed.exchange import Alone, StoreRanks
+from checkpointer.distributed.exchange import Alone
 from checkpointer.distributed.session import Session
+from checkpointer.distributed.store_ranks import StoreRanks
 
 T = TypeVar("T")
 NEITHER, DUE, STOP = Verdict(due=False, stop=False), Verdict(due=True, stop=False), Verdict(due=True, stop=True)
