@@ -37,7 +37,7 @@ class Reads:
             read
             for name, plan in plans.items()
             for key, tensor in plan.reads.items()
-            for read in _reads(f"{name}.{key}", reader.index.chunks[name, key], tensor)
+            for read in _reads(reader, name, key, tensor)
         )
 
     @classmethod
@@ -53,15 +53,26 @@ class Reads:
             reader.read(self.parts, verify=False)
 
 
-def _reads(name: str, chunks: Sequence[Chunk], tensor: torch.Tensor) -> Iterator[ChunkRead]:
+def needed_chunks(reader: CheckpointReader, name: str, key: str, tensor: torch.Tensor) -> Sequence[Chunk]:
+    """The chunks that hold what this rank has of ``tensor``."""
     if not is_sharded(tensor):
-        yield from (ChunkRead(name, chunk, TensorTarget(tensor, chunk)) for chunk in chunks)
-        return
+        return reader.chunks(name, key)
     found = local_box(tensor)
     if found is None:
+        return ()
+    mine = Box(*found)
+    chunks = reader.chunks(name, key, mine)
+    return [chunk for chunk in chunks if overlap(Box(chunk.offsets, chunk.lengths), mine) is not None]
+
+
+def _reads(reader: CheckpointReader, name: str, key: str, tensor: torch.Tensor) -> Iterator[ChunkRead]:
+    chunks = needed_chunks(reader, name, key, tensor)
+    found = local_box(tensor) if is_sharded(tensor) else None
+    if found is None:
+        yield from (ChunkRead(f"{name}.{key}", chunk, TensorTarget(tensor, chunk)) for chunk in chunks)
         return
     mine, local = Box(*found), local_part(tensor)
     for chunk in chunks:
         common = overlap(Box(chunk.offsets, chunk.lengths), mine)
-        if common is not None:
-            yield from reads_of_box(name, chunk, common, narrowed(local, mine, common))
+        assert common is not None, "only such chunks are needed"
+        yield from reads_of_box(f"{name}.{key}", chunk, common, narrowed(local, mine, common))

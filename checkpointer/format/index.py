@@ -19,6 +19,8 @@ from checkpointer.format import paths, strict_json
 from checkpointer.system.gc import collector_paused
 
 if TYPE_CHECKING:  # NumPy takes longer to load than `checkpointer ls` takes in all
+    from checkpointer.format.layouts import Layout
+    from checkpointer.format.columns import Array
     from checkpointer.format.table import ChunkColumns, TensorColumns
 
 FORMAT = "checkpointer-index"
@@ -115,7 +117,11 @@ class Index:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     """Every file of the checkpoint but the manifest, the index, and what only a rank's own part knows of."""
     parts: Mapping[int, FileRecord] = field(default_factory=dict)
-    """By rank: size and hash of the file (``paths.rank_index``) with what that rank has otherwise than rank 0."""
+    """By rank: size and hash of the file (``paths.rank_index``) that describes what this rank has written, and holds what
+    it has otherwise than rank 0."""
+    placement: Placement | None = None
+    """Which rank has written which box of each tensor; ``None``: ``chunks`` says where all of them lie. Else the parts do,
+    and ``chunks`` is empty until somebody reads them (``repository.contents``)."""
 
     @cached_property
     def headers(self) -> dict[str, tuple[int, str]]:
@@ -133,14 +139,28 @@ class Index:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Which rank has written which box of each tensor, as layouts: nobody lists boxes. See ``format/layouts``."""
+
+    layouts: Sequence[Layout]
+    layout: Array
+    """int64: for each tensor of the table the number of its layout."""
+    owner: Array
+    """int64: which of the layout's replicas has written it."""
+
+
+@dataclass(frozen=True)
 class RankPart:
-    """What one rank has otherwise than rank 0, as ``index-<rank>.safetensors`` says it."""
+    """What one rank has written, as ``index-<rank>.safetensors`` says it."""
 
     components: Mapping[str, Component]
-    """They take the place of those of the same name, for this rank."""
+    """What it has otherwise than rank 0: they take the place of those of the same name, for this rank."""
     chunks: Mapping[tuple[str, str], tuple[Chunk, ...]]
+    """Where the tensors of these lie."""
     files: Mapping[str, FileRecord] = field(default_factory=dict)
-    """The files of its own that only this part knows of."""
+    """The tensor files that it has written and that only this part lists."""
+    written: Mapping[int, Chunk] = field(default_factory=dict)
+    """Where the boxes lie that it has written of tensors of the index, by the tensor's number there."""
 
 
 def parse_index(text: bytes, table: bytes, where: str) -> Index:
@@ -276,6 +296,26 @@ class Tensors(Mapping[str, TensorSpec]):
     def number(self, key: str) -> int:
         """The row of ``key`` in the table."""
         return self._numbers[key]
+
+
+class Rows(Mapping[int, Chunk]):
+    """The chunks of a part, by the number of their tensor, each an object only when it is asked for."""
+
+    def __init__(self, tensors: TensorColumns, columns: ChunkColumns, files: Sequence[str], this_file: str) -> None:
+        self._tensors, self.columns, self._files, self._this_file = tensors, columns, files, this_file
+
+    def __getitem__(self, number: int) -> Chunk:
+        return self.columns.chunk(self._rows[number], self._tensors.spec(number).shape, self._files, self._this_file)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @cached_property
+    def _rows(self) -> dict[int, int]:
+        return {number: row for row, number in enumerate(self.columns.tensor.tolist())}
 
 
 class Chunks(Mapping[tuple[str, str], "tuple[Chunk, ...]"]):

@@ -7,7 +7,7 @@ the table alone; a tensor becomes an object only where somebody asks for it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain, islice, pairwise
 from typing import Any, NamedTuple
@@ -30,7 +30,9 @@ from checkpointer.format.index import (
     FileRecord,
     Index,
     Json,
+    Placement,
     RankPart,
+    Rows,
     Tensors,
     TensorSpec,
     check_version,
@@ -39,6 +41,8 @@ from checkpointer.format.index import (
     has_parameters,
     parse_files,
 )
+from checkpointer.format.layouts import BoxColumns, Layout, check_columns, parse_layout, written_by
+from checkpointer.format.layouts import TensorColumns as PlacedTensors
 from checkpointer.system.gc import collector_paused
 
 TENSOR_FORMS: Mapping[str, Form] = {
@@ -552,11 +556,15 @@ _COMMON_FORMS: Mapping[str, Form] = {
 }
 INDEX_FORMS: Mapping[str, Form] = {
     **_COMMON_FORMS,
+    "layout": Form("U16"),
+    "owner": Form("U32"),
+    "layout_ranks": Form("U32"),
     "part": Form("U32"),
     "part_size": Form("I64"),
     "part_hash": Form("U8", 16),
 }
 PART_FORMS: Mapping[str, Form] = {
+    **{name: CHUNK_FORMS[name] for name in ("chunk_tensor", "chunk_file", "chunk_begin", "chunk_hash")},
     **{f"own_{name}": form for name, form in _COMMON_FORMS.items()},
     "data": Form("U8"),
 }
@@ -567,11 +575,24 @@ def pack_index(index: Index) -> bytes:
     tensors = TensorColumns.of(chain.from_iterable(part.tensors.items() for part in index.components.values()))
     parameters = TensorColumns.of(chain.from_iterable(map(parameters_of, index.components.values())))
     stored = {path: record for path, record in index.files.items() if record.header is not None}
+    columns = {**tensors.columns(), **_part_columns(index.parts), **parameters.columns("param_")}
+    if index.placement is not None:
+        columns |= _placement_columns(index.placement)
+        layouts = [{**layout.form.to_json(), "ranks": layout.ranks.size} for layout in index.placement.layouts]
+        return pack(columns, _metadata(tensors, parameters, stored, layouts=strict_json.dumps(layouts)))
     places = ((name, key) for name, part in index.components.items() for key in part.tensors)
     numbers = {path: number for number, path in enumerate(stored)}
     chunks = ChunkColumns.of(enumerate(index.chunks[place] for place in places), tensors, numbers)
-    columns = {**tensors.columns(), **chunks.columns(), **_part_columns(index.parts)}
-    return pack({**columns, **parameters.columns("param_")}, _metadata(tensors, parameters, stored))
+    return pack({**columns, **chunks.columns()}, _metadata(tensors, parameters, stored))
+
+
+def _placement_columns(placement: Placement) -> dict[str, Array]:
+    ranks = [layout.ranks.ravel() for layout in placement.layouts]
+    return {
+        "layout": placement.layout.astype(np.uint16),
+        "owner": placement.owner.astype(np.uint32),
+        "layout_ranks": np.concatenate(ranks).astype(np.uint32) if ranks else np.empty(0, np.uint32),
+    }
 
 
 def _part_columns(parts: Mapping[int, FileRecord]) -> dict[str, Array]:
@@ -621,10 +642,44 @@ def parse_table(data: bytes, components: Sequence[object], plain: Mapping[str, F
     if any(record.header is None for record in files.values()):
         raise CorruptCheckpointError("a tensor file has no header")
     chunks.check_files(list(files.values()), list(files), (0, 0))
+    all_files, parts = {**plain, **files}, _parse_parts(columns)
+    if "layouts" in metadata:
+        if len(chunks.tensor):
+            raise CorruptCheckpointError("there are chunks beside the layouts that say where all of them lie")
+        return Index(found, {}, all_files, parts, _parse_placement(columns, metadata["layouts"], tensors, parts))
     chunks.check_tiling(tensors)
-    views = {name: part.tensors for name, part in found.items() if isinstance(part.tensors, Tensors)}
-    all_files = {**plain, **files}
-    return Index(found, Chunks(views, chunks, list(files), paths.TABLE), all_files, _parse_parts(columns))
+    return Index(found, Chunks(_views(found), chunks, list(files), paths.TABLE), all_files, parts)
+
+
+def _views(components: Mapping[str, Component]) -> dict[str, Tensors]:
+    return {name: part.tensors for name, part in components.items() if isinstance(part.tensors, Tensors)}
+
+
+def _parse_placement(
+    columns: Mapping[str, Array], text: str, tensors: TensorColumns, parts: Mapping[int, FileRecord]
+) -> Placement:
+    """Every tensor has a layout, whose ranks all have a part. So their boxes cover it exactly once, by arithmetic."""
+    if list(parts) != list(range(len(parts))):
+        raise CorruptCheckpointError("not every rank has a part")
+    raw = strict_json.array(strict_json.loads(text.encode("utf-8", "replace"), "layouts"), "layouts")
+    found: list[Layout] = []
+    begin, ranks = 0, columns["layout_ranks"].astype(np.int64)
+    for number, item in enumerate(raw):
+        what = f"layout {number}"
+        count = strict_json.mapping(item, what).get("ranks")
+        end = begin + strict_json.integer(count, f"ranks of {what}", low=1, high=len(ranks) - begin)
+        found.append(parse_layout(item, ranks[begin:end], len(parts), what))
+        begin = end
+    if begin != len(ranks):
+        raise CorruptCheckpointError("there are ranks that belong to no layout")
+    placement = Placement(found, columns["layout"].astype(np.int64), columns["owner"].astype(np.int64))
+    check_columns(placed(placement, tensors), found, "the table")
+    return placement
+
+
+def placed(placement: Placement, tensors: TensorColumns) -> PlacedTensors:
+    """A placement with the shapes of its tensors, as ``format/layouts`` takes it."""
+    return PlacedTensors(tensors.shape.values, tensors.shape.starts, placement.layout, placement.owner)
 
 
 def _parse_parts(columns: Mapping[str, Array]) -> dict[int, FileRecord]:
@@ -716,8 +771,8 @@ def parameters_meta(groups: Sequence[int], parameters: TensorColumns, first: int
 def pack_part(part: RankPart, data: bytes = b"") -> bytes:
     """The content of ``index-<rank>.safetensors``.
 
-    ``data``: bytes of tensors that lie in this very file. Their chunks have ``""`` for a file, and count from the start
-    of ``data``.
+    ``data``: bytes of tensors of its own that lie in this very file. Their chunks have ``""`` for a file, and count from
+    the start of ``data``.
     """
     tensors = TensorColumns.of(chain.from_iterable(state.tensors.items() for state in part.components.values()))
     stored = {path: record for path, record in part.files.items() if record.header is not None}
@@ -727,6 +782,7 @@ def pack_part(part: RankPart, data: bytes = b"") -> bytes:
     parameters = TensorColumns.of(chain.from_iterable(map(parameters_of, part.components.values())))
     own = {**tensors.columns(), **chunks.columns(), **parameters.columns("param_")}
     columns = {"own_" + name: array for name, array in own.items()}
+    columns |= _written_columns(part.written, numbers)
     columns["data"] = np.frombuffer(data, np.uint8)
     trees = strict_json.dumps(components_to_json(part.components))
     metadata = _metadata(tensors, parameters, stored, components=trees)
@@ -734,8 +790,19 @@ def pack_part(part: RankPart, data: bytes = b"") -> bytes:
     return pack({**columns, "own_chunk_begin": chunks.begin + shift}, metadata)
 
 
-def parse_part(data: bytes, path: str, where: str) -> RankPart:
-    """Read ``index-<rank>.safetensors``, trusting nothing. ``path``: its name in the checkpoint.
+def _written_columns(written: Mapping[int, Chunk], files: Mapping[str, int]) -> dict[str, Array]:
+    rows = sorted(written.items())
+    hashes = bytes.fromhex("".join(chunk.xxh3 for _, chunk in rows))
+    return {
+        "chunk_tensor": np.array([number for number, _ in rows], np.uint32),
+        "chunk_file": np.array([files[chunk.file] for _, chunk in rows], np.uint32),
+        "chunk_begin": np.array([chunk.begin for _, chunk in rows], np.int64),
+        "chunk_hash": np.frombuffer(hashes, np.uint8).reshape(-1, 16),
+    }
+
+
+def parse_part(data: bytes, rank: int, index: Index, where: str) -> RankPart:
+    """Read ``index-<rank>.safetensors``, trusting nothing: it has to be what ``index`` says that this rank wrote.
 
     Raises:
         CorruptCheckpointError: a promise of :func:`checkpointer.format.index.parse_index` does not hold.
@@ -745,24 +812,67 @@ def parse_part(data: bytes, path: str, where: str) -> RankPart:
         raise CorruptCheckpointError(f"{where} is larger than {paths.INDEX_LIMIT} bytes")
     with collector_paused():
         try:
-            return _parse_part(data, path, where)
+            return _parse_part(data, rank, index, where)
         except CorruptCheckpointError as error:
             raise CorruptCheckpointError(f"{where}: {error}") from error
 
 
-def _parse_part(data: bytes, path: str, where: str) -> RankPart:
+def _parse_part(data: bytes, rank: int, index: Index, where: str) -> RankPart:
+    path = paths.rank_index(rank)
     columns, metadata = unpack(data, PART_FORMS, path)
     files = _checked_metadata(metadata, where)
-    if any(record.header is None for record in files.values()):
-        raise CorruptCheckpointError("a tensor file has no header")
+    if any(record.header is None for record in files.values()) or not files.keys().isdisjoint(index.files):
+        raise CorruptCheckpointError("a tensor file has no header, or the index lists it too")
     own = {name.removeprefix("own_"): array for name, array in columns.items() if name.startswith("own_")}
     tensors = TensorColumns.parse(own, *_names_of(metadata))
     text = metadata.get("components", "[]").encode("utf-8", "replace")
     parameters = TensorColumns.parse(own, *_names_of(metadata, "param_"), "param_")
     found = _components(strict_json.array(strict_json.loads(text, "components"), "components"), tensors, parameters)
     chunks = ChunkColumns.parse(own, tensors)
-    begin = columns["data"].ctypes.data - np.frombuffer(data, np.uint8).ctypes.data if len(columns["data"]) else 0
-    chunks.check_files(list(files.values()), list(files), (begin, begin + len(columns["data"])))
     chunks.check_tiling(tensors)
-    views = {name: part.tensors for name, part in found.items() if isinstance(part.tensors, Tensors)}
-    return RankPart(found, Chunks(views, chunks, list(files), path), files)
+    shared = _columns_of_index(index)
+    written = _written(columns, rank, index, shared)
+    begin = columns["data"].ctypes.data - np.frombuffer(data, np.uint8).ctypes.data if len(columns["data"]) else 0
+    inside = (begin, begin + len(columns["data"]))
+    _joined(chunks, written).check_files(list(files.values()), list(files), inside)
+    rows = Rows(shared, written, list(files), path)
+    return RankPart(found, Chunks(_views(found), chunks, list(files), path), files, rows)
+
+
+def _columns_of_index(index: Index) -> TensorColumns:
+    for component in index.components.values():
+        if isinstance(component.tensors, Tensors):
+            return component.tensors.columns
+    return TensorColumns.of(())
+
+
+def _written(columns: Mapping[str, Array], rank: int, index: Index, tensors: TensorColumns) -> ChunkColumns:
+    """What this rank has written of the tensors of the index: just the boxes that follow from the placement."""
+    number, file = (columns[name].astype(np.int64) for name in ("chunk_tensor", "chunk_file"))
+    begin, digest = columns["chunk_begin"], columns["chunk_hash"]
+    if not len(number) == len(file) == len(begin) == len(digest):
+        raise CorruptCheckpointError(f"{len(number)} chunks, {len(file)} files, {len(begin)} places, {len(digest)} hashes")
+    if index.placement is None:
+        none = np.empty(0, np.int64)
+        boxes = BoxColumns(none, none, none, np.zeros(1, np.int64))
+    else:
+        boxes = written_by(rank, placed(index.placement, tensors), index.placement.layouts)
+    if not np.array_equal(number, boxes.tensors):
+        raise CorruptCheckpointError(
+            f"it has {len(number)} chunks, of other tensors than the {len(boxes.tensors)} of rank {rank}"
+        )
+    lengths = Ragged(boxes.lengths, boxes.starts)
+    size = products(lengths) * tensors.itemsize[number] if len(number) else np.empty(0, np.int64)
+    if (begin < 0).any() or (begin > 2**63 - 1 - size).any() or (file == THIS_FILE).any():
+        raise CorruptCheckpointError("a chunk lies beyond the end of every file, or in no tensor file")
+    boxed = np.arange(len(number))
+    offsets = Ragged(boxes.offsets, boxes.starts)
+    return ChunkColumns(number, file, begin, begin + size, digest, boxed, offsets, lengths)
+
+
+def _joined(own: ChunkColumns, written: ChunkColumns) -> ChunkColumns:
+    """Both, as far as files are concerned."""
+    file, begin, end = (
+        np.concatenate([getattr(own, name), getattr(written, name)]) for name in ("file", "begin", "end")
+    )
+    return replace(own, file=file, begin=begin, end=end)

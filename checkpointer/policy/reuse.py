@@ -13,9 +13,8 @@ from typing import Literal
 
 import xxhash
 
-from checkpointer.format.index import Chunk, FileRecord, Index
+from checkpointer.format.index import Chunk, FileRecord
 from checkpointer.format.info import CheckpointInfo
-from checkpointer.format.manifest import Manifest
 from checkpointer.format.tensor_files import TensorFile
 
 
@@ -33,11 +32,15 @@ class ReuseSource:
 
     @classmethod
     def of(
-        cls, info: CheckpointInfo, manifest: Manifest, index: Index, verified: Collection[str] | None = None
+        cls,
+        info: CheckpointInfo,
+        data: str | None,
+        files: Mapping[str, FileRecord],
+        chunks: Mapping[tuple[str, str], tuple[Chunk, ...]],
+        verified: Collection[str],
     ) -> ReuseSource:
-        """``verified``: the files whose every byte was checked; ``None`` where this process wrote all of them."""
-        files = index.files if verified is None else {path: index.files[path] for path in verified}
-        return cls(info, manifest.data, files, index.chunks)
+        """A checkpoint of which every byte of the files ``verified`` was checked."""
+        return cls(info, data, {path: files[path] for path in verified}, chunks)
 
     def place(self, path: str) -> str:
         """Where file ``path`` lies, relative to the checkpoint's directory."""

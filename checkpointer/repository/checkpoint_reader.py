@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
@@ -15,9 +16,12 @@ import xxhash
 
 from checkpointer.errors import CorruptCheckpointError
 from checkpointer.format import paths
-from checkpointer.format.index import Chunk, FileRecord, Index
+from checkpointer.format.boxes import Box
+from checkpointer.format.index import Chunk, FileRecord, Index, RankPart
 from checkpointer.format.manifest import Manifest
-from checkpointer.repository.contents import disk_errors, open_file, read_index, read_part
+from checkpointer.repository.contents import add_files, disk_errors, open_file, read_index, read_part
+from checkpointer.repository.open_files import OpenFiles
+from checkpointer.repository.parts import Parts
 from checkpointer.storage import ReadFile, Storage
 from checkpointer.system.threads import Pool
 
@@ -97,12 +101,19 @@ class CheckpointReader:
         self._reader = reader
         self._directory = directory
         self.manifest = manifest
-        self._stack = ExitStack()
+        self._records: dict[str, FileRecord] = dict(manifest.index)
+        self._checked: set[str] = set()
+        """Files whose header, or whole content, is known to be what was written."""
+        self._mine: dict[tuple[str, str], tuple[Chunk, ...]] = {}
+        """Of tensors that this rank has otherwise than rank 0."""
+        self._files = OpenFiles(self._open)
         try:
-            self._files: dict[str, ReadFile] = {}
-            self.index = self._with_own(read_index(storage, directory, manifest))
-            for path in self.index.files:
-                self._check_size(path)
+            shared = read_index(storage, directory, manifest)
+            self._records |= shared.files
+            self._parts = None if shared.placement is None else Parts(shared, shared.placement, self._read_part)
+            self._shared = shared if self._parts is None else replace(shared, chunks=self._parts)
+            self.index = self._with_own(self._shared)
+            self._check_sizes()
         except BaseException:
             self.close()
             raise
@@ -115,15 +126,56 @@ class CheckpointReader:
 
     def close(self) -> None:
         """Close every file."""
-        self._stack.close()
+        self._files.close()
 
     def check_metadata(self) -> None:
-        """Check what is not tensor data: whole small files, and the headers of safetensors files."""
-        for path, record in self.index.files.items():
+        """Check what is not tensor data: whole small files, and headers of tensor files.
+
+        Of a checkpoint of several ranks these are the files that are known by now; call again once all chunks are chosen.
+        """
+        for path, record in list(self._records.items()):
+            if path in self._checked or path in self.manifest.index:
+                continue
             length, expected = record.header or (record.size, record.xxh3)
             if self._hash(path, 0, length) != expected:
                 what = "the header of " if record.header else ""
                 raise CorruptCheckpointError(f"{what}{self._place(path)} is damaged: its bytes do not match its hash")
+            self._checked.add(path)
+
+    def chunks(self, name: str, key: str, box: Box | None = None) -> Sequence[Chunk]:
+        """Where a tensor lies; with ``box``, at least the chunks that share an element with it."""
+        if self._parts is None or box is None or (name, key) in self._mine:
+            return self.index.chunks[name, key]
+        return self._parts.overlapping((name, key), box)
+
+    def known_chunks(self) -> Iterator[tuple[tuple[str, str], Chunk]]:
+        """Every chunk of the files that are known by now: component and key, and where it lies."""
+        if self._parts is None:
+            for place, chunks in self.index.chunks.items():
+                yield from ((place, chunk) for chunk in chunks)
+            return
+        for rank in self._parts.read:
+            yield from self._parts.written_by(rank)
+        for place, chunks in self._mine.items():
+            yield from ((place, chunk) for chunk in chunks)
+
+    def share_of_chunks(self, places: Collection[tuple[str, str]], rank: int, size: int) -> Iterator[tuple[str, Chunk]]:
+        """The chunks of ``places`` that one of ``size`` ranks checks, so that together they check all, each once."""
+        if self._parts is None:
+            wanted = ((f"{name}.{key}", chunk) for name, key in places for chunk in self.index.chunks[name, key])
+            yield from itertools.islice(wanted, rank, None, size)
+            return
+        for writer in range(rank, len(self._shared.parts), size):
+            for (name, key), chunk in self._parts.written_by(writer):
+                if (name, key) in places and (name, key) not in self._mine:
+                    yield f"{name}.{key}", chunk
+        for name, key in self._mine.keys() & set(places):
+            yield from ((f"{name}.{key}", chunk) for chunk in self._mine[name, key])
+
+    @property
+    def files(self) -> Mapping[str, FileRecord]:
+        """Every file of the checkpoint but the manifest, as far as it is known: parts that nobody has read add theirs."""
+        return self._records
 
     def read(self, reads: Iterable[ChunkRead], *, verify: bool) -> None:
         """Fill every target, from several threads, in the order of the files."""
@@ -134,38 +186,35 @@ class CheckpointReader:
         if self._reader.size > 1:  # which parts of them this rank needs is not known yet
             return
         keys = set(components)
-        wanted = {parts[0].file for (name, _), parts in self.index.chunks.items() if name in keys and parts}
+        wanted = {self.chunks(name, key)[0].file for name in keys for key in self.index.components[name].tensors}
         left = PREFETCH
-        for path in sorted(wanted & self._files.keys()):
-            file = self._files[path]
-            file.prefetch(0, min(left, file.size))
-            left -= min(left, file.size)
+        for path in sorted(wanted):
+            if left:
+                with self._files.using(path) as file:
+                    file.prefetch(0, min(left, file.size))
+                    left -= min(left, file.size)
 
     def check_chunks(self, chunks: Iterable[tuple[str, Chunk]]) -> None:
         """Check the hash of each ``(name, chunk)`` without keeping its bytes."""
         _share(partial(self._check_chunk, name, chunk) for name, chunk in chunks)
 
     def _open(self, path: str) -> ReadFile:
-        record = self.index.files.get(path) or self._index_files[path]
-        return open_file(self._storage, self._directory, self.manifest, path, record)
+        return open_file(self._storage, self._directory, self.manifest, path, self._records[path])
 
-    @property
-    def _index_files(self) -> dict[str, FileRecord]:
-        """What the index lies in, to be read as bytes like every other file."""
-        own = {paths.rank_index(rank): record for rank, record in self.index.parts.items()}
-        return {**self.manifest.index, **own}
+    def _read_part(self, rank: int) -> RankPart:
+        part = read_part(self._storage, self._directory, self.manifest, self._shared, rank)
+        add_files(self._records, {paths.rank_index(rank): self._shared.parts[rank]}, self._directory)
+        add_files(self._records, part.files, self._directory)
+        self._checked.add(paths.rank_index(rank))  # as a whole, when it was read
+        return part
 
-    def _check_size(self, path: str) -> None:
-        """Open a file, which compares its size; those with tensors stay open, there are few of them."""
-        file = self._open(path)
-        if self.index.files[path].header is not None:
-            self._keep_open(path, file)
-        else:
-            file.close()
-
-    def _keep_open(self, path: str, file: ReadFile) -> None:
-        self._files[path] = file
-        self._stack.callback(file.close)
+    def _check_sizes(self) -> None:
+        """Compare the size of every file: one of several ranks only of those that it knows, and opens, by now."""
+        if self._reader.size == 1 and self._parts is not None:
+            for rank in self._shared.parts:
+                self._parts.part(rank)
+        for path in self._records:
+            self._files.check(path)
 
     @property
     def has_own_state(self) -> bool:
@@ -177,19 +226,17 @@ class CheckpointReader:
         rank = self._reader.rank
         if self._reader.size == 1 or rank not in index.parts:
             return index
-        own = read_part(self._storage, self._directory, self.manifest, index, rank)
+        own = self._read_part(rank) if self._parts is None else self._parts.part(rank)
         same_size = self._reader.size == self.manifest.world_size
         names = {name for name, part in own.components.items() if same_size or part.kind in _OWN_AT_ANY_SIZE}
         components = {
-            name: replace(own.components[name], tensors={**part.tensors, **own.components[name].tensors})
+            name: replace(own.components[name], tensors=_Both(own.components[name].tensors, part.tensors))
             if name in names
             else part
             for name, part in index.components.items()
         }
-        mine = {place: chunks for place, chunks in own.chunks.items() if place[0] in names}
-        path = paths.rank_index(rank)
-        self._keep_open(path, open_file(self._storage, self._directory, self.manifest, path, index.parts[rank]))
-        return Index(components, _Both(mine, index.chunks), {**index.files, **own.files}, index.parts)
+        self._mine = {place: chunks for place, chunks in own.chunks.items() if place[0] in names}
+        return replace(index, components=components, chunks=_Both(self._mine, index.chunks))
 
     def _tasks(self, reads: Iterable[ChunkRead], *, verify: bool) -> Iterator[Callable[[], None]]:
         """What one thread does at a time. Small chunks next to each other are one request, large ones are several."""
@@ -216,8 +263,8 @@ class CheckpointReader:
 
     def _read_run(self, run: _Run, *, verify: bool) -> None:
         first = run.reads[0].chunk
-        with self._disk_errors(first.file):
-            self._files[first.file].read_many(first.begin, run.views)
+        with self._disk_errors(first.file), self._files.using(first.file) as file:
+            file.read_many(first.begin, run.views)
         if verify:
             for read, view in zip(run.reads, run.views, strict=True):
                 self._compare(read, xxhash.xxh3_128_hexdigest(view))
@@ -225,20 +272,22 @@ class CheckpointReader:
     def _read_span(
         self, read: ChunkRead, view: memoryview, hashed: _Hash, begin: int, end: int, *, verify: bool
     ) -> None:
-        for start in range(begin, end, READ_BLOCK):
-            block = view[start : min(start + READ_BLOCK, end)]
-            self._read_into(self._files[read.chunk.file], read.chunk.file, read.chunk.begin + start, block)
-            if verify and hashed.add(start, block) == len(view):
-                self._compare(read, hashed.hexdigest())
+        with self._files.using(read.chunk.file) as file:
+            for start in range(begin, end, READ_BLOCK):
+                block = view[start : min(start + READ_BLOCK, end)]
+                self._read_into(file, read.chunk.file, read.chunk.begin + start, block)
+                if verify and hashed.add(start, block) == len(view):
+                    self._compare(read, hashed.hexdigest())
 
     def _read_blocks(self, read: ChunkRead, *, verify: bool) -> None:
         hasher = xxhash.xxh3_128()
         offset = read.chunk.begin
-        for block in read.target.blocks():
-            self._read_into(self._files[read.chunk.file], read.chunk.file, offset, block)
-            offset += len(block)
-            if verify:
-                hasher.update(block)
+        with self._files.using(read.chunk.file) as file:
+            for block in read.target.blocks():
+                self._read_into(file, read.chunk.file, offset, block)
+                offset += len(block)
+                if verify:
+                    hasher.update(block)
         if verify:
             self._compare(read, hasher.hexdigest())
 
@@ -265,15 +314,11 @@ class CheckpointReader:
     def blocks(self, path: str, begin: int, end: int) -> Iterator[memoryview]:
         """The bytes of a file from ``begin`` to ``end``, in one buffer that is used again for each block."""
         buffer = memoryview(bytearray(min(READ_BLOCK, end - begin)))
-        file = self._files.get(path) or self._open(path)
-        try:
+        with self._files.using(path) as file:
             for start in range(begin, end, READ_BLOCK):
                 block = buffer[: min(READ_BLOCK, end - start)]
                 self._read_into(file, path, start, block)
                 yield block
-        finally:
-            if path not in self._files:
-                file.close()
 
     def whole(self, path: str, begin: int, end: int) -> bytes:
         """The bytes of a file from ``begin`` to ``end`` at once."""
@@ -300,7 +345,7 @@ class _Both(Mapping[K, V]):
         return self._first[key] if key in self._first else self._second[key]
 
     def __iter__(self) -> Iterator[K]:
-        return iter(dict.fromkeys([*self._second, *self._first]))
+        return iter({**dict.fromkeys(self._second), **dict.fromkeys(self._first)})
 
     def __len__(self) -> int:
         return len(self._first.keys() | self._second.keys())

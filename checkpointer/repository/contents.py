@@ -39,12 +39,13 @@ def read_contents(storage: Storage, directory: str, manifest: Manifest) -> Conte
     parts = {rank: read_part(storage, directory, manifest, index, rank) for rank in index.parts}
     files = {**manifest.index, **index.files}
     for rank, part in parts.items():
-        _add(files, {paths.rank_index(rank): index.parts[rank]}, directory)
-        _add(files, part.files, directory)
+        add_files(files, {paths.rank_index(rank): index.parts[rank]}, directory)
+        add_files(files, part.files, directory)
     return Contents(index, parts, files)
 
 
-def _add(files: dict[str, FileRecord], more: Mapping[str, FileRecord], directory: str) -> None:
+def add_files(files: dict[str, FileRecord], more: Mapping[str, FileRecord], directory: str) -> None:
+    """Add ``more``. Raises CorruptCheckpointError where a file is listed twice."""
     if not files.keys().isdisjoint(more):
         raise CorruptCheckpointError(f"{directory}: two parts of its index list {min(files.keys() & more.keys())!r}")
     files.update(more)
@@ -62,7 +63,7 @@ def read_part(storage: Storage, directory: str, manifest: Manifest, index: Index
 
     path = paths.rank_index(rank)
     data = read_whole(storage, directory, manifest, path, index.parts[rank])
-    return parse_part(data, path, storage.place(f"{directory}/{manifest.place(path)}"))
+    return parse_part(data, rank, index, storage.place(f"{directory}/{manifest.place(path)}"))
 
 
 def read_whole(storage: Storage, directory: str, manifest: Manifest, path: str, record: FileRecord) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 from checkpointer.distributed.exchange import Alone, Ranks
 from checkpointer.distributed.job import Job
-from checkpointer.distributed.read_plan import Reads
+from checkpointer.distributed.read_plan import Reads, needed_chunks
 from checkpointer.environment import differences, environment
 from checkpointer.errors import (
     CheckpointerWarning,
@@ -150,7 +149,7 @@ class Restorer:
                 prepared = self._prepared(info, request, stack)
                 report, verified = self._restore(prepared, request)
                 reader = prepared.reader
-                self.source = ReuseSource.of(info, reader.manifest, reader.index, verified)
+                self.source = ReuseSource.of(info, reader.manifest.data, reader.files, reader.index.chunks, verified)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"{info.path} was removed while it was read") from error
         except UnreadableCheckpointError as error:
@@ -235,9 +234,12 @@ class Restorer:
             reader.check_metadata()  # first: behind the rest it would wait for all that the disk was asked for
         reader.prefetch(names)
         plans = self._prepare(reader, names, replace(options, rng=RNG in names))
+        reads = Reads.of(reader, plans)
+        if request.verify != "off":
+            reader.check_metadata()  # of the files of other ranks that turned out to be needed
         if request.verify == "before":
             reader.check_chunks(_chunks(reader, plans))
-        return _Prepared(reader, plans, report, Reads.of(reader, plans), inexact=not options.partial)
+        return _Prepared(reader, plans, report, reads, inexact=not options.partial)
 
     def _restore(self, prepared: _Prepared, request: RestoreRequest) -> tuple[RestoreReport, set[str]]:
         """Also returns which tensor files were verified as a whole."""
@@ -250,7 +252,8 @@ class Restorer:
             prepared.reads.carry_out(reader, verify=verify)
             wait_for_devices(targets)
             if verify and prepared.shared_check:
-                reader.check_chunks(_share_of_checks(reader, plans, self._ranks))
+                wanted = {(name, key) for name, plan in plans.items() for key in plan.reads}
+                reader.check_chunks(reader.share_of_chunks(wanted, self._ranks.rank, self._ranks.size))
             exchange.barrier()
         for name, plan in plans.items():
             plan.apply()
@@ -343,9 +346,10 @@ def _component_mismatch(missing: list[str], unexpected: list[str]) -> str:
 
 
 def _chunks(reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> Iterator[tuple[str, Chunk]]:
+    """The chunks that this rank reads, all or some of their bytes."""
     for name, plan in plans.items():
-        for key in plan.reads:
-            for chunk in reader.index.chunks[name, key]:
+        for key, tensor in plan.reads.items():
+            for chunk in needed_chunks(reader, name, key, tensor):
                 yield f"{name}.{key}", chunk
 
 
@@ -353,20 +357,18 @@ def _verified(prepared: _Prepared, request: RestoreRequest) -> set[str]:
     """The tensor files of which this rank, or all ranks together, have checked every byte."""
     if request.verify == "off":
         return set()
-    index = prepared.reader.index
-    if request.verify == "before" or prepared.shared_check:
-        checked = {chunk for _, chunk in _chunks(prepared.reader, prepared.plans)}
-    else:
+    reader, plans = prepared.reader, prepared.plans
+    wanted = {(name, key) for name, plan in plans.items() for key in plan.reads}
+    checked: set[Chunk] = set()
+    if request.verify == "before":
+        checked = {chunk for _, chunk in _chunks(reader, plans)}
+    elif not prepared.shared_check:
         checked = {read.chunk for read in prepared.reads.whole}
-    chunks = (chunk for parts in index.chunks.values() for chunk in parts)
-    return index.headers.keys() - {chunk.file for chunk in chunks if chunk.end > chunk.begin and chunk not in checked}
-
-
-def _share_of_checks(
-    reader: CheckpointReader, plans: Mapping[str, RestorePlan], ranks: Ranks
-) -> Iterator[tuple[str, Chunk]]:
-    """This rank's part of all chunks that are wanted."""
-    return itertools.islice(_chunks(reader, plans), ranks.rank, None, ranks.size)
+    stored = {path for path, record in reader.files.items() if record.header is not None}
+    for place, chunk in reader.known_chunks():
+        if chunk.end > chunk.begin and chunk not in checked and not (prepared.shared_check and place in wanted):
+            stored.discard(chunk.file)
+    return stored
 
 
 def _world_changed(saved: int, live: int) -> list[str]:
