@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,8 @@ class Reads:
     """Chunks that are read from end to end, and can be checked on the way."""
     parts: Sequence[ChunkRead]
     """Parts of others, which have no hash of their own."""
+    sharded: frozenset[tuple[str, str]] = frozenset()
+    """Component and key of tensors of which this rank reads what it holds."""
 
     @property
     def partial(self) -> bool:
@@ -33,12 +35,15 @@ class Reads:
     @classmethod
     def of(cls, reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> Reads:
         """What fills the destinations of ``plans``."""
-        return cls.split(
-            read
-            for name, plan in plans.items()
-            for key, tensor in plan.reads.items()
-            for read in _reads(reader, name, key, tensor)
-        )
+        places = [(name, key, tensor) for name, plan in plans.items() for key, tensor in plan.reads.items()]
+        found = cls.split(read for place in places for read in _reads(reader, *place))
+        return replace(found, sharded=frozenset((name, key) for name, key, tensor in places if is_sharded(tensor)))
+
+    @property
+    def checked(self) -> set[Chunk]:
+        """The chunks of ``sharded`` tensors that are read as a whole."""
+        names = {f"{name}.{key}" for name, key in self.sharded}
+        return {read.chunk for read in self.whole if read.name in names}
 
     @classmethod
     def split(cls, reads: Iterable[ChunkRead]) -> Reads:

@@ -342,6 +342,12 @@ class Chunks(Mapping[tuple[str, str], "tuple[Chunk, ...]"]):
     def __len__(self) -> int:
         return sum(map(len, self._tensors.values()))
 
+    def files_of(self, component: str) -> set[str]:
+        """The files that a component's tensors lie in."""
+        tensors = self._tensors[component]
+        first, last = self.starts[tensors.first], self.starts[tensors.first + tensors.count]
+        return {self.file_names[number] for number in set(self.columns.file[first:last].tolist())}
+
     @cached_property
     def starts(self) -> list[int]:
         """For each tensor its first chunk, and one more: chunks lie in the order of tensors."""

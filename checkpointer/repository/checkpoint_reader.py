@@ -17,7 +17,7 @@ import xxhash
 from checkpointer.errors import CorruptCheckpointError
 from checkpointer.format import paths
 from checkpointer.format.boxes import Box
-from checkpointer.format.index import Chunk, FileRecord, Index, RankPart
+from checkpointer.format.index import Chunk, Chunks, FileRecord, Index, RankPart
 from checkpointer.format.manifest import Manifest
 from checkpointer.repository.contents import add_files, disk_errors, open_file, read_index, read_part
 from checkpointer.repository.open_files import OpenFiles
@@ -150,14 +150,36 @@ class CheckpointReader:
 
     def known_chunks(self) -> Iterator[tuple[tuple[str, str], Chunk]]:
         """Every chunk of the files that are known by now: component and key, and where it lies."""
-        if self._parts is None:
-            for place, chunks in self.index.chunks.items():
-                yield from ((place, chunk) for chunk in chunks)
-            return
-        for rank in self._parts.read:
+        parts = () if self._parts is None else self._parts.read
+        for rank in parts:
+            assert self._parts is not None
             yield from self._parts.written_by(rank)
-        for place, chunks in self._mine.items():
+        for place, chunks in (self.index.chunks if self._parts is None else self._mine).items():
             yield from ((place, chunk) for chunk in chunks)
+
+    def verified_files(
+        self, tensors: Collection[tuple[str, str]], chunks: Collection[Chunk] = frozenset()
+    ) -> set[str]:
+        """The tensor files, of those known by now, that hold bytes of these ``tensors`` and ``chunks`` alone."""
+        stored = {path for path, record in self._records.items() if record.header is not None}
+        if self._parts is None and not chunks:
+            components = self.index.components.items()
+            rest = [(name, key) for name, part in components for key in part.tensors if (name, key) not in tensors]
+            return stored - {chunk.file for place in rest for chunk in self.index.chunks[place] if chunk.end > chunk.begin}
+        for place, chunk in self.known_chunks():
+            if place not in tensors and chunk not in chunks and chunk.end > chunk.begin:
+                stored.discard(chunk.file)
+        return stored
+
+    @property
+    def chunks_by_tensor(self) -> Mapping[tuple[str, str], tuple[Chunk, ...]]:
+        """Where tensors lie, as far as that is known by now."""
+        if self._parts is None:
+            return self.index.chunks
+        found: dict[tuple[str, str], tuple[Chunk, ...]] = {}
+        for place, chunk in self.known_chunks():
+            found[place] = (*found.get(place, ()), chunk)
+        return found
 
     def share_of_chunks(self, places: Collection[tuple[str, str]], rank: int, size: int) -> Iterator[tuple[str, Chunk]]:
         """The chunks of ``places`` that one of ``size`` ranks checks, so that together they check all, each once."""
@@ -183,10 +205,10 @@ class CheckpointReader:
 
     def prefetch(self, components: Iterable[str]) -> None:
         """Let the system begin to read the files of ``components``, while the caller prepares. Only a hint."""
-        if self._reader.size > 1:  # which parts of them this rank needs is not known yet
+        chunks = self.index.chunks
+        if self._reader.size > 1 or not isinstance(chunks, Chunks):  # which files it needs is not known yet
             return
-        keys = set(components)
-        wanted = {self.chunks(name, key)[0].file for name in keys for key in self.index.components[name].tensors}
+        wanted = {file for name in components for file in chunks.files_of(name)}
         left = PREFETCH
         for path in sorted(wanted):
             if left:

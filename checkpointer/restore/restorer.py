@@ -149,7 +149,8 @@ class Restorer:
                 prepared = self._prepared(info, request, stack)
                 report, verified = self._restore(prepared, request)
                 reader = prepared.reader
-                self.source = ReuseSource.of(info, reader.manifest.data, reader.files, reader.index.chunks, verified)
+                data, chunks = reader.manifest.data, reader.chunks_by_tensor
+                self.source = ReuseSource.of(info, data, reader.files, chunks, verified)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(f"{info.path} was removed while it was read") from error
         except UnreadableCheckpointError as error:
@@ -238,7 +239,7 @@ class Restorer:
         if request.verify != "off":
             reader.check_metadata()  # of the files of other ranks that turned out to be needed
         if request.verify == "before":
-            reader.check_chunks(_chunks(reader, plans))
+            reader.check_chunks((f"{name}.{key}", chunk) for (name, key), chunk in _chunks(reader, plans))
         return _Prepared(reader, plans, report, reads, inexact=not options.partial)
 
     def _restore(self, prepared: _Prepared, request: RestoreRequest) -> tuple[RestoreReport, set[str]]:
@@ -345,30 +346,29 @@ def _component_mismatch(missing: list[str], unexpected: list[str]) -> str:
     )
 
 
-def _chunks(reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> Iterator[tuple[str, Chunk]]:
-    """The chunks that this rank reads, all or some of their bytes."""
+def _chunks(
+    reader: CheckpointReader, plans: Mapping[str, RestorePlan]
+) -> Iterator[tuple[tuple[str, str], Chunk]]:
+    """The chunks that this rank reads, all or some of their bytes, each with component and key."""
     for name, plan in plans.items():
         for key, tensor in plan.reads.items():
             for chunk in needed_chunks(reader, name, key, tensor):
-                yield f"{name}.{key}", chunk
+                yield (name, key), chunk
 
 
 def _verified(prepared: _Prepared, request: RestoreRequest) -> set[str]:
     """The tensor files of which this rank, or all ranks together, have checked every byte."""
     if request.verify == "off":
         return set()
-    reader, plans = prepared.reader, prepared.plans
-    wanted = {(name, key) for name, plan in plans.items() for key in plan.reads}
-    checked: set[Chunk] = set()
+    wanted = {(name, key) for name, plan in prepared.plans.items() for key in plan.reads}
+    if prepared.shared_check:
+        return prepared.reader.verified_files(wanted)
     if request.verify == "before":
-        checked = {chunk for _, chunk in _chunks(reader, plans)}
-    elif not prepared.shared_check:
-        checked = {read.chunk for read in prepared.reads.whole}
-    stored = {path for path, record in reader.files.items() if record.header is not None}
-    for place, chunk in reader.known_chunks():
-        if chunk.end > chunk.begin and chunk not in checked and not (prepared.shared_check and place in wanted):
-            stored.discard(chunk.file)
-    return stored
+        sharded = prepared.reads.sharded
+        checked = {chunk for place, chunk in _chunks(prepared.reader, prepared.plans) if place in sharded}
+    else:
+        checked = prepared.reads.checked
+    return prepared.reader.verified_files(wanted - prepared.reads.sharded, checked)
 
 
 def _world_changed(saved: int, live: int) -> list[str]:
