@@ -141,7 +141,11 @@ def place_leaves(places: Destinations, value: Any, live: Any, seen: set[int]) ->
     if isinstance(value, dict):
         seen.add(id(live))
         for key, item in value.items():
-            place_leaves(places, item, _get(live, key), seen)
+            found = _get(live, key)
+            if type(item) is Leaf and item.kind == "tensor" and type(found) is torch.Tensor and not found.requires_grad:
+                places.offer(item.key, found)  # nearly all that optimizers have
+            else:
+                place_leaves(places, item, found, seen)
     elif isinstance(value, (list, tuple, deque)):
         seen.add(id(live))
         for item, live_item in zip(value, live, strict=False):

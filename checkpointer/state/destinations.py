@@ -47,6 +47,8 @@ class Destinations:
             return False
         if self._stepped and live.is_inference():
             return False
+        if type(live) is torch.Tensor and not live.requires_grad:
+            return self._take(key, live)  # the object itself, without another one for its memory
         taken = self._take(key, live.detach())
         if taken and not isinstance(live, torch.nn.Parameter) and not live.requires_grad:
             self._owners[key] = live

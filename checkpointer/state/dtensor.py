@@ -33,8 +33,9 @@ def is_sharded(value: object) -> bool:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a tensor in this process: its own, or that of this rank's part."""
-    return _local(tensor).detach()
+    """The memory of a tensor in this process: its own, or that of this rank's part. Requires no gradients."""
+    part = _local(tensor)
+    return part if type(part) is torch.Tensor and not part.requires_grad else part.detach()
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -43,8 +44,13 @@ def address(tensor: torch.Tensor) -> int:
     return memory.data_ptr() or memory.untyped_storage()._cdata  # noqa: SLF001
 
 
+def own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """As :func:`local_part`, to be looked at and not to be written to: it may require gradients."""
+    return _local(tensor)
+
+
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    if not is_sharded(tensor):
+    if type(tensor) in PLAIN_TYPES or not is_sharded(tensor):
         return tensor
     sharded: Any = tensor
     part: torch.Tensor = sharded._local_tensor  # noqa: SLF001  to_local() builds a node of autograd

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from checkpointer.format.index import ITEM_SIZES, TensorSpec, is_dense
-from checkpointer.state.dtensor import PLAIN_TYPES, is_sharded, local_part
+from checkpointer.state.dtensor import PLAIN_TYPES, is_sharded, local_part, own_memory
 from checkpointer.state.protocol import MapLocation
 
 #: Every torch dtype by its name without ``torch.``.
@@ -167,13 +167,13 @@ def fillable(live: torch.Tensor, spec: TensorSpec) -> bool:
         and live.shape == spec.shape
         and not live.is_conj()
         and not live.is_neg()
-        and not overlaps(local_part(live))
+        and not overlaps(own_memory(live))
     )
 
 
 def extent(tensor: torch.Tensor) -> tuple[int, int]:
     """Addresses of the first byte of a strided tensor's elements, as far as they are here, and of the first after."""
-    tensor = local_part(tensor)
+    tensor = own_memory(tensor)
     if tensor.is_contiguous():
         start = tensor.data_ptr()
         return (start, start + tensor.nbytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -135,6 +136,8 @@ class OptimizerRestore:
             place_leaves(self.places, slots, self.live.state[tensor], seen)
         group = self.value["param_groups"][parameter.group]
         for slot, leaf in _leaves(slots):
+            if leaf.key in self.places.reads:  # into live state, which keeps its dtype and its place
+                continue
             if leaf.kind == "tensor" and leaf.spec is not None:
                 if _follows(slot, leaf.spec, parameter, tensor) and not self._keeps(slot, leaf.spec, tensor):
                     self.casts[leaf.key] = tensor.dtype
@@ -328,10 +331,13 @@ def _slot_device(
     """
     if live.device.type == "meta":
         return None
-    where = torch.device(spec.device)
+    where = _device(spec.device)
     if slot == "step" and where.type == "cpu":
         return live.device if group.get("capturable") or group.get("fused") else where
     return live.device if where.type == saved.device.type else device_for(spec, None)
+
+
+_device = functools.cache(torch.device)
 
 
 def _exactly(loaded: Any, saved: Any) -> Any:

@@ -39,7 +39,7 @@ from checkpointer.state.tree.leaves import (
 _BAD_TREE = (ValueError, TypeError, KeyError, OverflowError, RuntimeError, AttributeError, IndexError, RecursionError)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Leaf:
     """Stands for a tensor, or something made of tensors, while only specs are known. Compared by identity."""
 
@@ -307,13 +307,18 @@ class Decoder:
         return {name: self._tensor(key) for key, name in self._below(node)}
 
     def _slot_dicts(self, node: Json) -> dict[int, dict[str, Any]]:
-        out: dict[int, dict[str, Any]] = {}
+        out: dict[str, dict[str, Any]] = {}
         for key, rest in self._below(node):
             number, dot, slot = rest.partition(".")
-            if not dot or not number.isascii() or not number.isdecimal() or (number[0] == "0" and number != "0"):
-                self._fail(f"tensor {key[:80]!r} is no slot of a parameter with a number")
-            out.setdefault(int(number), {})[slot] = self._tensor(key)
-        return out
+            if not dot:
+                self._fail(f"tensor {key[:80]!r} is no slot of a parameter")
+            slots = out.get(number)
+            if slots is None:
+                if not number.isascii() or not number.isdecimal() or (number[0] == "0" and number != "0"):
+                    self._fail(f"tensor {key[:80]!r} is no slot of a parameter with a number")
+                slots = out[number] = {}
+            slots[slot] = self._tensor(key)
+        return {int(number): slots for number, slots in out.items()}
 
     def _count(self, node: Json) -> list[int]:
         start, count = (decode_int(item) for item in expect_list(node, 2))
