@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,7 +37,7 @@ class Reads:
     def of(cls, reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> Reads:
         """What fills the destinations of ``plans``."""
         places = [(name, key, tensor) for name, plan in plans.items() for key, tensor in plan.reads.items()]
-        found = cls.split(read for place in places for read in _reads(reader, *place))
+        found = cls.split(itertools.chain.from_iterable(_reads(reader, *place) for place in places))
         return replace(found, sharded=frozenset((name, key) for name, key, tensor in places if is_sharded(tensor)))
 
     @property
@@ -70,14 +71,19 @@ def needed_chunks(reader: CheckpointReader, name: str, key: str, tensor: torch.T
     return [chunk for chunk in chunks if overlap(Box(chunk.offsets, chunk.lengths), mine) is not None]
 
 
-def _reads(reader: CheckpointReader, name: str, key: str, tensor: torch.Tensor) -> Iterator[ChunkRead]:
-    chunks = needed_chunks(reader, name, key, tensor)
-    found = local_box(tensor) if is_sharded(tensor) else None
+def _reads(reader: CheckpointReader, name: str, key: str, tensor: torch.Tensor) -> Iterable[ChunkRead]:
+    if not is_sharded(tensor):
+        what = f"{name}.{key}"
+        return [ChunkRead(what, chunk, TensorTarget(tensor, chunk)) for chunk in reader.chunks(name, key)]
+    return _reads_of_box(reader, name, key, tensor)
+
+
+def _reads_of_box(reader: CheckpointReader, name: str, key: str, tensor: torch.Tensor) -> Iterator[ChunkRead]:
+    found = local_box(tensor)
     if found is None:
-        yield from (ChunkRead(f"{name}.{key}", chunk, TensorTarget(tensor, chunk)) for chunk in chunks)
         return
     mine, local = Box(*found), local_part(tensor)
-    for chunk in chunks:
+    for chunk in needed_chunks(reader, name, key, tensor):
         common = overlap(Box(chunk.offsets, chunk.lengths), mine)
         assert common is not None, "only such chunks are needed"
         yield from reads_of_box(f"{name}.{key}", chunk, common, narrowed(local, mine, common))

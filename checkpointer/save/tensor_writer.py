@@ -18,6 +18,7 @@ from checkpointer.staging.digest import Digest
 from checkpointer.staging.stager import LiveTensors, StagedFile
 from checkpointer.state.tensors import dtype_name
 from checkpointer.storage import Buffer
+from checkpointer.system.gc import collector_paused
 from checkpointer.system.memory import Ring
 
 
@@ -32,7 +33,9 @@ def write_file(attempt: Attempt, item: StagedFile, trainable: frozenset[tuple[st
 
 
 def _pieces(item: StagedFile, digest: Digest) -> Iterator[Buffer]:
-    yield item.file.header
+    with collector_paused():
+        header = item.file.header
+    yield header
     yield from item.source.pieces(digest)
     digest.update(memoryview(b""))  # tensors without elements at the end
 

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -23,12 +23,11 @@ from checkpointer.distributed.rank_report import (
 from checkpointer.distributed.save_plan import OWN, RankPlan
 from checkpointer.errors import SaveError
 from checkpointer.format import paths
-from checkpointer.format.boxes import whole
 from checkpointer.format.index import Chunk, Component, FileRecord, Index, Json, RankPart
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest
 from checkpointer.format.table import pack_part
-from checkpointer.format.tensor_files import SMALL_COMPONENT
+from checkpointer.format.tensor_files import SMALL_COMPONENT, TensorFile
 from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.commit import Attempt
 from checkpointer.repository.repository import Repository
@@ -37,6 +36,7 @@ from checkpointer.save.tensor_writer import chunks_of, header_of, write_file
 from checkpointer.staging.digest import Digest
 from checkpointer.staging.stager import ReusedFile, Staged, StagedFile
 from checkpointer.system import messages
+from checkpointer.system.gc import collector_paused
 
 logger = logging.getLogger("checkpointer")
 
@@ -310,15 +310,16 @@ class _TensorFiles:
             digest = write_file(self._attempt, item, self._learned)
             hashes = digest.hashes
             self._not_finite += digest.not_finite
-        boxes = [
-            self._boxes.get((slot.component, slot.key)) or whole(spec.shape)
-            for slot, spec in zip(file.slots, file.specs, strict=True)
-        ]
         self._attempt.files[file.path] = replace(self._attempt.files[file.path], header=header_of(file))
-        chunks = chunks_of(file, hashes, (box.offsets for box in boxes))
-        self.chunks.update(
-            {(slot.component, slot.key): (chunk,) for slot, chunk in zip(file.slots, chunks, strict=True)}
-        )
+        with collector_paused():
+            chunks = chunks_of(file, hashes, self._offsets(file))
+            self.chunks.update({slot[:2]: (chunk,) for slot, chunk in zip(file.slots, chunks, strict=True)})
+
+    def _offsets(self, file: TensorFile) -> Iterator[tuple[int, ...]]:
+        """Where in the whole tensor each tensor of a file begins."""
+        for slot, spec in zip(file.slots, file.specs, strict=True):
+            box = self._boxes.get(slot[:2]) if self._boxes else None
+            yield (0,) * len(spec.shape) if box is None else box.offsets
 
     def _keep_inside(self, item: StagedFile) -> None:
         """Small tensors of this rank alone lie in its part of the index: ten thousand ranks have so many files less."""

@@ -14,7 +14,7 @@ DEFAULTS = "defaults"
 """The member of an optimizer's meta that lists the hyper-parameters its class sets. Absent where it is not known."""
 
 
-class _Slots(NamedTuple):
+class Slots(NamedTuple):
     """What a class of torch keeps of each parameter, beside ``step``."""
 
     always: frozenset[str]
@@ -22,11 +22,11 @@ class _Slots(NamedTuple):
     """Only with some settings, or parameters of some shapes."""
 
 
-def _slots_of(always: str = "", sometimes: str = "") -> _Slots:
-    return _Slots(frozenset(always.split()), frozenset({"step", *sometimes.split()}))
+def _slots_of(always: str = "", sometimes: str = "") -> Slots:
+    return Slots(frozenset(always.split()), frozenset({"step", *sometimes.split()}))
 
 
-SLOTS: Mapping[str, _Slots] = {
+SLOTS: Mapping[str, Slots] = {
     "ASGD": _slots_of("eta mu ax"),
     "Adadelta": _slots_of("square_avg acc_delta"),
     "Adafactor": _slots_of(sometimes="variance row_var col_var"),
@@ -51,12 +51,19 @@ def settings_of(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def slot_misfit(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, saved: Collection[Any]) -> str:
+def known_slots(optimizer: torch.optim.Optimizer) -> Slots | None:
+    """The state that an optimizer of torch's own keeps for each parameter; ``None`` for others."""
+    return SLOTS.get(type(unwrapped(optimizer)).__name__) if is_of_torch(optimizer) else None
+
+
+def slot_misfit(
+    known: Slots | None, optimizer: torch.optim.Optimizer, parameter: torch.Tensor, saved: Collection[Any]
+) -> str:
     """Why saved state with these keys cannot be this class's; empty where nothing says so.
 
-    State that one side lacks is no reason: it is made when it is first needed, and surplus state is removed.
+    ``known``: its :func:`known_slots`. State that one side lacks is no reason: it is made when it is first needed, and
+    surplus state is removed.
     """
-    known = SLOTS.get(type(unwrapped(optimizer)).__name__) if is_of_torch(optimizer) else None
     if known is not None:
         lacking = known.always - set(saved)
         return f"it has {_listed(saved)}, and no {_listed(lacking)}" if lacking else ""
@@ -66,9 +73,10 @@ def slot_misfit(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, saved
     return f"it has {_listed(saved)}, live state has {_listed(live)}"
 
 
-def slots_agree(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, saved: Collection[Any]) -> bool:
+def slots_agree(
+    known: Slots | None, optimizer: torch.optim.Optimizer, parameter: torch.Tensor, saved: Collection[Any]
+) -> bool:
     """Whether saved state of another class has just what this class keeps, as far as that is known."""
-    known = SLOTS.get(type(unwrapped(optimizer)).__name__) if is_of_torch(optimizer) else None
     if known is not None:
         return known.always <= set(saved) <= known.always | known.sometimes
     live = optimizer.state.get(parameter)

@@ -20,6 +20,7 @@ from checkpointer.state.optimizer.match import Matched, SavedParameter, match_pa
 from checkpointer.state.optimizer.misfits import (
     DEFAULTS,
     foreign_settings,
+    known_slots,
     missing_settings,
     slot_misfit,
     slots_agree,
@@ -94,20 +95,24 @@ class OptimizerRestore:
 
     def _drop_misfits(self) -> None:
         """Parameters whose saved state has other keys than this class's keep the state that they have."""
-        for row in list(self.match.pairs):
+        known = known_slots(self.live)
+        fitting: list[tuple[SavedParameter, torch.Tensor, str]] = []
+        for row in self.match.pairs:
             parameter, tensor, label = row
             slots = self.value["state"].get(parameter.index)
             keys = slots.keys() if isinstance(slots, dict) else ()
             if self.foreign:
-                misfit = "" if keys and slots_agree(self.live, tensor, keys) else "it is that of another class"
+                misfit = "" if keys and slots_agree(known, self.live, tensor, keys) else "it is that of another class"
             else:  # a hook or an override may know how to load other keys
-                misfit = slot_misfit(self.live, tensor, keys) if keys and self.direct else ""
-            if misfit:
-                self.match.pairs.remove(row)
+                misfit = slot_misfit(known, self.live, tensor, keys) if keys and self.direct else ""
+            if not misfit:
+                fitting.append(row)
+            else:
                 self.match.kept.append(tensor)
                 self.report.unexpected += [f"{label}.{slot}" for slot in keys]
             if misfit and not self.foreign:
                 self.match.problems.append(f"the saved state of {label!r} is not {class_name(self.live)}'s: {misfit}")
+        self.match.pairs = fitting
 
     def plan(self) -> RestorePlan:
         """Choose destinations; nothing live is changed."""
