@@ -16,10 +16,10 @@ from checkpointer.errors import (
     RunLockedError,
     UnreadableCheckpointError,
 )
-from checkpointer.format.index import Component
+from checkpointer.format.index import Component, FileRecord
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest, metric_to_json
-from checkpointer.repository.copies import copies_by_file, on_disk
+from checkpointer.repository.copies import holders
 from checkpointer.repository.notes import Note
 from checkpointer.repository.repository import Listing, Repository, Unreadable
 from checkpointer.storage import ReadFile, Storage, open_storage
@@ -76,7 +76,8 @@ class Details:
     row: Row
     manifest: Manifest
     components: Mapping[str, Component] = field(default_factory=dict)
-    """Empty where ``problem`` is set."""
+    """Empty where ``problem`` is set; ``files`` then are those that the manifest names."""
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
     shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The other checkpoints, in commit order, that lie on the same physical copy of a file; files with none are not in
     it."""
@@ -90,7 +91,7 @@ class Details:
             "statistics": dict(self.manifest.statistics),
             "files": {
                 path: {"size": file.size, "xxh3": file.xxh3, "shared_with": list(self.shared.get(path, ()))}
-                for path, file in self.manifest.files.items()
+                for path, file in self.files.items()
             },
             "components": {name: _component_to_json(part) for name, part in self.components.items()},
         }
@@ -159,20 +160,28 @@ def details(repository: Repository, step: int | None) -> Details:
         raise found.unreadable[-1].error
     info = repository.find(step) if step is not None else found.checkpoints[-1]
     manifest = repository.manifest(info)
-    shared = _shared(info, on_disk(repository.storage, found.checkpoints))
     try:
         with repository.open(info) as reader:
-            return Details(_row(info), manifest, reader.index.components, shared)
+            shared = _shared(repository, info, found.checkpoints)
+            return Details(_row(info), manifest, reader.index.components, dict(reader.files), shared)
     except (CorruptCheckpointError, FormatVersionError, UnreadableCheckpointError) as error:
         row = replace(_row(info), status=_status_of(error), reason=str(error))
-        return Details(row, manifest, shared=shared, problem=error)
+        return Details(row, manifest, files=manifest.index, problem=error)
 
 
-def _shared(info: CheckpointInfo, checkpoints: Sequence[CheckpointInfo]) -> dict[str, tuple[str, ...]]:
-    own = next((copies_by_file(item) for item in checkpoints if item.id == info.id), copies_by_file(info))
-    others = [item for item in checkpoints if item.id != info.id]
-    holders = {path: tuple(_row(item).name for item in others if copy in item.copies) for path, copy in own.items()}
-    return {path: names for path, names in holders.items() if names}
+def _shared(
+    repository: Repository, info: CheckpointInfo, checkpoints: Sequence[CheckpointInfo]
+) -> dict[str, tuple[str, ...]]:
+    """The names of the other checkpoints that lie on the same bytes as each file of ``info``, by what is on disk."""
+    on_disk = holders(repository.storage, checkpoints, repository.files_of)
+    mine = {path: bytes_of for (path, id), bytes_of in on_disk.items() if id == info.id}
+    found = {
+        path: tuple(
+            _row(item).name for item in checkpoints if item.id != info.id and on_disk.get((path, item.id)) == own
+        )
+        for path, own in mine.items()
+    }
+    return {path: names for path, names in found.items() if names}
 
 
 def checks(repository: Repository, step: int | None) -> Checks:

@@ -210,7 +210,7 @@ def facts(details: Details, now: datetime) -> list[tuple[str, str]]:
         ("id", info.id),
         ("parent", info.parent or NOTHING),
         ("created", f"{utc(info.created)} ({age(now - info.created)} ago)"),
-        ("size", f"{human_size(manifest.size)} in {len(manifest.files)} files"),
+        ("size", f"{human_size(manifest.size)} in {manifest.files} files"),
         ("metrics", ", ".join(f"{name}={value!r}" for name, value in info.metrics.items()) or NOTHING),
         ("tags", ", ".join(info.tags) or NOTHING),
         ("note", info.note or NOTHING),
@@ -275,7 +275,7 @@ def plain_details(details: Details, now: datetime) -> str:
     blocks = [aligned([(name, clean(value)) for name, value in facts(details, now)], ("left", "left"))]
     files = [
         (clean(path), human_size(file.size), file.xxh3, shared_with(details, path))
-        for path, file in details.manifest.files.items()
+        for path, file in details.files.items()
     ]
     blocks.append("files\n" + aligned(files, ("left", "right", "left", "left"), "  "))
     for title, nodes in components(details):
@@ -339,7 +339,7 @@ def rich_details(details: Details, now: datetime) -> str:
         grid.add_row(Text(name, style="bold"), Text(clean(value), style=STYLES.get(value, "")))
     tree = Tree(Text(clean(details.row.name), style="bold"))
     files = tree.add(Text("files", style="bold cyan"))
-    for path, file in details.manifest.files.items():
+    for path, file in details.files.items():
         files.add(
             Text.assemble(clean(path), "  ", (f"{human_size(file.size)}  {shared_with(details, path)}".rstrip(), "dim"))
         )

@@ -72,9 +72,9 @@ class RankPart:
         for component, written, parts in ((MODEL, tensors_written, pieces), (OBJECTS, inner_written, inner)):
             for piece, chunk in zip(parts, written.chunks, strict=True):
                 chunks[component, piece.key] = (*chunks.get((component, piece.key), ()), chunk)
+        headers = {**tensors_written.headers, **inner_written.headers}
         files = RankFiles(
-            files=dict(self._attempt.files),
-            headers={**tensors_written.headers, **inner_written.headers},
+            files={path: replace(self._attempt.files[path], header=header) for path, header in headers.items()},
             chunks=chunks,
             finite=None,
             trainable=False,

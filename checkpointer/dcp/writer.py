@@ -179,7 +179,7 @@ class SafetensorsWriter(StorageWriter):
             tags=self._tags,
             world_size=ranks,
             data=attempt.data,
-            files=dict(attempt.files),
+            **attempt.totals(),
             environment=environment(),
         )
 

@@ -116,7 +116,9 @@ def _column(data: bytes, start: int, entry: _Entry, form: Form, what: str) -> Ar
     dtype, shape, (begin, end) = entry
     width = (form.width,) if form.width > 1 else ()
     if dtype != form.dtype or shape[1:] != width or len(shape) != 1 + len(width):
-        raise CorruptCheckpointError(f"{what} is {dtype} of shape {list(shape)}, not {form.dtype} in rows of {form.width}")
+        raise CorruptCheckpointError(
+            f"{what} is {dtype} of shape {list(shape)}, not {form.dtype} in rows of {form.width}"
+        )
     count = prod(shape)
     if count * np.dtype(_DTYPES[dtype]).itemsize != end - begin:
         raise CorruptCheckpointError(f"{what} has {end - begin} bytes for shape {list(shape)}")

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from checkpointer.errors import CorruptCheckpointError, FormatVersionError
 from checkpointer.format import paths, strict_json
 from checkpointer.system.gc import collector_paused
 
 if TYPE_CHECKING:  # NumPy takes longer to load than `checkpointer ls` takes in all
-    from checkpointer.format.layouts import Layout
     from checkpointer.format.columns import Array
+    from checkpointer.format.layouts import Layout
     from checkpointer.format.table import ChunkColumns, TensorColumns
 
 FORMAT = "checkpointer-index"
@@ -130,11 +130,16 @@ class Index:
 
     def to_files(self) -> dict[str, bytes]:
         """The two files that say it, by path."""
-        from checkpointer.format import table  # noqa: PLC0415  loads NumPy
+        from checkpointer.format import table
 
         with collector_paused():
             plain = [file_to_json(path, record) for path, record in self.files.items() if record.header is None]
-            fields = {"format": FORMAT, "version": VERSION, "components": components_to_json(self.components), "files": plain}
+            fields = {
+                "format": FORMAT,
+                "version": VERSION,
+                "components": components_to_json(self.components),
+                "files": plain,
+            }
             return {paths.INDEX: strict_json.dumps(fields).encode("ascii"), paths.TABLE: table.pack_index(self)}
 
 
@@ -175,7 +180,7 @@ def parse_index(text: bytes, table: bytes, where: str) -> Index:
         CorruptCheckpointError: anything else.
         FormatVersionError: an index of a newer version.
     """
-    from checkpointer.format import table as tables  # noqa: PLC0415  loads NumPy
+    from checkpointer.format import table as tables
 
     for data in (text, table):
         if len(data) > paths.INDEX_LIMIT:
@@ -261,7 +266,10 @@ def _parse_file(path: str, entry: Mapping[str, object]) -> FileRecord:
         pair = strict_json.array(entry["header"], f"header of {path!r}")
         if len(pair) != 2:
             raise CorruptCheckpointError(f"header of {path!r} must be [length, xxh3]")
-        header = (strict_json.integer(pair[0], f"header of {path!r}", low=8, high=size), strict_json.digest(pair[1], path))
+        header = (
+            strict_json.integer(pair[0], f"header of {path!r}", low=8, high=size),
+            strict_json.digest(pair[1], path),
+        )
     if "shared" not in entry:
         return FileRecord(size, xxh3, header=header)
     shared = strict_json.array(entry["shared"], f"shared file {path!r}")
@@ -332,9 +340,7 @@ class Chunks(Mapping[tuple[str, str], "tuple[Chunk, ...]"]):
         number = tensors.number(key)
         first, last = self.starts[number], self.starts[number + 1]
         shape = tensors.columns.spec(number).shape
-        return tuple(
-            [self.columns.chunk(row, shape, self.file_names, self.this_file) for row in range(first, last)]
-        )
+        return tuple([self.columns.chunk(row, shape, self.file_names, self.this_file) for row in range(first, last)])
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return ((component, key) for component, tensors in self._tensors.items() for key in tensors)

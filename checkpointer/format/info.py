@@ -48,8 +48,8 @@ class CheckpointInfo:
     statistics: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What the save cost, for humans: seconds and bytes by name."""
     copies: Mapping[str, int] = field(default_factory=dict, hash=False)
-    """Bytes of each physical copy that its files lie on, by a name that checkpoints which share it agree on. Empty: all
-    ``size`` bytes are its own."""
+    """Bytes that lie on this disk, by the id of the checkpoint whose save wrote them: what several checkpoints share is
+    there once. Empty: all ``size`` bytes are its own."""
     damaged: str | None = None
     """Why a restore or ``verify`` found this checkpoint damaged; ``None`` while nothing is known against it."""
 

@@ -218,14 +218,16 @@ def _parse_time(text: str) -> datetime:
     return datetime.fromisoformat(f"{found['time']}{fraction}{zone}").astimezone(timezone.utc)
 
 
-class _Totals(TypedDict):
+class Totals(TypedDict):
+    """The members of a manifest that count its files."""
+
     index: dict[str, FileRecord]
     files: int
     size: int
     shared: dict[str, int]
 
 
-def _totals(raw: Mapping[str, object]) -> _Totals:
+def _totals(raw: Mapping[str, object]) -> Totals:
     index = {path: _parse_record(path, value) for path, value in strict_json.mapping(raw["index"], "index").items()}
     if index.keys() != {paths.INDEX, paths.TABLE}:
         raise CorruptCheckpointError(f"index must name {paths.INDEX} and {paths.TABLE}")

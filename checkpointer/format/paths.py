@@ -29,6 +29,7 @@ INDEX_LIMIT = 512 * 1024 * 1024
 """Bytes of each of the two files of an index."""
 
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]{0,18})(?:-([0-9a-f]{8}))?")
+_PART = re.compile(r"index-[0-9]{5,10}\.safetensors")
 _ID = re.compile(r"[0-9a-f]{32}")
 _PATH_LIMIT = 1024
 
@@ -97,6 +98,11 @@ def shared_tensors(rank: int, *, own: bool) -> str:
 def rank_index(rank: int) -> str:
     """The index of what one rank has otherwise than the coordinator, with that state itself where it is small."""
     return f"index-{rank:05d}.safetensors"
+
+
+def is_of_index(name: str) -> bool:
+    """Whether this is the name of a file of an index."""
+    return name in (INDEX, TABLE) or _PART.fullmatch(name) is not None
 
 
 def is_reserved(path: str) -> bool:

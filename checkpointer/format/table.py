@@ -93,7 +93,9 @@ class Ragged(NamedTuple):
         starts = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=starts[1:])
         if starts[-1] != len(values):
-            raise CorruptCheckpointError(f"{what}: rows of {int(starts[-1])} numbers in all, and {len(values)} are there")
+            raise CorruptCheckpointError(
+                f"{what}: rows of {int(starts[-1])} numbers in all, and {len(values)} are there"
+            )
         return cls(values, starts)
 
     def row(self, row: int) -> tuple[int, ...]:
@@ -182,7 +184,9 @@ class TensorColumns:
         keys = _texts(columns[f"{prefix}key_lengths"], columns[f"{prefix}keys"], f"{prefix}keys")
         dtype, ndim, device = (columns[f"{prefix}{name}"] for name in ("dtype", "ndim", "device"))
         if not len(keys) == len(dtype) == len(ndim) == len(device):
-            raise CorruptCheckpointError(f"{len(keys)} keys, {len(dtype)} dtypes, {len(ndim)} shapes, {len(device)} devices")
+            raise CorruptCheckpointError(
+                f"{len(keys)} keys, {len(dtype)} dtypes, {len(ndim)} shapes, {len(device)} devices"
+            )
         _below(dtype, len(dtypes), "dtype")
         _below(device, len(devices), "device")
         _below(ndim, MAX_DIMENSIONS + 1, "ndim")
@@ -245,7 +249,9 @@ class TensorColumns:
             impossible = np.flatnonzero(counted >= _FAR)
             if len(impossible):
                 number = int(rows[impossible[0]])
-                raise CorruptCheckpointError(f"{self.keys[number]!r} has impossible shape {list(self.shape.row(number))[:8]}")
+                raise CorruptCheckpointError(
+                    f"{self.keys[number]!r} has impossible shape {list(self.shape.row(number))[:8]}"
+                )
 
     def _check_strides(self) -> None:
         """Strides visit each element of a dense block exactly once, in some order of the dimensions."""
@@ -322,7 +328,9 @@ class ChunkColumns:
         tensor, file = (columns[name].astype(np.int64) for name in ("chunk_tensor", "chunk_file"))
         begin, digest, boxed = columns["chunk_begin"], columns["chunk_hash"], columns["boxed"].astype(np.int64)
         if not len(tensor) == len(file) == len(begin) == len(digest):
-            raise CorruptCheckpointError(f"{len(tensor)} chunks, {len(file)} files, {len(begin)} places, {len(digest)} hashes")
+            raise CorruptCheckpointError(
+                f"{len(tensor)} chunks, {len(file)} files, {len(begin)} places, {len(digest)} hashes"
+            )
         _below(tensor, len(tensors), "chunk_tensor")
         _below(boxed, len(tensor), "boxed")
         if (np.diff(tensor) < 0).any() or (np.diff(boxed) <= 0).any():
@@ -401,7 +409,9 @@ class ChunkColumns:
         short = np.flatnonzero(reached != ends)
         if len(short):
             at = int(short[0])
-            raise CorruptCheckpointError(f"{names[at]!r} has {int(ends[at])} bytes, the index accounts for {int(reached[at])}")
+            raise CorruptCheckpointError(
+                f"{names[at]!r} has {int(ends[at])} bytes, the index accounts for {int(reached[at])}"
+            )
 
     def check_tiling(self, tensors: TensorColumns) -> None:
         """The chunks of each tensor cover it exactly once.
@@ -479,7 +489,10 @@ def _corners(owner: Array, starts: Array, spans: Array, used: Array, sign: int) 
         ends = np.array([upper >> d & 1 for d in range(width)], np.int64)
         there = ~((ends == 1) & ~used).any(axis=1)
         point = starts[there] + ends * spans[there]
-        yield np.column_stack([owner[there], point]), np.full(int(there.sum()), sign * (-1) ** int(ends.sum()), np.int64)
+        yield (
+            np.column_stack([owner[there], point]),
+            np.full(int(there.sum()), sign * (-1) ** int(ends.sum()), np.int64),
+        )
 
 
 def products(rows: Ragged) -> Array:
@@ -851,7 +864,9 @@ def _written(columns: Mapping[str, Array], rank: int, index: Index, tensors: Ten
     number, file = (columns[name].astype(np.int64) for name in ("chunk_tensor", "chunk_file"))
     begin, digest = columns["chunk_begin"], columns["chunk_hash"]
     if not len(number) == len(file) == len(begin) == len(digest):
-        raise CorruptCheckpointError(f"{len(number)} chunks, {len(file)} files, {len(begin)} places, {len(digest)} hashes")
+        raise CorruptCheckpointError(
+            f"{len(number)} chunks, {len(file)} files, {len(begin)} places, {len(digest)} hashes"
+        )
     if index.placement is None:
         none = np.empty(0, np.int64)
         boxes = BoxColumns(none, none, none, np.zeros(1, np.int64))

@@ -158,10 +158,10 @@ class _Consolidation:
         return Consolidated(path, self._name, tuple(written), tensors, sum(sizes), self._left_out)
 
     def _attachments(self) -> dict[str, bytes]:
-        manifest, prefix = self._reader.manifest, f"{paths.ATTACHMENTS}/"
+        prefix = f"{paths.ATTACHMENTS}/"
         return {
             path.removeprefix(prefix): self._reader.whole(path, 0, record.size)
-            for path, record in manifest.files.items()
+            for path, record in self._reader.files.items()
             if path.startswith(prefix)
         }
 

@@ -484,23 +484,30 @@ def _over_budget(
 def _until_fits(
     candidates: Iterable[CheckpointInfo], counted: Sequence[CheckpointInfo], max_size: int
 ) -> Iterator[CheckpointInfo]:
-    """Candidates to remove until those ``counted`` fit. A shared copy is freed when the last that lies on it goes."""
-    holders = Counter(copy for info in counted for copy in _copies(info))
+    """Candidates to remove until those ``counted`` fit. Bytes that several share are freed when the last of them goes."""
+    left: dict[Any, Counter[int]] = {}
+    for info in counted:
+        for copy, taken in _copies(info).items():
+            left.setdefault(copy, Counter())[taken] += 1
     total = physical_size(counted)
     for info in candidates:
         if total <= max_size:
             return
         for copy, taken in _copies(info).items():
-            holders[copy] -= 1
-            total -= 0 if holders[copy] else taken
+            total -= max(left[copy])
+            left[copy][taken] -= 1
+            if not left[copy][taken]:
+                del left[copy][taken]
+            total += max(left[copy], default=0)
         yield info
 
 
 def physical_size(checkpoints: Iterable[CheckpointInfo]) -> int:
-    """Bytes that ``checkpoints`` take together: a physical copy that several of them lie on counts once."""
+    """Bytes that ``checkpoints`` take together: what several of them lie on counts once, at the largest number."""
     sizes: dict[object, int] = {}
     for info in checkpoints:
-        sizes.update(_copies(info))
+        for copy, taken in _copies(info).items():
+            sizes[copy] = max(taken, sizes.get(copy, 0))
     return sum(sizes.values())
 
 

@@ -104,14 +104,19 @@ class CheckpointReader:
         self._records: dict[str, FileRecord] = dict(manifest.index)
         self._checked: set[str] = set()
         """Files whose header, or whole content, is known to be what was written."""
+        self._parts: Parts | None = None
+        self._known_parts: dict[int, RankPart] = {}
         self._mine: dict[tuple[str, str], tuple[Chunk, ...]] = {}
         """Of tensors that this rank has otherwise than rank 0."""
+        self._guard = threading.Lock()
         self._files = OpenFiles(self._open)
         try:
             shared = read_index(storage, directory, manifest)
             self._records |= shared.files
-            self._parts = None if shared.placement is None else Parts(shared, shared.placement, self._read_part)
-            self._shared = shared if self._parts is None else replace(shared, chunks=self._parts)
+            self._shared = shared
+            if shared.placement is not None:
+                self._parts = Parts(shared, shared.placement, self._part)
+                self._shared = replace(shared, chunks=self._parts)
             self.index = self._with_own(self._shared)
             self._check_sizes()
         except BaseException:
@@ -157,15 +162,33 @@ class CheckpointReader:
         for place, chunks in (self.index.chunks if self._parts is None else self._mine).items():
             yield from ((place, chunk) for chunk in chunks)
 
-    def verified_files(
-        self, tensors: Collection[tuple[str, str]], chunks: Collection[Chunk] = frozenset()
-    ) -> set[str]:
+    def read_parts(self) -> None:
+        """Read the parts of all ranks, so that ``files`` is complete. One process that reads alone has done so."""
+        for rank in self._shared.parts:
+            self._part(rank)
+
+    def all_chunks(self) -> Iterator[tuple[str, str, Chunk]]:
+        """Every chunk of the checkpoint with its name and dtype, those of what ranks have of their own included.
+
+        For a process that is alone.
+        """
+        components = self.index.components
+        for (name, key), chunk in self.known_chunks():
+            yield f"{name}.{key}", components[name].tensors[key].dtype, chunk
+        for rank in self._shared.parts:
+            part = self._part(rank)
+            for (name, key), chunks in part.chunks.items():
+                yield from ((f"{name}.{key}", part.components[name].tensors[key].dtype, chunk) for chunk in chunks)
+
+    def verified_files(self, tensors: Collection[tuple[str, str]], chunks: Collection[Chunk] = frozenset()) -> set[str]:
         """The tensor files, of those known by now, that hold bytes of these ``tensors`` and ``chunks`` alone."""
         stored = {path for path, record in self._records.items() if record.header is not None}
         if self._parts is None and not chunks:
             components = self.index.components.items()
             rest = [(name, key) for name, part in components for key in part.tensors if (name, key) not in tensors]
-            return stored - {chunk.file for place in rest for chunk in self.index.chunks[place] if chunk.end > chunk.begin}
+            return stored - {
+                chunk.file for place in rest for chunk in self.index.chunks[place] if chunk.end > chunk.begin
+            }
         for place, chunk in self.known_chunks():
             if place not in tensors and chunk not in chunks and chunk.end > chunk.begin:
                 stored.discard(chunk.file)
@@ -223,6 +246,13 @@ class CheckpointReader:
     def _open(self, path: str) -> ReadFile:
         return open_file(self._storage, self._directory, self.manifest, path, self._records[path])
 
+    def _part(self, rank: int) -> RankPart:
+        """The part of one rank, read once. Several threads may ask."""
+        with self._guard:
+            if rank not in self._known_parts:
+                self._known_parts[rank] = self._read_part(rank)
+            return self._known_parts[rank]
+
     def _read_part(self, rank: int) -> RankPart:
         part = read_part(self._storage, self._directory, self.manifest, self._shared, rank)
         add_files(self._records, {paths.rank_index(rank): self._shared.parts[rank]}, self._directory)
@@ -232,9 +262,8 @@ class CheckpointReader:
 
     def _check_sizes(self) -> None:
         """Compare the size of every file: one of several ranks only of those that it knows, and opens, by now."""
-        if self._reader.size == 1 and self._parts is not None:
-            for rank in self._shared.parts:
-                self._parts.part(rank)
+        if self._reader.size == 1:
+            self.read_parts()
         for path in self._records:
             self._files.check(path)
 
@@ -248,7 +277,7 @@ class CheckpointReader:
         rank = self._reader.rank
         if self._reader.size == 1 or rank not in index.parts:
             return index
-        own = self._read_part(rank) if self._parts is None else self._parts.part(rank)
+        own = self._part(rank)
         same_size = self._reader.size == self.manifest.world_size
         names = {name for name, part in own.components.items() if same_size or part.kind in _OWN_AT_ANY_SIZE}
         components = {

@@ -51,15 +51,60 @@ def add_files(files: dict[str, FileRecord], more: Mapping[str, FileRecord], dire
     files.update(more)
 
 
+@dataclass(frozen=True)
+class Removable:
+    """The files of a checkpoint that is being removed, relative to its directory. The index goes when the data is gone."""
+
+    data: tuple[str, ...]
+    index: tuple[str, ...]
+    damaged: bool = False
+    """Whether its list cannot be trusted: then nothing is known to be the library's own."""
+
+
+def removable(storage: Storage, directory: str, manifest: Manifest) -> Removable:
+    """What the index of a checkpoint lists, as far as it is still there.
+
+    Where a file of the index is gone, a removal was interrupted when all data was gone durably: what is left of the index
+    is listed, and nothing else.
+
+    Raises:
+        UnreadableCheckpointError: the system does not let the index be read.
+    """
+    try:
+        contents = read_contents(storage, directory, manifest)
+    except (CorruptCheckpointError, FileNotFoundError):
+        there = [path for path in manifest.index if storage.exists(f"{directory}/{manifest.place(path)}")]
+        if len(there) == len(manifest.index):
+            return Removable((), (), damaged=True)
+        folder = f"{directory}/{manifest.data}" if manifest.data else directory
+        names = [entry.name for entry in storage.list_directory(folder) if paths.is_of_index(entry.name)]
+        return Removable((), tuple(map(manifest.place, names)))
+    index = [*map(paths.rank_index, contents.index.parts), *manifest.index]
+    data = [path for path in contents.files if path not in set(index)]
+    return Removable(tuple(map(manifest.place, data)), tuple(map(manifest.place, index)))
+
+
+def remove_listed(storage: Storage, directory: str, listed: Removable) -> None:
+    """Remove what is listed: data first, durably, for without its list it would count as somebody's."""
+    for path in listed.data:
+        storage.remove(f"{directory}/{path}")
+    folders = {f"{directory}/{path}".rpartition("/")[0] for path in (*listed.data, *listed.index)}
+    storage.sync(*filter(storage.exists, sorted(folders)))
+    for path in listed.index:
+        storage.remove(f"{directory}/{path}")
+
+
 def read_index(storage: Storage, directory: str, manifest: Manifest) -> Index:
     """Read what all ranks share of the index. Raises as :func:`read_contents` does."""
-    text, table = (read_whole(storage, directory, manifest, path, manifest.index[path]) for path in (paths.INDEX, paths.TABLE))
+    text, table = (
+        read_whole(storage, directory, manifest, path, manifest.index[path]) for path in (paths.INDEX, paths.TABLE)
+    )
     return parse_index(text, table, storage.place(f"{directory}/{manifest.place(paths.INDEX)}"))
 
 
 def read_part(storage: Storage, directory: str, manifest: Manifest, index: Index, rank: int) -> RankPart:
     """Read the part of one rank, which the index lists. Raises as :func:`read_contents` does."""
-    from checkpointer.format.table import parse_part  # noqa: PLC0415  loads NumPy
+    from checkpointer.format.table import parse_part
 
     path = paths.rank_index(rank)
     data = read_whole(storage, directory, manifest, path, index.parts[rank])

@@ -1,51 +1,81 @@
 """Which checkpoints lie on the same bytes, by what is on disk.
 
-A manifest says whose bytes a file was made to share. Where a run root has been copied by something that knows no hard
-links (``cp -r``, zip, rsync without ``-H``) they are two files now, and a budget that counts them once is overrun.
+A manifest says how many bytes were made to share those of which checkpoint. Where a run root has been copied by something
+that knows no hard links (``cp -r``, zip, rsync without ``-H``) they are there twice now, and a budget that counts them
+once is overrun.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from checkpointer.format.index import FileRecord
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.repository.repository import name_of
 from checkpointer.storage import Storage
 
+FilesOf = Callable[[CheckpointInfo], Mapping[str, FileRecord]]
+"""Gives the files of a checkpoint, and nothing where its index cannot be read."""
 
-def on_disk(storage: Storage, checkpoints: Iterable[CheckpointInfo]) -> list[CheckpointInfo]:
+
+def on_disk(storage: Storage, checkpoints: Iterable[CheckpointInfo], files_of: FilesOf) -> list[CheckpointInfo]:
     """``checkpoints``, their ``copies`` corrected: a file that shares no bytes any more is a copy of its own.
 
-    Asks once for each file that is shared by what the manifests say. Where a storage cannot tell (an object store; a
-    file that is gone, or that this user cannot reach), the manifests count.
+    Reads the index of those that share, and asks once for each file that is shared by what it says. Where a storage
+    cannot tell (an object store; a file that is gone, or that this user cannot reach), the manifests count.
     """
     checkpoints = list(checkpoints)
-    holders: dict[str, list[CheckpointInfo]] = defaultdict(list)
+    by_bytes = holders(storage, checkpoints, files_of)
+    corrected: list[CheckpointInfo] = []
     for info in checkpoints:
-        for copy in info.copies:
-            holders[copy].append(info)
-    renamed: dict[str, dict[str, str]] = defaultdict(dict)
-    for copy, infos in holders.items():
-        first: str | None = None
-        for info in infos if len(infos) > 1 else ():
-            identity = storage.identity(f"{name_of(info)}/{_path(copy)}")
-            first = first or identity
-            if identity != first and identity is not None:
-                renamed[info.id][copy] = f"{copy}:{identity}"
-    return [_with_copies(info, renamed[info.id]) if info.id in renamed else info for info in checkpoints]
+        mine = shared_files(files_of(info)) if len(info.copies) > 1 else {}
+        apart = {
+            path: size for path, (origin, size) in mine.items() if by_bytes[path, info.id] != (origin, _FIRST_COPY)
+        }
+        corrected.append(_with_own(info, mine, apart) if apart else info)
+    return corrected
 
 
-def copies_by_file(info: CheckpointInfo) -> dict[str, str]:
-    """The name of the physical copy that each file lies on, by its path."""
-    return {_path(copy): copy for copy in info.copies}
+_FIRST_COPY = 0
 
 
-def _path(copy: str) -> str:
-    """Of the file: what the manifest calls a copy is an id and a path, and no path holds a colon."""
-    return copy.partition("/")[2].partition(":")[0]
+def holders(
+    storage: Storage, checkpoints: Iterable[CheckpointInfo], files_of: FilesOf
+) -> dict[tuple[str, str], tuple[str, int]]:
+    """For each file that is shared by what indexes say, by path and id of the checkpoint: the bytes that it lies on.
+
+    They are named by the id of the checkpoint whose save wrote them, and the number of the copy: 0 is the one that the
+    first of them lies on, in commit order.
+    """
+    sharing: dict[tuple[str, str], list[CheckpointInfo]] = defaultdict(list)
+    by_id = {info.id: info for info in checkpoints}
+    for info in by_id.values():
+        for path, (origin, _) in (shared_files(files_of(info)) if len(info.copies) > 1 else {}).items():
+            if not sharing[origin, path] and origin in by_id:
+                sharing[origin, path].append(by_id[origin])
+            sharing[origin, path].append(info)
+    found: dict[tuple[str, str], tuple[str, int]] = {}
+    for (origin, path), infos in sharing.items():
+        identities: list[str] = []
+        for info in infos:
+            identity = storage.identity(f"{name_of(info)}/{path}")
+            if identity is not None and identity not in identities:
+                identities.append(identity)
+            found[path, info.id] = (origin, 0 if identity is None else identities.index(identity))
+    return found
 
 
-def _with_copies(info: CheckpointInfo, renamed: dict[str, str]) -> CheckpointInfo:
-    return replace(info, copies={renamed.get(copy, copy): size for copy, size in info.copies.items()})
+def shared_files(files: Mapping[str, FileRecord]) -> dict[str, tuple[str, int]]:
+    """The files that share another checkpoint's bytes: its id, and their number."""
+    return {path: (record.origin, record.size) for path, record in files.items() if record.origin is not None}
+
+
+def _with_own(info: CheckpointInfo, shared: Mapping[str, tuple[str, int]], apart: Mapping[str, int]) -> CheckpointInfo:
+    """``info``, with the files ``apart`` counted as its own."""
+    copies = dict(info.copies)
+    for path, size in apart.items():
+        copies[shared[path][0]] -= size
+        copies[info.id] += size
+    return replace(info, copies={copy: size for copy, size in copies.items() if size})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
@@ -28,6 +28,7 @@ from checkpointer.format.manifest import Manifest
 from checkpointer.repository import debris
 from checkpointer.repository.checkpoint_reader import CheckpointReader
 from checkpointer.repository.commit import STALE_AFTER, is_unfinished_record, owner_is_dead, recorded_removal
+from checkpointer.repository.contents import read_contents
 from checkpointer.repository.lock import described
 from checkpointer.repository.notes import damaged_notes, noted_ids
 from checkpointer.repository.repository import Listing, Repository, name_of
@@ -418,10 +419,12 @@ class Doctor:
     def _check(self, info: CheckpointInfo) -> _Verdict:
         name, manifest = name_of(info), self._repository.manifest(info)
         try:
-            extra = tuple(extra_files(self._storage, name, manifest))
-            missing = tuple(
-                path for path in manifest.files if not self._storage.exists(f"{name}/{manifest.place(path)}")
-            )
+            try:
+                files: Collection[str] = read_contents(self._storage, name, manifest).files
+            except (CorruptCheckpointError, FileNotFoundError):  # which is told below
+                files = manifest.index
+            missing = tuple(path for path in files if not self._storage.exists(f"{name}/{manifest.place(path)}"))
+            extra = tuple(extra_files(self._storage, name, manifest, files)) if len(files) > len(manifest.index) else ()
             damage = missing or tuple(self._damage(info, manifest))
         except OSError as error:
             self._repository.manifest(info)  # it has not been removed while it was read?

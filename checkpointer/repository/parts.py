@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -22,11 +21,11 @@ class Parts(Mapping[tuple[str, str], "tuple[Chunk, ...]"]):
     box needs. Safe to use from several threads.
     """
 
-    def __init__(self, index: Index, placement: Placement, read: Callable[[int], RankPart]) -> None:
-        """``read`` gives the part of a rank, checked against the index. It is called once for each."""
-        self._index, self._placement, self._read = index, placement, read
-        self._known: dict[int, RankPart] = {}
-        self._guard = threading.Lock()
+    def __init__(self, index: Index, placement: Placement, part: Callable[[int], RankPart]) -> None:
+        """``part`` gives the part of a rank, checked against the index: the same each time, from any thread."""
+        self._index, self._placement, self._part = index, placement, part
+        self.read: dict[int, RankPart] = {}
+        """The parts that somebody has needed."""
 
     def __getitem__(self, place: tuple[str, str]) -> tuple[Chunk, ...]:
         number = self._number(place)
@@ -50,17 +49,10 @@ class Parts(Mapping[tuple[str, str], "tuple[Chunk, ...]"]):
 
     def part(self, rank: int) -> RankPart:
         """The part of one rank."""
-        with self._guard:
-            found = self._known.get(rank)
-            if found is None:
-                found = self._known[rank] = self._read(rank)
-            return found
-
-    @property
-    def read(self) -> Mapping[int, RankPart]:
-        """The parts that have been read."""
-        with self._guard:
-            return dict(self._known)
+        found = self.read.get(rank)
+        if found is None:
+            found = self.read[rank] = self._part(rank)
+        return found
 
     def written_by(self, rank: int) -> Iterator[tuple[tuple[str, str], Chunk]]:
         """Every tensor of which a rank has written some, by component and key, and where that lies."""

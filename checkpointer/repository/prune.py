@@ -66,7 +66,8 @@ class Pruner:
         stays, as does one that cannot be removed, with a warning: the others go, and the next call
         tries it again.
         """
-        listed = on_disk(self._repository.storage, self._repository.list_checkpoints().checkpoints)
+        repository = self._repository
+        listed = on_disk(repository.storage, repository.list_checkpoints().checkpoints, repository.files_of)
         refused = {info.id: self._repository.refused[info.id] for info in listed if info.id in self._repository.refused}
         checkpoints = [info for info in listed if info.id not in refused]
         now = datetime.now(timezone.utc)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from checkpointer.errors import (
@@ -18,12 +18,13 @@ from checkpointer.errors import (
     UnreadableCheckpointError,
 )
 from checkpointer.format import paths
-from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.index import FileRecord
+from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest, parse_manifest
 from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.checkpoint_reader import ONE_PROCESS, CheckpointReader, ReadingRank
 from checkpointer.repository.commit import Attempt, for_each, obstacle_of, protocol_for, read_manifest
+from checkpointer.repository.contents import read_contents
 from checkpointer.repository.lock import WriterLock
 from checkpointer.repository.notes import (
     Note,
@@ -95,6 +96,8 @@ class Repository:
         """``must_exist``: for those who only read: a run root that is not there is an error, and not an empty run."""
         self.storage = storage
         self._must_exist = must_exist
+        self._contents: dict[str, Mapping[str, FileRecord]] = {}
+        """The files of checkpoints that share bytes, by id."""
         self._overtaken: set[str] = set()
         """Names of checkpoints whose sequence is at most ``_highest``, whether they can be read now or not."""
         self._highest = 0
@@ -211,6 +214,15 @@ class Repository:
         if manifest is None or manifest.id != info.id:
             raise CheckpointNotFoundError(f"{info.path} has been removed, or replaced, since it was listed")
         return manifest
+
+    def files_of(self, info: CheckpointInfo) -> Mapping[str, FileRecord]:
+        """The files of a checkpoint by its index, which is read once: checkpoints never change. Empty if it cannot be."""
+        if info.id not in self._contents:
+            try:
+                self._contents[info.id] = read_contents(self.storage, name_of(info), self.manifest(info)).files
+            except (CheckpointerError, OSError):  # damaged, removed or refused: whoever needs its bytes says so
+                return {}
+        return self._contents[info.id]
 
     def open(self, info: CheckpointInfo, reader: ReadingRank = ONE_PROCESS) -> CheckpointReader:
         """Open a listed checkpoint for reading.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import xxhash
 
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError, UnreadableCheckpointError
 from checkpointer.format import paths
+from checkpointer.format.index import Chunk
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest
 from checkpointer.format.tensor_files import check_header
@@ -79,13 +81,17 @@ def verify_checkpoint(storage: Storage, directory: str, manifest: Manifest, info
     damage: list[str] = []
     refused: list[str] = []
     extra: tuple[str, ...] = ()
+    files: Collection[str] = manifest.index
     read = 0
     try:
         with CheckpointReader(storage, directory, manifest) as reader:
-            for path in manifest.files:
+            files = reader.files.keys()
+            damage += _check_totals(reader)
+            parts = _parts_by_file(reader)
+            for path, record in reader.files.items():
                 try:
-                    damage += _check_file(reader, path)
-                    read += manifest.files[path].size
+                    damage += _check_file(reader, path, parts[path])
+                    read += record.size
                 except UnreadableCheckpointError as error:
                     refused.append(str(error))
     except UnreadableCheckpointError as error:
@@ -94,62 +100,96 @@ def verify_checkpoint(storage: Storage, directory: str, manifest: Manifest, info
         damage.append(str(error))
     try:
         with refusals_typed(storage, directory):
-            extra = tuple(extra_files(storage, directory, manifest))
+            extra = tuple(extra_files(storage, directory, manifest, files))
     except UnreadableCheckpointError as error:
         refused.append(str(error))
     return CheckpointReport(info.path, info.step, info, tuple(damage), extra, read, tuple(dict.fromkeys(refused)))
 
 
-def _check_file(reader: CheckpointReader, path: str) -> Iterator[str]:
+class _Part(NamedTuple):
+    """Bytes of a file that have a hash of their own."""
+
+    name: str
+    begin: int
+    end: int
+    xxh3: str
+    dtype: str = ""
+    chunk: Chunk | None = None
+    """``None``: the header of a tensor file."""
+
+
+def _parts_by_file(reader: CheckpointReader) -> dict[str, list[_Part]]:
+    """The parts of each tensor file, in order and without gaps; none of other files."""
+    found: dict[str, list[_Part]] = {path: [] for path in reader.files}
+    for path, record in reader.files.items():
+        if record.header is not None:
+            found[path].append(_Part("header", 0, *record.header))
+    for name, dtype, chunk in reader.all_chunks():
+        found[chunk.file].append(_Part(name, chunk.begin, chunk.end, chunk.xxh3, dtype, chunk))
+    for parts in found.values():
+        parts.sort(key=lambda part: part[1:3])
+    return found
+
+
+def _check_totals(reader: CheckpointReader) -> Iterator[str]:
+    """The manifest counts what the index lists."""
+    manifest, files = reader.manifest, reader.files
+    shared: dict[str, int] = {}
+    for record in files.values():
+        if record.origin is not None:
+            shared[record.origin] = shared.get(record.origin, 0) + record.size
+    found = (len(files), sum(record.size for record in files.values()), shared)
+    if found != (manifest.files, manifest.size, dict(manifest.shared)):
+        yield (
+            f"the manifest counts {manifest.files} files of {manifest.size} bytes, {sum(manifest.shared.values())} of them "
+            f"shared, and the index lists {found[0]} of {found[1]}, {sum(shared.values())} shared"
+        )
+
+
+def _check_file(reader: CheckpointReader, path: str, parts: Sequence[_Part]) -> Iterator[str]:
     """One pass over a file: its own hash, and the hash of each part of it that the index knows."""
-    record = reader.manifest.files[path]
+    record = reader.files[path]
+    inside = (
+        record.header is None
+    )  # a part of the index, in which small tensors lie: not all of it has hashes of its own
+    spans = [("file", 0, record.size, None)] if inside else [part[:4] for part in parts]
     whole = xxhash.xxh3_128()
     try:
-        for name, begin, end, expected in _parts(reader, path):
+        for name, begin, end, expected in spans:
             part = xxhash.xxh3_128()
             for block in reader.blocks(path, begin, end):
                 part.update(block)
                 whole.update(block)
             if expected is not None and part.hexdigest() != expected:
                 yield f"{path}: bytes {begin} to {end} ({name}) do not match their hash"
+        if inside:
+            yield from _check_inside(reader, path, parts)
     except CorruptCheckpointError as error:
         yield str(error)
         return
     if whole.hexdigest() != record.xxh3:
         yield f"{path}: its bytes do not match its hash"
-    elif path in reader.index.headers:
-        yield from _check_header(reader, path)
+    elif record.header is not None:
+        yield from _check_header(reader, path, record.header[0], parts[1:])
 
 
-def _check_header(reader: CheckpointReader, path: str) -> Iterator[str]:
-    header = reader.whole(path, 0, reader.index.headers[path][0])
-    components = reader.index.components
-    chunks = [
-        (components[component].tensors[key].dtype, chunk)
-        for (component, key), parts in reader.index.chunks.items()
-        for chunk in parts
-        if chunk.file == path
-    ]
+def _check_inside(reader: CheckpointReader, path: str, parts: Sequence[_Part]) -> Iterator[str]:
+    for part in parts:
+        if xxhash.xxh3_128_hexdigest(reader.whole(path, part.begin, part.end)) != part.xxh3:
+            yield f"{path}: bytes {part.begin} to {part.end} ({part.name}) do not match their hash"
+
+
+def _check_header(reader: CheckpointReader, path: str, length: int, parts: Sequence[_Part]) -> Iterator[str]:
+    chunks = [(part.dtype, part.chunk) for part in parts if part.chunk is not None]
     try:
-        check_header(header, chunks, f"the header of {path}")
+        check_header(reader.whole(path, 0, length), chunks, f"the header of {path}")
     except CorruptCheckpointError as error:
         yield str(error)
 
 
-def _parts(reader: CheckpointReader, path: str) -> list[tuple[str, int, int, str | None]]:
-    """Name, begin, end and hash of each part of a file, in order and without gaps."""
-    if path not in reader.index.headers:
-        return [("file", 0, reader.manifest.files[path].size, None)]
-    length, expected = reader.index.headers[path]
-    parts: list[tuple[str, int, int, str | None]] = [("header", 0, length, expected)]
-    for (component, key), chunks in reader.index.chunks.items():
-        parts += [(f"{component}.{key}", chunk.begin, chunk.end, chunk.xxh3) for chunk in chunks if chunk.file == path]
-    return sorted(parts, key=lambda part: part[1:3])
-
-
-def extra_files(storage: Storage, directory: str, manifest: Manifest) -> list[str]:
-    """Files in a checkpoint's directory that it does not list."""
-    listed = {paths.MANIFEST, *map(manifest.place, manifest.files)}
+def extra_files(storage: Storage, directory: str, manifest: Manifest, files: Iterable[str]) -> list[str]:
+    """Files in a checkpoint's directory that are not among its ``files``."""
+    listed = {paths.MANIFEST, *map(manifest.place, files)}
     return sorted(path for path in walk(storage, directory) if path not in listed)
 
 

@@ -346,9 +346,7 @@ def _component_mismatch(missing: list[str], unexpected: list[str]) -> str:
     )
 
 
-def _chunks(
-    reader: CheckpointReader, plans: Mapping[str, RestorePlan]
-) -> Iterator[tuple[tuple[str, str], Chunk]]:
+def _chunks(reader: CheckpointReader, plans: Mapping[str, RestorePlan]) -> Iterator[tuple[tuple[str, str], Chunk]]:
     """The chunks that this rank reads, all or some of their bytes, each with component and key."""
     for name, plan in plans.items():
         for key, tensor in plan.reads.items():

@@ -358,10 +358,7 @@ def _manifest(
         finite=finite,
         world_size=ranks,
         data=attempt.data,
-        index={path: attempt.files[path] for path in (paths.INDEX, paths.TABLE)},
-        files=len(attempt.files),
-        size=sum(record.size for record in attempt.files.values()),
-        shared=attempt.shared,
+        **attempt.totals(),
         environment=snapshot.environment,
         statistics=_statistics(snapshot, attempt, seconds),
     )

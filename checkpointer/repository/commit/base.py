@@ -18,7 +18,7 @@ from checkpointer.errors import (
 )
 from checkpointer.format import paths
 from checkpointer.format.index import FileRecord
-from checkpointer.format.manifest import Manifest, parse_manifest
+from checkpointer.format.manifest import Manifest, Totals, parse_manifest
 from checkpointer.repository.notes import annotated, read_notes
 from checkpointer.storage import Buffer, Entry, Storage, refusals_typed
 
@@ -76,14 +76,18 @@ class Attempt:
         self.files[path] = record
         return True
 
-    @property
-    def shared(self) -> dict[str, int]:
-        """Of its files so far, the bytes that lie in files of each other checkpoint, by its id."""
-        found: dict[str, int] = {}
+    def totals(self) -> Totals:
+        """What the manifest says of its files, once all of them are recorded."""
+        shared: dict[str, int] = {}
         for record in self.files.values():
             if record.origin is not None:
-                found[record.origin] = found.get(record.origin, 0) + record.size
-        return found
+                shared[record.origin] = shared.get(record.origin, 0) + record.size
+        return {
+            "index": {path: self.files[path] for path in (paths.INDEX, paths.TABLE)},
+            "files": len(self.files),
+            "size": sum(record.size for record in self.files.values()),
+            "shared": shared,
+        }
 
     @property
     def bytes_shared(self) -> int:

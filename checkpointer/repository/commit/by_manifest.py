@@ -15,7 +15,6 @@ from typing import Any
 
 from checkpointer.errors import CorruptCheckpointError, FormatVersionError, RunLockedError
 from checkpointer.format import paths, strict_json
-from checkpointer.format.index import FileRecord
 from checkpointer.format.manifest import Manifest
 from checkpointer.repository.commit.base import (
     STALE_AFTER,
@@ -28,14 +27,17 @@ from checkpointer.repository.commit.base import (
     new_id,
     own_manifest,
     read_manifest,
+    walk,
 )
 from checkpointer.repository.commit.removal import (
     clear_rest,
+    damaged_list,
     read_record,
     record_path,
     record_removal,
     recorded_removal,
 )
+from checkpointer.repository.contents import removable, remove_listed
 from checkpointer.repository.lock import WriterLock
 from checkpointer.repository.notes import remove_notes
 from checkpointer.storage import Entry, Storage
@@ -77,7 +79,7 @@ class ManifestCommit:
         data = manifest.to_bytes()
         if there is not None and there.keep:
             second = paths.checkpoint_name(attempt.step, attempt.id)
-            self._copy(name, second, attempt.id, attempt.files)
+            self._copy(name, second, attempt.id)
             self._put_marker(attempt, second, lambda marker: self._storage.create(marker, data))
             self._tidy(lambda: self._delete_attempt(attempt.id, attempt.step))
             return second
@@ -96,6 +98,8 @@ class ManifestCommit:
     def remove(self, name: str, manifest: Manifest) -> bool:
         if is_pinned(self._storage, manifest):
             return False
+        if manifest.data is None and removable(self._storage, name, manifest).damaged:
+            raise damaged_list(self._storage, name)
         record_removal(self._storage, name, manifest.to_bytes(), manifest.id)
         self._storage.remove(f"{name}/{paths.MANIFEST}")
         return self._finish_removal(name, manifest)
@@ -184,20 +188,23 @@ class ManifestCommit:
         second = paths.checkpoint_name(manifest.step, manifest.id)
         if manifest.data is None or own_manifest(self._storage, second) is not None:
             return
-        self._copy(name, second, manifest.data, manifest.files)
+        self._copy(name, second, manifest.data)
         self._storage.create(f"{second}/{paths.MANIFEST}", manifest.to_bytes())
         self._delete_files(name, manifest)
 
-    def _copy(self, name: str, second: str, id: str, files: Mapping[str, FileRecord]) -> None:
-        for path, record in files.items():
+    def _copy(self, name: str, second: str, id: str) -> None:
+        for path in list(walk(self._storage, f"{name}/{id}")):
             source = self._storage.open(f"{name}/{id}/{path}")
-            self._storage.write(f"{second}/{id}/{path}", _read_in_pieces(source, record.size), record.size)
+            self._storage.write(f"{second}/{id}/{path}", _read_in_pieces(source, source.size), source.size)
 
     def _delete_files(self, name: str, manifest: Manifest) -> bool:
         """Whether one of them is still open somewhere."""
-        for path in manifest.files:
-            self._storage.remove(f"{name}/{manifest.place(path)}")
-        return bool(manifest.data and clear(self._storage, f"{name}/{manifest.data}").open)
+        if manifest.data is None:  # made where directories can be renamed, and brought here
+            remove_listed(self._storage, name, removable(self._storage, name, manifest))
+            return False
+        prefix = f"{name}/{manifest.data}"  # nothing in it is anybody else's
+        delete_everything(self._storage, prefix)
+        return bool(clear(self._storage, prefix).open)
 
     def _recover_attempt(self, id: str) -> None:
         path = f"{paths.TMP}/{id}.json"

@@ -36,6 +36,7 @@ from checkpointer.repository.commit.removal import (
     recover_in_place,
     remove_in_place,
 )
+from checkpointer.repository.contents import removable, remove_listed
 from checkpointer.repository.lock import WriterLock
 from checkpointer.repository.notes import remove_notes
 from checkpointer.storage import Entry, Storage
@@ -260,14 +261,18 @@ class RenameCommit:
             if is_pinned(self._storage, manifest):
                 self._bring_back(directory, manifest)
                 return False
-            self._delete_listed(directory, manifest)
+            listed = removable(self._storage, directory, manifest)
+            if listed.damaged:  # nobody can tell what is ours: all of it is kept, with what is left of its description
+                self.quarantine(directory)
+                remove_notes(self._storage, manifest.id)
+                return True
+            remove_listed(self._storage, directory, listed)
         left = leftovers(self._storage, directory, () if manifest is None else (paths.MANIFEST,))
         if left.foreign:
             directory = self.quarantine(directory)  # before the manifest goes: without one, all in tmp would be ours
         elif left.open and manifest is not None and directory.startswith(paths.TMP):
             self._to_trash(directory, manifest)  # for the same reason
             directory = f"{paths.TRASH}/{manifest.id}"
-            self._delete_listed(directory, manifest)
         if manifest is not None:
             self._storage.remove(f"{directory}/{paths.MANIFEST}")
             remove_notes(self._storage, manifest.id)
@@ -283,15 +288,6 @@ class RenameCommit:
         if waits and left.open:
             self.waiting.add(directory.rpartition("/")[2])
             log_open(self._storage, directory, left.open)
-
-    def _delete_listed(self, directory: str, manifest: Manifest) -> None:
-        """Delete what the manifest lists; durably in trash, where a file that came back without it would be foreign."""
-        written = [f"{directory}/{path}" for path in map(manifest.place, manifest.files)]
-        for path in written:
-            self._storage.remove(path)
-        if directory.startswith(paths.TRASH):
-            folders = sorted({path.rpartition("/")[0] for path in written})
-            self._storage.sync(*filter(self._storage.exists, folders))
 
     def _bring_back(self, directory: str, manifest: Manifest) -> None:
         name = paths.checkpoint_name(manifest.step)

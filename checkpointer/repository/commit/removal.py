@@ -8,6 +8,7 @@ overlayfs, or on another file system than ``trash``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import re
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from checkpointer.errors import CheckpointerError, CorruptCheckpointError
 from checkpointer.format import paths, strict_json
 from checkpointer.format.manifest import Manifest, parse_manifest
 from checkpointer.repository.commit.base import clear, is_pinned, own_manifest
+from checkpointer.repository.contents import removable, remove_listed
 from checkpointer.repository.notes import remove_notes
 from checkpointer.storage import Storage
 from checkpointer.system import messages
@@ -66,13 +68,27 @@ def recorded_removal(storage: Storage, path: str) -> tuple[str, Manifest] | None
 
 
 def remove_in_place(storage: Storage, name: str, manifest: Manifest) -> bool:
-    """Remove a local checkpoint without moving it; ``False`` if it is pinned, and stays."""
+    """Remove a local checkpoint without moving it; ``False`` if it is pinned, and stays.
+
+    Raises:
+        OSError: its index is damaged, so that nobody can tell what is ours; it stays.
+    """
     if is_pinned(storage, manifest):
         return False
+    if removable(storage, name, manifest).damaged:
+        raise damaged_list(storage, name)
     record_removal(storage, name, manifest.to_bytes(), manifest.id)
     storage.remove(f"{name}/{paths.MANIFEST}")
     storage.sync(name)  # before any data goes: after a power cut it would be a checkpoint with holes
     return _finish(storage, name, manifest)
+
+
+def damaged_list(storage: Storage, name: str) -> OSError:
+    """The error of a removal that cannot be, since the index of the checkpoint is damaged."""
+    reason = (
+        "its index is damaged, so that it cannot be told which files are its own; look at it, and remove it by hand"
+    )
+    return OSError(errno.EUCLEAN if hasattr(errno, "EUCLEAN") else errno.EIO, reason, storage.place(name))
 
 
 def recover_in_place(storage: Storage, path: str) -> None:
@@ -97,11 +113,8 @@ def _finish(storage: Storage, name: str, manifest: Manifest) -> bool:
     if pinned:
         storage.create(f"{name}/{paths.MANIFEST}", manifest.to_bytes())
     else:
-        files = [f"{name}/{manifest.place(path)}" for path in manifest.files]
-        for path in files:
-            storage.remove(path)
         # Durably, and before the record goes: without it, a file that came back would be foreign, and in the way.
-        storage.sync(*filter(storage.exists, sorted({path.rpartition("/")[0] for path in files})))
+        remove_listed(storage, name, removable(storage, name, manifest))
         left_open = clear_rest(storage, name)
         storage.sync("")
         remove_notes(storage, manifest.id)

@@ -166,7 +166,9 @@ class Encoder:
             return None
         if not all(isinstance(item, torch.Tensor) and is_simple(item) for item in value.values()):
             return None
-        if max(map(len, value)) > KEY_PART or any(self.add(prefix + key, item) != prefix + key for key, item in value.items()):
+        if max(map(len, value)) > KEY_PART or any(
+            self.add(prefix + key, item) != prefix + key for key, item in value.items()
+        ):
             return None
         self._prefixes[prefix] = len(value)
         return {"$tensors": prefix}
