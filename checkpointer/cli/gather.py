@@ -283,7 +283,7 @@ def _prune_locked(repository: Repository, policy: KeepPolicy) -> RetentionPlan:
         repository.recover()
         return prune(repository, policy)
     finally:
-        repository.lock.release()
+        repository.release()
 
 
 def _listed(repository: Repository) -> Listing:

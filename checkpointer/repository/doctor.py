@@ -176,7 +176,7 @@ class Doctor:
                     with contextlib.suppress(OSError):  # what stays where it is, is found again
                         repository.quarantine(name)
         finally:
-            repository.lock.release()
+            repository.release()
 
     # ----------------------------------------------------------------------------------------- around the run root
 

@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PUBLIC_MODULES = {"data", "dcp", "errors", "migration", "retention", "testing"}
 PUBLIC_FUNCTIONS = {"load_whole_model", "register_codec"}
 PUBLIC_CLASSES = {
-    "BestRule", "CheckpointInfo", "CheckpointManager", "CheckpointReport", "ComponentReport", "Config", "Gradients",
+    "BestRule", "CheckpointInfo", "CheckpointManager", "CheckpointReport", "ComponentReport", "Config", "Event", "Gradients",
     "KeepPolicy", "ModuleComponent", "PendingSave", "RestorePolicy", "RestoreReport", "Restored", "RetentionPlan",
     "SavePolicy", "Skipped", "Stateful", "VerifyReport", "WholeModel", "WritePolicy",
 }  # fmt: skip

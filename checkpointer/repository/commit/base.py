@@ -23,6 +23,9 @@ from checkpointer.storage import Buffer, Entry, Storage, refusals_typed
 
 _T = TypeVar("_T")
 
+REPLACED = "replaced by a later save of the same step"
+"""Why a checkpoint goes whose name is needed."""
+
 STALE_AFTER = 24 * 3600.0
 """Seconds without a sign of life after which another writer's attempt counts as abandoned where no lock proves it."""
 

@@ -17,6 +17,7 @@ from checkpointer.errors import CorruptCheckpointError, FormatVersionError, RunL
 from checkpointer.format import paths, strict_json
 from checkpointer.format.manifest import FileRecord, Manifest
 from checkpointer.repository.commit.base import (
+    REPLACED,
     STALE_AFTER,
     Attempt,
     clear,
@@ -35,6 +36,7 @@ from checkpointer.repository.commit.removal import (
     record_removal,
     recorded_removal,
 )
+from checkpointer.repository.journal import Journal
 from checkpointer.repository.lock import WriterLock
 from checkpointer.repository.notes import remove_notes
 from checkpointer.storage import Entry, Storage
@@ -46,9 +48,10 @@ logger = logging.getLogger("checkpointer")
 class ManifestCommit:
     """The protocol for :class:`~checkpointer.storage.remote.FsspecStorage`."""
 
-    def __init__(self, storage: Storage, lock: WriterLock) -> None:
+    def __init__(self, storage: Storage, lock: WriterLock, journal: Journal) -> None:
         self._storage = storage
         self._lock = lock
+        self._journal = journal
         self.waiting: set[str] = set()
         self._warned = False
         self._untidied: list[Callable[[], object]] = []
@@ -142,12 +145,15 @@ class ManifestCommit:
         marker = f"{name}/{paths.MANIFEST}"
         if old is None:  # damaged: its manifest is kept for inspection, its data stays where it is
             damaged = self._storage.read(marker, 64 * paths.MANIFEST_LIMIT)
-            self._storage.put(f"{paths.QUARANTINE}/{name}-{new_id()[:8]}/{paths.MANIFEST}", damaged)
+            kept = f"{paths.QUARANTINE}/{name}-{new_id()[:8]}"
+            self._storage.put(f"{kept}/{paths.MANIFEST}", damaged)
+            self._journal.add("quarantine", step=attempt.step, reason=f"its manifest was copied to {kept}")
             self._put_marker(attempt, name, lambda marker: self._storage.put(marker, data))
             return
         expected = self._storage.read(marker, paths.MANIFEST_LIMIT)
         record_removal(self._storage, name, expected, old.id)
         self._put_marker(attempt, name, lambda marker: self._storage.replace(marker, data, expected))
+        self._journal.add("removal", old.info(name), reason=REPLACED)
         self._tidy(lambda: self._finish_removal(name, old))
 
     def _tidy(self, work: Callable[[], object]) -> None:
