@@ -1,8 +1,8 @@
 """The run's history: what happened to it, written by whoever holds the writer's lock, for humans alone.
 
-No decision reads it, and nothing is lost with it. So nothing waits for it, either: no fsync, and an error of it fails
-nothing. Files are ``.checkpointer/journal/<number>-<random>.jsonl``, each of one writer, and grow by sealed lines; where
-no file can grow, a few events at a time replace the file by a longer one, when it is time to tidy up anyway.
+No decision reads it, and nothing is lost with it. So nothing waits for it, either: no fsync, and no error of it fails
+anything. Files are ``.checkpointer/journal/<number>-<random>.jsonl``, each of one writer, and grow by sealed lines;
+where no file can grow, a few events at a time replace the file by a longer one, when it is time to tidy up anyway.
 """
 
 from __future__ import annotations
