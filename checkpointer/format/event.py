@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 from checkpointer.errors import CorruptCheckpointError, FormatVersionError
 from checkpointer.format import paths, strict_json
@@ -76,9 +76,15 @@ class Event:
         }
 
 
-def head_line(host: str, pid: int) -> bytes:
-    """The first line of a file: what the others have in common."""
-    return strict_json.seal_line({"journal": VERSION, "host": host[:_HOST_LIMIT], "pid": pid})
+class Head(NamedTuple):
+    """What the events of one file have in common."""
+
+    host: str | None = None
+    pid: int | None = None
+
+    def to_line(self) -> bytes:
+        """The first line of the file."""
+        return strict_json.seal_line({"journal": VERSION, "host": str(self.host)[:_HOST_LIMIT], "pid": self.pid})
 
 
 def event_line(event: Event) -> bytes:
@@ -101,31 +107,29 @@ def _line(event: Event) -> bytes:
     return strict_json.seal_line({name: value for name, value in event.to_json().items() if value not in (None, {})})
 
 
-def parse_head(line: bytes, where: str) -> tuple[str | None, int | None]:
-    """Host and process of a file, from its first line.
+def parse_line(line: bytes, where: str, head: Head | None = None) -> Event | Head:
+    """What a line says: an event, of the process that ``head`` names, or the head of those that follow.
 
     Raises:
-        CorruptCheckpointError: it is no such line.
-        FormatVersionError: it is that of a version that is not known.
+        CorruptCheckpointError: the line is damaged, or none that this library writes.
+        FormatVersionError: it is the head of a version that is not known: so are the lines that follow.
     """
     raw = strict_json.unseal_line(line, where)
-    version = strict_json.integer(raw.get("journal"), f"version of {where}")
+    return _parse_head(raw, where) if "journal" in raw else _parse_event(raw, where, head or Head())
+
+
+def _parse_head(raw: dict[str, Any], where: str) -> Head:
+    version = strict_json.integer(raw["journal"], f"version of {where}")
     if version != VERSION:
         raise FormatVersionError(f"{where} is of version {version}, this library reads {VERSION}")
     host, pid = raw.get("host"), raw.get("pid")
-    return (
+    return Head(
         None if host is None else strict_json.string(host, "host")[:_HOST_LIMIT],
         None if pid is None else strict_json.integer(pid, "pid"),
     )
 
 
-def parse_event(line: bytes, where: str, *, host: str | None = None, pid: int | None = None) -> Event:
-    """The event of a line.
-
-    Raises:
-        CorruptCheckpointError: the line is damaged, or none that this library writes.
-    """
-    raw = strict_json.unseal_line(line, where)
+def _parse_event(raw: dict[str, Any], where: str, head: Head) -> Event:
     kind = strict_json.string(raw.get("kind"), "kind")
     if not kind or len(kind) > _WORD_LIMIT:
         raise CorruptCheckpointError(f"{where} has a kind of {len(kind)} characters")
@@ -142,8 +146,8 @@ def parse_event(line: bytes, where: str, *, host: str | None = None, pid: int | 
         metrics={name: metric_from_json(value, name) for name, value in metrics.items()},
         statistics=strict_json.mapping(raw.get("statistics", {}), "statistics"),
         details=strict_json.mapping(raw.get("details", {}), "details"),
-        host=host,
-        pid=pid,
+        host=head.host,
+        pid=head.pid,
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError, FormatVersionError
 from checkpointer.format import paths
-from checkpointer.format.event import Event, event_line, head_line, parse_event, parse_head
+from checkpointer.format.event import Event, Head, event_line, parse_line
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.repository.lock import WriterLock
 from checkpointer.storage import Storage, is_refusal, refusals_typed
@@ -198,7 +198,7 @@ class Journal:
         number = 1 + max((int(path.rpartition("/")[2][:8]) for path in files), default=0)
         self._path = f"{paths.JOURNAL}/{min(number, _LAST):08d}-{secrets.token_hex(8)}.jsonl"
         self._written = b""
-        self._batch.insert(0, head_line(socket.gethostname(), os.getpid()))
+        self._batch.insert(0, Head(socket.gethostname(), os.getpid()).to_line())
 
     def _say(self, error: Exception) -> None:
         """Once: it fails nothing."""
@@ -214,16 +214,19 @@ def _parsed(data: bytes, path: str) -> Iterator[Event | None]:
     """The events of one file; ``None`` for each line that is none, or for all of a file of another version."""
     lines = data.split(b"\n")
     lines.pop()  # nothing; or what a writer that died, or is at work, has not written to its end
-    host = pid = None
+    head = Head()
     for number, line in enumerate(lines):
-        where = f"line {number + 1} of {path}"
+        if not line:
+            continue
         try:
-            if number == 0:
-                host, pid = parse_head(line, where)
-            elif line:
-                yield parse_event(line, where, host=host, pid=pid)
+            found = parse_line(line, f"line {number + 1} of {path}", head)
         except CorruptCheckpointError:
             yield None
         except FormatVersionError:
             yield None
             return
+        else:
+            if isinstance(found, Head):
+                head = found
+            else:
+                yield found
