@@ -229,7 +229,7 @@ def test_of_several_ranks_the_coordinator_alone_writes(local: Root) -> None:
     assert len(files(local)) == 1
 
 
-# ---------------------------------------------------------------------------------------------------- who may, and where
+# --------------------------------------------------------------------------------------------------- who may, and where
 
 
 def test_nobody_writes_without_the_lock(local: Root) -> None:
