@@ -20,6 +20,7 @@ from unittest import mock
 
 import pytest
 import torch
+import xxhash
 
 from checkpointer import CheckpointManager, Event
 from checkpointer.errors import CheckpointerWarning, CheckpointNotFoundError, CorruptCheckpointError
@@ -574,6 +575,21 @@ def refusing(real: Callable[..., Any]) -> Callable[..., Any]:
         return real(self, path)
 
     return list_directory
+
+
+def test_the_page_on_the_format_is_enough_to_read_it(local: Root) -> None:
+    with manager(local) as mgr:
+        mgr.save(1, metrics={"loss": 0.5})
+    (place,) = files(local)
+    head, *events = place.read_bytes().split(b"\n")[:-1]
+    for line in (head, *events):
+        body, comma, rest = line.rpartition(b',"checksum":"')
+        assert comma
+        assert rest == xxhash.xxh3_128_hexdigest(body).encode() + b'"}'
+    assert json.loads(head)["journal"] == 1
+    (event,) = map(json.loads, events)
+    assert (event["kind"], event["step"], event["metrics"]) == ("commit", 1, {"loss": 0.5})
+    assert "reason" not in event
 
 
 # ----------------------------------------------------------------------------------------- the doctor, the command line
