@@ -382,7 +382,7 @@ class Doctor:
             return
         if damaged:
             meaning = f"{damaged} of the records of the run's history cannot be read: they are left out"
-            yield Finding("damaged-history", place, meaning, f"none: {harmless}", "note")
+            yield Finding("damaged-history", place, meaning, f"nothing has to be done: {harmless}", "note")
 
     def _space(self) -> Iterator[Finding]:
         """Whether the next save has room."""

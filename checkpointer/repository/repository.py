@@ -319,8 +319,10 @@ class Repository:
 
     def release(self) -> None:
         """Free the writer's lock, once what has happened is written down."""
-        self.journal.flush()
-        self.lock.release()
+        try:
+            self.journal.flush()
+        finally:  # Ctrl-C, too
+            self.lock.release()
 
     def begin(self, step: int, size: int) -> Attempt:
         """Start writing a checkpoint of about ``size`` bytes.

@@ -17,6 +17,7 @@ from checkpointer.errors import CorruptCheckpointError, FormatVersionError, RunL
 from checkpointer.format import paths, strict_json
 from checkpointer.format.manifest import FileRecord, Manifest
 from checkpointer.repository.commit.base import (
+    FINISHED,
     REPLACED,
     STALE_AFTER,
     Attempt,
@@ -118,7 +119,9 @@ class ManifestCommit:
 
     def _recover_in_trash(self, entry: Entry) -> None:
         if entry.is_file and entry.name.endswith(".json"):
-            self._recover_removal(f"{paths.TRASH}/{entry.name}")
+            removed = self._recover_removal(f"{paths.TRASH}/{entry.name}")
+            if removed is not None:
+                self._journal.add("removal", removed.info(entry.name), reason=FINISHED)
 
     def quarantine(self, name: str) -> str | None:  # noqa: ARG002  the seam names it
         return None  # data can only be copied, and the copy of what is damaged serves nobody
@@ -221,17 +224,18 @@ class ManifestCommit:
                     self._delete_data(name, id)
         self._storage.remove(f"{paths.TMP}/{id}.json")
 
-    def _recover_removal(self, path: str) -> None:
+    def _recover_removal(self, path: str) -> Manifest | None:
+        """Finish the removal that a record tells of; which checkpoint that has removed."""
         recorded = recorded_removal(self._storage, path)
         if recorded is None:
             self.waiting -= {path.rpartition("/")[2].removesuffix(".json")}
-            return
+            return None
         name, manifest = recorded
         current = own_manifest(self._storage, name)
         if current is not None and current.id == manifest.id:
             self._storage.remove(path)  # it died before anything was removed
-        else:
-            self._finish_removal(name, manifest)
+            return None
+        return manifest if self._finish_removal(name, manifest) else None
 
     def _is_abandoned(self, path: str, record: dict[str, Any]) -> bool:
         if self._lock.proven:

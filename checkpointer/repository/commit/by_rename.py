@@ -16,6 +16,7 @@ from checkpointer.errors import SaveError, UnreadableCheckpointError
 from checkpointer.format import paths
 from checkpointer.format.manifest import Manifest
 from checkpointer.repository.commit.base import (
+    FINISHED,
     REPLACED,
     STALE_AFTER,
     Attempt,
@@ -148,7 +149,9 @@ class RenameCommit:
     def _recover_in_trash(self, entry: Entry) -> None:
         path = f"{paths.TRASH}/{entry.name}"
         if _is_ours(entry):
-            self._dispose(path)
+            manifest = own_manifest(self._storage, path)
+            if self._dispose(path) and manifest is not None:
+                self._journal.add("removal", manifest.info(path), reason=FINISHED)
         elif entry.is_file and path == record_path(entry.name.removesuffix(".json")):
             self._in_place(entry.name.removesuffix(".json"), lambda: recover_in_place(self._storage, path))
         elif entry.is_file and is_unfinished_record(entry.name):

@@ -27,6 +27,7 @@ from checkpointer.errors import CheckpointerWarning, CheckpointNotFoundError, Co
 from checkpointer.format import paths, strict_json
 from checkpointer.format.event import Head
 from checkpointer.repository import journal as journal_module
+from checkpointer.repository.commit.removal import record_removal
 from checkpointer.repository.doctor import Doctor
 from checkpointer.repository.journal import FILE_LIMIT, FILES, Journal
 from checkpointer.repository.repository import Repository
@@ -214,6 +215,27 @@ def test_a_manager_that_takes_over_from_another_loses_none_of_its_events(root: R
             second.restore_latest()
         second.save(2)
     assert told(reader(root).history()) == [("commit", 1), ("restore", 1), ("commit", 2)]
+
+
+def test_a_removal_that_a_dead_writer_had_begun_is_told_by_the_one_that_finishes_it(root: Root) -> None:
+    with manager(root) as mgr:
+        for step in (1, 2, 3):
+            mgr.save(step)
+    storage = mgr._repository.storage
+    info = mgr.checkpoints()[0]
+    if storage.can_rename:
+        storage.make_directory(paths.TRASH)
+        storage.rename("checkpoint-1", f"{paths.TRASH}/{info.id}")
+    else:
+        record_removal(storage, "checkpoint-1", storage.read(f"checkpoint-1/{paths.MANIFEST}", 1 << 20), info.id)
+        storage.remove(f"checkpoint-1/{paths.MANIFEST}")
+    for _ in range(2):
+        with manager(root) as mgr:
+            mgr.restore_latest()
+    events = [event for event in reader(root).history() if event.kind == "removal"]
+    assert [(event.step, event.id, event.reason) for event in events] == [
+        (1, info.id, "a writer that died had begun to remove it")
+    ]
 
 
 def saved_by_two(url: str) -> list[str]:
