@@ -624,7 +624,8 @@ class StorageContract:
         self, run_root: str, storage_options: Mapping[str, object]
     ) -> None:
         run = Run(self.make_storage, run_root, storage_options)
-        fault = Fault("short write", path="*.safetensors", forever=True)  # what tidies up may free room for a second try
+        # For good: what tidies up after the save before may make room, and then the save tries once more.
+        fault = Fault("short write", path="*.safetensors", forever=True)
         fault.end()
         with run.manager(fault, at=1) as manager:
             manager.save(1)
