@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         UnreadableCheckpointError,
         UnsupportedStateError,
     )
+    from checkpointer.format.event import Event
     from checkpointer.format.info import CheckpointInfo
     from checkpointer.manager import CheckpointManager
     from checkpointer.policy.retention import BestRule, KeepPolicy, RetentionPlan
@@ -62,6 +63,7 @@ _HOMES = {
         "UnreadableCheckpointError",
         "UnsupportedStateError",
     ),
+    "checkpointer.format.event": ("Event",),
     "checkpointer.format.info": ("CheckpointInfo",),
     "checkpointer.manager": ("CheckpointManager",),
     "checkpointer.policy.retention": (
@@ -121,6 +123,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "CorruptCheckpointError",
+    "Event",
     "FormatVersionError",
     "Gradients",
     "IncompatibleStateError",

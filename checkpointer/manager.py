@@ -33,6 +33,7 @@ from checkpointer.errors import (
     SaveError,
     UnsupportedStateError,
 )
+from checkpointer.format.event import Event
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.policy.monitoring import Mode as MetricMode
 from checkpointer.policy.monitoring import listed, nearest_name
@@ -236,6 +237,8 @@ class CheckpointManager:
         last = self._last_of_all(step)
         self._tip.check_order(step, last.step if last else None)
         preempted = self._due.stop_agreed(step, epoch, last)
+        if preempted:
+            self._preemption.record(self._repository.journal, step)
         if last is not None and step == last.step and not overwrite:
             handle = last if force or preempted else None
             self._due.say_what_is_lost(step, last)
@@ -450,6 +453,16 @@ class CheckpointManager:
         """
         return self._best(best_rule(self._config.keep.best, monitor, mode))
 
+    def history(self) -> list[Event]:
+        """What has happened to the run, in order: commits with their cost, removals with their reasons, restores,
+        branches, damage, quarantine, signals.
+
+        Read from a journal of bounded length, which the run's writers keep in passing: the oldest events go, and those
+        of the last moments before a crash may be missing. Pins and annotations are not in it. Warns of records that
+        cannot be read. Needs no lock.
+        """
+        return self._repository.history()
+
     def watch(
         self,
         *,
@@ -557,12 +570,14 @@ class CheckpointManager:
             if self._closed:
                 return
             self._closed = True
+            if self._preemption.requested:
+                self._preemption.record(self._repository.journal)
             try:
                 self._saver.close(partial(self._preemption.time_left, PATIENCE))
             finally:
                 self._preemption.restore()
                 self._tenure.close()
-                self._repository.lock.release()
+                self._repository.release()
             ended_well = sys.exc_info()[0] is None and not self.stop_requested()
             if self._unsaved and ended_well and self._job.ranks.rank == 0:
                 self._unsaved.say(self._repository.url)

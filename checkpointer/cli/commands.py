@@ -90,6 +90,36 @@ def show_command(*, root: str, step: int | None, as_json: bool, storage_options:
     return FINE
 
 
+@cli.command("history", short_help="List what has happened to the run.")
+@click.argument("root")
+@common
+def history_command(*, root: str, as_json: bool, storage_options: Mapping[str, object]) -> int:
+    """List what has happened to the run, in order: commits with their cost, removals with their reasons, restores,
+    branches, damage, quarantine, signals.
+
+    It comes from a journal of 4 MiB at most: the oldest events go, and those of the last moments before a crash may be
+    missing. Pins and annotations are not in it: "show" has them. Needs no lock.
+
+    \b
+    --json: [{"kind", "time", "step", "id", "reason", "metrics", "statistics",
+      "details", "host", "pid"}]
+    One array. "kind" is "commit", "removal", "restore", "branch", "damage",
+    "intact", "quarantine", "signal", or a word of a newer version. "statistics"
+    is what a commit has cost, as FORMAT.md describes it. What is not known is null.
+    """
+    from checkpointer.cli import gather, render
+
+    with gather.opened(root, storage_options) as repository:
+        events = gather.history(repository)
+    if as_json:
+        emit_json([gather.event_to_json(event) for event in events])
+    elif events:
+        _print_table(render.history_table(events))
+    else:
+        complain("note", f"nothing is written down of what has happened to {repository.url}")
+    return FINE
+
+
 @cli.command("verify", short_help="Check every byte against its hash.")
 @click.argument("root")
 @click.argument("step", callback=step_argument, required=False)

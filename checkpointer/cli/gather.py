@@ -16,6 +16,7 @@ from checkpointer.errors import (
     RunLockedError,
     UnreadableCheckpointError,
 )
+from checkpointer.format.event import Event
 from checkpointer.format.index import Component, FileRecord
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest, metric_to_json
@@ -272,6 +273,22 @@ def plan_to_json(plan: RetentionPlan) -> Json:
     }
 
 
+def history(repository: Repository) -> list[Event]:
+    """What has happened to the run.
+
+    Raises:
+        CheckpointNotFoundError: there is no run root.
+    """
+    if not repository.storage.exists(""):
+        raise _no_root(repository)
+    return repository.history()
+
+
+def event_to_json(event: Event) -> Json:
+    """One event, with every member."""
+    return {**event.to_json(), "host": event.host, "pid": event.pid}
+
+
 def note(repository: Repository, step: int, addition: Note) -> Row:
     """Append a note to the checkpoint of ``step``, and describe it as it is now."""
     _listed(repository)
@@ -292,14 +309,14 @@ def _prune_locked(repository: Repository, policy: KeepPolicy) -> RetentionPlan:
         repository.recover()
         return prune(repository, policy)
     finally:
-        repository.lock.release()
+        repository.release()
 
 
 def _listed(repository: Repository) -> Listing:
     found = repository.list_checkpoints()
     if found.empty:
         if not repository.storage.exists(""):
-            raise CheckpointNotFoundError(f"there is no run root {repository.url}; check the path for typing errors")
+            raise _no_root(repository)
         strange = [item.name for item in found.strangers]
         about = f"; {', '.join(strange[:3])} cannot be restored: 'checkpointer doctor' says more" if strange else ""
         raise CheckpointNotFoundError(
@@ -307,6 +324,10 @@ def _listed(repository: Repository) -> Listing:
             + about
         )
     return found
+
+
+def _no_root(repository: Repository) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(f"there is no run root {repository.url}; check the path for typing errors")
 
 
 def _rows(found: Listing) -> list[Row]:
@@ -382,6 +403,8 @@ __all__ = [
     "details",
     "diagnosed",
     "diagnosis_to_json",
+    "event_to_json",
+    "history",
     "listing",
     "note",
     "opened",

@@ -56,7 +56,7 @@ def complain(kind: str, message: str) -> None:
         sys.stderr.flush()
 
 
-def emit_json(document: dict[str, Any]) -> None:
+def emit_json(document: dict[str, Any] | list[Any]) -> None:
     """Write one JSON document, in ASCII and without line breaks in it."""
     try:
         text = json.dumps(document, allow_nan=False)

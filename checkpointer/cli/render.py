@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
     from checkpointer.cli.gather import Checked, Details, Row
+    from checkpointer.format.event import Event
     from checkpointer.format.index import TensorSpec
     from checkpointer.format.tree_text import Node
     from checkpointer.policy.retention import RetentionPlan
@@ -33,6 +34,11 @@ STYLES = {
     "unreadable": "bold red",
     "unsupported": "yellow",
     "remove": "red",
+    "commit": "green",
+    "removal": "red",
+    "damage": "bold red",
+    "quarantine": "yellow",
+    "signal": "yellow",
 }
 _SHORT = 100
 """Characters of a value that a terminal shows."""
@@ -150,6 +156,43 @@ def plan_summary(plan: RetentionPlan, *, dry_run: bool) -> str:
     count = len(plan.remove)
     verb = "would remove" if dry_run else "removed"
     return f"{verb} {count} of {count + len(plan.keep)} checkpoints ({human_size(plan.freed)})"
+
+
+def history_table(events: Iterable[Event]) -> Table:
+    """One line for each event, in the order in which they were written."""
+    columns = (
+        Column("time"),
+        Column("event"),
+        Column("step", "right"),
+        Column("what", fold=True, separator=", "),
+        Column("by", wide=True),
+    )
+    return Table(columns, [_event_cells(event) for event in events])
+
+
+def _event_cells(event: Event) -> list[str | tuple[str, ...]]:
+    by = [event.host or "?", *([] if event.pid is None else [str(event.pid)])]
+    return [
+        utc(event.time),
+        event.kind,
+        NOTHING if event.step is None else str(event.step),
+        tuple(_event_texts(event)) or NOTHING,
+        NOTHING if event.host is None and event.pid is None else ":".join(by),
+    ]
+
+
+def _event_texts(event: Event) -> Iterator[str]:
+    """Why, or what it came to."""
+    if event.reason:
+        yield " ".join(event.reason.split())
+    yield from (f"{name}={value:.6g}" for name, value in event.metrics.items())
+    size = event.details.get("size")
+    if isinstance(size, int) and size >= 0:
+        yield human_size(size)
+    cost = SaveCost.from_statistics(event.statistics)
+    yield from (
+        f"{name} {roughly(time)}" for name, time in (("stall", cost.stall), ("write", cost.write)) if time is not None
+    )
 
 
 def diagnosis_table(diagnosis: Diagnosis) -> Table:

@@ -229,7 +229,7 @@ class _Session:
             if attempt is not None:
                 repository.abandon(attempt)
         finally:
-            repository.lock.release()
+            repository.release()
 
 
 _begun: set[_Session] = set()

@@ -1,7 +1,8 @@
 """JSON for files that may be hostile: no duplicate keys, no NaN literals, and no error but one.
 
 A *sealed* file is an indented JSON object whose last member is ``checksum``: the xxh3-128 of all bytes before the
-comma that precedes it. Any changed byte shows, with no other file needed.
+comma that precedes it. Any changed byte shows, with no other file needed. A sealed line is the same without the line
+breaks and spaces.
 """
 
 from __future__ import annotations
@@ -40,6 +41,29 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     if xxhash.xxh3_128_hexdigest(data[:-_TAIL_LENGTH]).encode("ascii") != tail[1]:
         raise CorruptCheckpointError(f"{where} is damaged: its bytes do not match its checksum")
     return mapping(loads(data, where), where)
+
+
+_LINE_TAIL = re.compile(rb',"checksum":"([0-9a-f]{32})"}')
+_LINE_TAIL_LENGTH = len(b',"checksum":""}') + 32
+
+
+def seal_line(fields: Mapping[str, object]) -> bytes:
+    """As ``seal``, in one line: for files that grow by records, of which each is whole or not by itself."""
+    head = dumps(fields)[:-1].encode("ascii")
+    return head + b',"checksum":"' + xxhash.xxh3_128_hexdigest(head).encode("ascii") + b'"}\n'
+
+
+def unseal_line(line: bytes, where: str) -> dict[str, Any]:
+    """The fields of a sealed line, which is given without the line break at its end.
+
+    Raises:
+        CorruptCheckpointError: truncated, changed, or never sealed.
+    """
+    tail = _LINE_TAIL.fullmatch(line[-_LINE_TAIL_LENGTH:])
+    head = line[:-_LINE_TAIL_LENGTH]
+    if not tail or xxhash.xxh3_128_hexdigest(head).encode("ascii") != tail[1]:
+        raise CorruptCheckpointError(f"{where} is damaged: its bytes do not match its checksum")
+    return mapping(loads(line, where), where)
 
 
 SLICE = 200

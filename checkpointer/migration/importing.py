@@ -187,7 +187,7 @@ def write_import(
     except OSError as error:
         raise SaveError(f"the import to {repository.url} failed: {repository.storage.redact(str(error))}") from error
     finally:
-        repository.lock.release()
+        repository.release()
 
 
 def _check_room(repository: Repository, step: int, *, append: bool) -> None:

@@ -15,12 +15,12 @@ from checkpointer.repository.commit import Leftovers, clear, leftovers
 from checkpointer.repository.strangers import on_record
 from checkpointer.storage import Entry, Storage, is_refusal
 
-PRIVATE = (paths.TMP, paths.TRASH, paths.QUARANTINE)
+PRIVATE = (paths.TMP, paths.TRASH, paths.QUARANTINE, paths.JOURNAL)
 
 
 def in_private_folders(storage: Storage) -> Iterator[str]:
-    """What is worth nothing among unfinished, removed and quarantined work. Directories of attempts and of removals
-    are none: whether anybody is at work on them is for recovery to find out.
+    """What is worth nothing among unfinished, removed and quarantined work, and beside the journal. Directories of
+    attempts and of removals are none: whether anybody is at work on them is for recovery to find out.
     """
     for folder in PRIVATE:
         for entry in _entries(storage, folder):

@@ -140,7 +140,7 @@ class Doctor:
         findings = [*self._permissions()]
         if not any(finding.kind == "unreadable" and finding.path == self._storage.place("") for finding in findings):
             findings += [*self._lock(), *self._conditional_writes(), *self._unfinished(), *self._checkpoints()]
-            findings += [*self._notes(), *self._space()]
+            findings += [*self._notes(), *self._history(), *self._space()]
         findings.sort(key=lambda finding: finding.level != "problem")
         count = len(self._chart.listing.checkpoints) + len(self._chart.listing.unreadable)
         return Diagnosis(count, tuple(dict.fromkeys(findings)), deep=self._deep)
@@ -177,7 +177,7 @@ class Doctor:
                     with contextlib.suppress(OSError):  # what stays where it is, is found again
                         repository.quarantine(name)
         finally:
-            repository.lock.release()
+            repository.release()
 
     # ----------------------------------------------------------------------------------------- around the run root
 
@@ -364,6 +364,26 @@ class Doctor:
                     place = self._storage.place(f"{paths.NOTES}/{id}")
                     meaning = "pins or annotations of a checkpoint that is gone"
                     yield Finding("orphaned-notes", place, meaning, _MEND.format("removes them"))
+
+    def _history(self) -> Iterator[Finding]:
+        """What keeps the run's history from being read or written; nothing depends on it, so all are notes."""
+        place = self._storage.place(paths.JOURNAL)
+        harmless = "saves, restores and retention need none of it"
+        if self._storage.can_rename and self._storage.exists(paths.JOURNAL) and not self._chart.read_only:
+            if not _is_directory(place):
+                meaning = "it is no directory, so the history of the run is not written down"
+                yield Finding("in-the-way", place, f"{meaning}; {harmless}", "move it away", "note")
+            elif not _may(place, os.W_OK | os.X_OK):
+                meaning = "this user may not write here, so the history would miss what its jobs do"
+                yield Finding("unwritable", place, f"{meaning}; {harmless}", "give write access", "note")
+        try:
+            damaged = self._repository.journal.read().damaged
+        except UnreadableCheckpointError as error:
+            yield Finding("unreadable", place, f"{error}; {harmless}", "give read access to it", "note")
+            return
+        if damaged:
+            meaning = f"{damaged} of the records of the run's history cannot be read: they are left out"
+            yield Finding("damaged-history", place, meaning, f"nothing has to be done: {harmless}", "note")
 
     def _space(self) -> Iterator[Finding]:
         """Whether the next save has room."""

@@ -82,7 +82,7 @@ class Pruner:
         self._note_reports(checkpoints)
         self._say_doubts(checkpoints, removing=bool(leaving))
         self._repository.retry_removals()
-        outcome = self._remove([info for info in checkpoints if info.id in leaving])
+        outcome = self._remove([(info, leaving[info.id]) for info in checkpoints if info.id in leaving])
         self._stuck = outcome.stuck
         self._say_stuck(outcome.complaints)
         staying = {info.id: reasons for info, reasons in decided.keep}
@@ -92,10 +92,10 @@ class Pruner:
             remove=[(info, leaving[info.id]) for info in checkpoints if info.id in outcome.removed],
         )
 
-    def _remove(self, infos: Sequence[CheckpointInfo]) -> _Outcome:
+    def _remove(self, decisions: Sequence[tuple[CheckpointInfo, Sequence[str]]]) -> _Outcome:
         outcome = _Outcome()
         in_a_row = 0
-        for info in infos:
+        for info, reasons in decisions:
             if in_a_row == OUTAGE:
                 outcome.stayed[info.id] = "not tried: the storage refuses all removals"
                 continue
@@ -108,6 +108,8 @@ class Pruner:
             except (OSError, CheckpointerError) as error:
                 self._note_failure(info, error, outcome)
                 in_a_row = 0 if isinstance(error, PermissionError) else in_a_row + 1
+            if info.id in outcome.removed:
+                self._repository.journal.add("removal", info, reason="; ".join(reasons))
         return outcome
 
     def _note_failure(self, info: CheckpointInfo, error: Exception, outcome: _Outcome) -> None:

@@ -18,6 +18,7 @@ from checkpointer.errors import (
     UnreadableCheckpointError,
 )
 from checkpointer.format import paths
+from checkpointer.format.event import Event
 from checkpointer.format.index import FileRecord
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest, parse_manifest
@@ -25,6 +26,7 @@ from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.checkpoint_reader import ONE_PROCESS, CheckpointReader, ReadingRank
 from checkpointer.repository.commit import Attempt, for_each, obstacle_of, protocol_for, read_manifest
 from checkpointer.repository.contents import read_contents
+from checkpointer.repository.journal import Journal
 from checkpointer.repository.lock import WriterLock
 from checkpointer.repository.notes import (
     Note,
@@ -102,7 +104,8 @@ class Repository:
         """Names of checkpoints whose sequence is at most ``_highest``, whether they can be read now or not."""
         self._highest = 0
         self.lock = WriterLock(storage.url, storage.lock_path, lambda: storage.make_directory(paths.PRIVATE))
-        self._protocol = protocol_for(storage, self.lock)
+        self.journal = Journal(storage, self.lock)
+        self._protocol = protocol_for(storage, self.lock, self.journal)
         self._abandoned: list[Attempt] = []
         """Failed attempts whose files could not be removed yet."""
         self._half_removed: list[str] = []
@@ -294,6 +297,8 @@ class Repository:
         Raises:
             SaveError: it cannot be written.
         """
+        if note.damaged is not None:
+            self.journal.add("damage" if note.damaged else "intact", info, reason=note.damaged or None)
         try:
             add_note(self.storage, info.id, note)
         except CheckpointerError:
@@ -306,6 +311,31 @@ class Repository:
             )
             failed.errno = error.errno
             raise failed from error
+
+    def history(self) -> list[Event]:
+        """What has happened to the run, in order. Needs no lock. Warns of records that cannot be read.
+
+        Raises:
+            CheckpointNotFoundError, ConfigError, UnreadableCheckpointError: as for ``list_checkpoints``.
+        """
+        with refusals_typed(self.storage, ""):
+            self._check_root(self.storage.list_directory(""))
+        self.journal.flush()
+        history = self.journal.read()
+        if history.damaged:
+            messages.warn(
+                f"{history.damaged} of the records in {self.storage.place(paths.JOURNAL)} cannot be read, and are left "
+                "out of the history. The checkpoints need none of them",
+                stacklevel=3,
+            )
+        return list(history.events)
+
+    def release(self) -> None:
+        """Free the writer's lock, once what has happened is written down."""
+        try:
+            self.journal.flush()
+        finally:  # Ctrl-C, too
+            self.lock.release()
 
     def begin(self, step: int, size: int) -> Attempt:
         """Start writing a checkpoint of about ``size`` bytes.
@@ -355,7 +385,9 @@ class Repository:
     def commit(self, attempt: Attempt, manifest: Manifest) -> CheckpointInfo:
         """Make an attempt visible and durable: the one commit point."""
         name = self._protocol.commit(attempt, manifest)
-        return self.current(manifest.info(self.storage.place(name)))
+        info = manifest.info(self.storage.place(name))
+        self.journal.committed(info)
+        return self.current(info)
 
     def abandon(self, attempt: Attempt) -> None:
         """Remove what a failed attempt has written; what cannot be removed now, before the next one begins.

@@ -126,6 +126,8 @@ class Restorer:
                 raise item.error
             if isinstance(item.error, UnreadableCheckpointError):
                 raise self._newest_unknown(item, listing)
+            if item.path not in skipped:
+                self._repository.journal.add("damage", step=item.step, reason=str(item.error))
             kind = "damaged checkpoint" if item.link is None else "link in the place of a checkpoint"
             self._skip(skipped, item.path, item.step, str(item.error), kind)
         candidates = [info for info in reversed(listing.checkpoints) if info.path not in skipped]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from checkpointer.format.info import CheckpointInfo
 from checkpointer.policy.cost import SaveCost
 from checkpointer.policy.deadline import Forecast, forecast, time_left
 from checkpointer.policy.schedule import SavePolicy
+from checkpointer.repository.journal import Journal
 from checkpointer.system import messages
 from checkpointer.system.signals import SignalFlag
 
@@ -23,6 +25,7 @@ class Preemption:
         self._policy = policy
         self._flag = SignalFlag()
         self._said: str | None = None
+        self._recorded = False
         self.saved = False
         """Whether a save that counts is durable."""
 
@@ -38,6 +41,15 @@ class Preemption:
     def requested(self) -> bool:
         """Whether a signal has come."""
         return self._flag.requested
+
+    def record(self, journal: Journal, step: int | None = None) -> None:
+        """Note, once, in the run's history that a signal has come; ``step`` is that of the call that noticed it."""
+        if self._recorded:
+            return
+        self._recorded = True
+        number = self._flag.number
+        which = "a signal came to another rank" if number is None else f"{signal.Signals(number).name} came"
+        journal.add("signal", step=step, reason=which)
 
     def allows(self, recent: Sequence[CheckpointInfo]) -> bool:
         """Whether a save that begins now would be durable in time, as far as the costs of ``recent`` tell."""

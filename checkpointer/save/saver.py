@@ -401,6 +401,7 @@ class Saver:
             except Exception as error:  # noqa: BLE001  it is saved: training goes on
                 messages.log(logger.error, "after the commit of %s", info.path, error=error)
                 messages.warn(f"{info.path} is committed, but what follows a commit failed: {error!r}")
+            self._repository.journal.flush()
 
     def _prune(self) -> None:
         self._space.prune(unreturned=self._spare)

@@ -85,6 +85,7 @@ class Tenure:
             if other.lock.held:
                 tenure.refuse_unless_idle(self, repository.url)
                 tenure.retire(self)
+                other.journal.flush()
                 if other.lock.in_place():
                     repository.lock.adopt(other.lock, self._holder)
                     return

@@ -49,6 +49,7 @@ class Tip:
         self._checked = False
         if info is not None:
             self.info = self.restored_from = info
+            self._repository.journal.restored(info, listing.checkpoints[-1] if listing.checkpoints else None)
         self._say_what_is_strange(listing)
 
     def committed(self, info: CheckpointInfo) -> None:
@@ -80,6 +81,8 @@ class Tip:
                 f"{url} has moved on since this manager restored: its newest is now {newest}, it was sequence {seen}. "
                 "Another job has saved to this run; stop it, then restore again"
             )
+        if not resumed:
+            self._repository.journal.begins_branch("goes on from no checkpoint", newest)
         self._remember(listing)  # not before: what was seen while refusing would let the next call pass
         self._checked = True
         self._say_what_is_strange(listing)

@@ -75,8 +75,8 @@ class Storage(Protocol):
     - Every name is a name, whatever it means in a URL, a shell or a pattern.
     - Any method may be called by several threads.
 
-    What only some can do is declared (``can_rename``, ``exclusive``, ``lock_path``), or answered by the call (``link``,
-    ``exchange``); what a storage has not declared it refuses, and changes nothing.
+    What only some can do is declared (``can_rename``, ``can_append``, ``exclusive``, ``lock_path``), or answered by the
+    call (``link``, ``exchange``); what a storage has not declared it refuses, and changes nothing.
     """
 
     @property
@@ -86,6 +86,10 @@ class Storage(Protocol):
     @property
     def can_rename(self) -> bool:
         """Whether a directory can be renamed atomically. If so a commit is a rename, else one small ``put``."""
+
+    @property
+    def can_append(self) -> bool:
+        """Whether a file can grow."""
 
     @property
     def lock_path(self) -> str | None:
@@ -123,6 +127,14 @@ class Storage(Protocol):
         Either the two then lie on the same bytes, durable and read-only, and removing one leaves the other whole; or
         the server has copied them. ``False`` (and nothing done) where neither is possible. Raises
         CorruptCheckpointError where ``source`` is not a regular file.
+        """
+
+    def append(self, path: str, data: bytes) -> None:
+        """Add ``data`` to the end of a file, which is made if it is not there; missing directories are made.
+
+        Nothing of it is durable when this returns: after a power cut a part of it, or all, may be gone, or be other
+        bytes. On an error nothing has been added, as far as the system lets that be undone. One writer at a time.
+        Raises CorruptCheckpointError where there is something other than a regular file.
         """
 
     def put(self, path: str, data: bytes) -> None:

@@ -45,6 +45,7 @@ class LocalStorage:
     """
 
     can_rename = True
+    can_append = True
     exclusive = True
 
     def __init__(self, root: str | os.PathLike[str], *, durable: bool = True, threads: int = 2) -> None:
@@ -166,6 +167,29 @@ class LocalStorage:
             finally:
                 os.close(fd)
         return True
+
+    def append(self, path: str, data: bytes) -> None:
+        try:
+            self._append(path, data)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(self.place(path)), exist_ok=True)
+            self._append(path, data)
+
+    def _append(self, path: str, data: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _CLOEXEC | _NO_FOLLOW | _NON_BLOCK | _BINARY
+        with _inside(self.root, path) as (name, parent):
+            fd = os.open(name, flags, 0o666, dir_fd=parent)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise CorruptCheckpointError(f"{self.place(path)} is not a regular file")
+            size = os.lseek(fd, 0, os.SEEK_END)
+            try:
+                _write_all(fd, memoryview(data))
+            except BaseException:
+                os.ftruncate(fd, size)
+                raise
+        finally:
+            os.close(fd)
 
     def put(self, path: str, data: bytes) -> None:
         with self._beside(path, data) as temporary:

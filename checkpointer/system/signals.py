@@ -20,6 +20,8 @@ class SignalFlag:
     def __init__(self) -> None:
         self.since: float | None = None
         """When the first of them came, by ``time.monotonic()``."""
+        self.number: int | None = None
+        """Which it was."""
         self._earlier: dict[int, Any] = {}
         self._active = False
         self._pid = os.getpid()
@@ -72,7 +74,7 @@ class SignalFlag:
             signal.raise_signal(number)
             return
         if self._is_meant(number) and self.since is None:
-            self.since = time.monotonic()
+            self.number, self.since = number, time.monotonic()
         earlier = self._earlier[number]
         if callable(earlier) and earlier is not signal.default_int_handler:  # that one would end the loop at once
             earlier(number, frame)

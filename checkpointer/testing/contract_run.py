@@ -61,6 +61,7 @@ class Run:
         """Save the states after one and after two steps."""
         with self.manager(fault, at=1) as manager:
             manager.save(1)
+            manager.prune()  # waits for what follows the commit: operations are counted, and this is in the background
             self.train(2)
             manager.save(2)
 

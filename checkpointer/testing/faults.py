@@ -42,8 +42,9 @@ Kind: TypeAlias = Literal[
 """What can go wrong; see :class:`Fault`."""
 
 OPERATIONS = (
-    "list_directory", "exists", "read", "read_many", "open", "write", "link", "put", "create", "replace", "remove",
-    "remove_directory", "make_directory", "rename", "exchange", "sync", "age", "identity", "free_bytes", "read_into",
+    "list_directory", "exists", "read", "read_many", "open", "write", "append", "link", "put", "create", "replace",
+    "remove", "remove_directory", "make_directory", "rename", "exchange", "sync", "age", "identity", "free_bytes",
+    "read_into",
 )  # fmt: skip
 """Every operation of a :class:`~checkpointer.storage.Storage` that asks the file system for something; ``read_into`` is
 all reading from an open file."""

@@ -28,6 +28,7 @@ FIRST_GUESSES = {
     "hash check on read": ("repository/checkpoint_reader.py", "CheckpointReader.read"),
     "`verify`": ("repository/verify.py", "verify_checkpoint"),
     "pins and annotations": ("repository/notes.py", "add_note"),
+    "the run's history": ("repository/journal.py", "Journal"),
     "options of a restore": ("restore/request.py", "RestoreRequest"),
     "what a restore reports": ("restore/report.py", "RestoreReport"),
     "random state": ("state/rng.py", "RngState"),

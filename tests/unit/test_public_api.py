@@ -26,9 +26,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PUBLIC_MODULES = {"data", "dcp", "errors", "migration", "retention", "testing"}
 PUBLIC_FUNCTIONS = {"load_whole_model", "register_codec"}
 PUBLIC_CLASSES = {
-    "BestRule", "CheckpointInfo", "CheckpointManager", "CheckpointReport", "ComponentReport", "Config", "Gradients",
-    "KeepPolicy", "ModuleComponent", "PendingSave", "RestorePolicy", "RestoreReport", "Restored", "RetentionPlan",
-    "SavePolicy", "Skipped", "Stateful", "VerifyReport", "WholeModel", "WritePolicy",
+    "BestRule", "CheckpointInfo", "CheckpointManager", "CheckpointReport", "ComponentReport", "Config", "Event",
+    "Gradients", "KeepPolicy", "ModuleComponent", "PendingSave", "RestorePolicy", "RestoreReport", "Restored",
+    "RetentionPlan", "SavePolicy", "Skipped", "Stateful", "VerifyReport", "WholeModel", "WritePolicy",
 }  # fmt: skip
 PUBLIC_ERRORS = {name for name, value in vars(errors).items() if inspect.isclass(value)}
 CLASSES = sorted(PUBLIC_CLASSES | PUBLIC_ERRORS)

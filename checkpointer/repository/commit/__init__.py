@@ -18,13 +18,14 @@ from checkpointer.repository.commit.base import (
 from checkpointer.repository.commit.by_manifest import ManifestCommit, owner_is_dead
 from checkpointer.repository.commit.by_rename import RenameCommit
 from checkpointer.repository.commit.removal import is_unfinished_record, recorded_removal
+from checkpointer.repository.journal import Journal
 from checkpointer.repository.lock import WriterLock
 from checkpointer.storage import Storage
 
 
-def protocol_for(storage: Storage, lock: WriterLock) -> CommitProtocol:
+def protocol_for(storage: Storage, lock: WriterLock, journal: Journal) -> CommitProtocol:
     """The protocol that fits what the storage can do."""
-    return RenameCommit(storage, lock) if storage.can_rename else ManifestCommit(storage, lock)
+    return RenameCommit(storage, lock, journal) if storage.can_rename else ManifestCommit(storage, lock, journal)
 
 
 __all__ = [

@@ -24,6 +24,12 @@ from checkpointer.storage import Buffer, Entry, Storage, refusals_typed
 
 _T = TypeVar("_T")
 
+REPLACED = "replaced by a later save of the same step"
+"""Why a checkpoint goes whose name is needed."""
+
+FINISHED = "a writer that died had begun to remove it"
+"""Why a checkpoint goes that lies in ``trash`` when a writer begins."""
+
 STALE_AFTER = 24 * 3600.0
 """Seconds without a sign of life after which another writer's attempt counts as abandoned where no lock proves it."""
 

@@ -17,6 +17,8 @@ from checkpointer.errors import CorruptCheckpointError, FormatVersionError, RunL
 from checkpointer.format import paths, strict_json
 from checkpointer.format.manifest import Manifest
 from checkpointer.repository.commit.base import (
+    FINISHED,
+    REPLACED,
     STALE_AFTER,
     Attempt,
     clear,
@@ -38,6 +40,7 @@ from checkpointer.repository.commit.removal import (
     recorded_removal,
 )
 from checkpointer.repository.contents import removable, remove_listed
+from checkpointer.repository.journal import Journal
 from checkpointer.repository.lock import WriterLock
 from checkpointer.repository.notes import remove_notes
 from checkpointer.storage import Entry, Storage
@@ -49,9 +52,10 @@ logger = logging.getLogger("checkpointer")
 class ManifestCommit:
     """The protocol for :class:`~checkpointer.storage.remote.FsspecStorage`."""
 
-    def __init__(self, storage: Storage, lock: WriterLock) -> None:
+    def __init__(self, storage: Storage, lock: WriterLock, journal: Journal) -> None:
         self._storage = storage
         self._lock = lock
+        self._journal = journal
         self.waiting: set[str] = set()
         self._warned = False
         self._untidied: list[Callable[[], object]] = []
@@ -120,7 +124,9 @@ class ManifestCommit:
 
     def _recover_in_trash(self, entry: Entry) -> None:
         if entry.is_file and entry.name.endswith(".json"):
-            self._recover_removal(f"{paths.TRASH}/{entry.name}")
+            removed = self._recover_removal(f"{paths.TRASH}/{entry.name}")
+            if removed is not None:
+                self._journal.add("removal", removed.info(entry.name), reason=FINISHED)
 
     def quarantine(self, name: str) -> str | None:  # noqa: ARG002  the seam names it
         return None  # data can only be copied, and the copy of what is damaged serves nobody
@@ -147,12 +153,15 @@ class ManifestCommit:
         marker = f"{name}/{paths.MANIFEST}"
         if old is None:  # damaged: its manifest is kept for inspection, its data stays where it is
             damaged = self._storage.read(marker, 64 * paths.MANIFEST_LIMIT)
-            self._storage.put(f"{paths.QUARANTINE}/{name}-{new_id()[:8]}/{paths.MANIFEST}", damaged)
+            kept = f"{paths.QUARANTINE}/{name}-{new_id()[:8]}"
+            self._storage.put(f"{kept}/{paths.MANIFEST}", damaged)
+            self._journal.add("quarantine", step=attempt.step, reason=f"its manifest was copied to {kept}")
             self._put_marker(attempt, name, lambda marker: self._storage.put(marker, data))
             return
         expected = self._storage.read(marker, paths.MANIFEST_LIMIT)
         record_removal(self._storage, name, expected, old.id)
         self._put_marker(attempt, name, lambda marker: self._storage.replace(marker, data, expected))
+        self._journal.add("removal", old.info(name), reason=REPLACED)
         self._tidy(lambda: self._finish_removal(name, old))
 
     def _tidy(self, work: Callable[[], object]) -> None:
@@ -223,17 +232,18 @@ class ManifestCommit:
                     self._delete_data(name, id)
         self._storage.remove(f"{paths.TMP}/{id}.json")
 
-    def _recover_removal(self, path: str) -> None:
+    def _recover_removal(self, path: str) -> Manifest | None:
+        """Finish the removal that a record tells of; which checkpoint that has removed."""
         recorded = recorded_removal(self._storage, path)
         if recorded is None:
             self.waiting -= {path.rpartition("/")[2].removesuffix(".json")}
-            return
+            return None
         name, manifest = recorded
         current = own_manifest(self._storage, name)
         if current is not None and current.id == manifest.id:
             self._storage.remove(path)  # it died before anything was removed
-        else:
-            self._finish_removal(name, manifest)
+            return None
+        return manifest if self._finish_removal(name, manifest) else None
 
     def _is_abandoned(self, path: str, record: dict[str, Any]) -> bool:
         if self._lock.proven:

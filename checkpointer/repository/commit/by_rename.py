@@ -16,6 +16,8 @@ from checkpointer.errors import SaveError, UnreadableCheckpointError
 from checkpointer.format import paths
 from checkpointer.format.manifest import Manifest
 from checkpointer.repository.commit.base import (
+    FINISHED,
+    REPLACED,
     STALE_AFTER,
     Attempt,
     clear,
@@ -37,6 +39,7 @@ from checkpointer.repository.commit.removal import (
     remove_in_place,
 )
 from checkpointer.repository.contents import removable, remove_listed
+from checkpointer.repository.journal import Journal
 from checkpointer.repository.lock import WriterLock
 from checkpointer.repository.notes import remove_notes
 from checkpointer.storage import Entry, Storage
@@ -56,9 +59,10 @@ is immutable, or belongs to somebody else in a sticky directory."""
 class RenameCommit:
     """The protocol for :class:`~checkpointer.storage.LocalStorage`."""
 
-    def __init__(self, storage: Storage, lock: WriterLock) -> None:
+    def __init__(self, storage: Storage, lock: WriterLock, journal: Journal) -> None:
         self._storage = storage
         self._lock = lock
+        self._journal = journal
         self.waiting: set[str] = set()
 
     def begin(self, step: int) -> Attempt:
@@ -84,7 +88,7 @@ class RenameCommit:
             return self._publish_beside_damage(attempt, name)
         if there.manifest is None:
             raise self._in_the_way(name)
-        return self._replace(attempt, name)
+        return self._replace(attempt, name, there.manifest)
 
     def _in_the_way(self, name: str) -> SaveError:
         """What to say of a name that is taken by something that is no checkpoint, and that is nobody's to move."""
@@ -146,7 +150,9 @@ class RenameCommit:
     def _recover_in_trash(self, entry: Entry) -> None:
         path = f"{paths.TRASH}/{entry.name}"
         if _is_ours(entry):
-            self._dispose(path)
+            manifest = own_manifest(self._storage, path)
+            if self._dispose(path) and manifest is not None:
+                self._journal.add("removal", manifest.info(path), reason=FINISHED)
         elif entry.is_file and path == record_path(entry.name.removesuffix(".json")):
             self._in_place(entry.name.removesuffix(".json"), lambda: recover_in_place(self._storage, path))
         elif entry.is_file and is_unfinished_record(entry.name):
@@ -161,6 +167,7 @@ class RenameCommit:
         self._storage.make_directory(paths.QUARANTINE)
         place = f"{paths.QUARANTINE}/{directory.rpartition('/')[2]}-{new_id()[:8]}"
         self._move(directory, place)
+        self._journal.add("quarantine", step=paths.parse_checkpoint_name(directory), reason=f"moved to {place}")
         messages.warn(
             f"moved {self._storage.place(directory)} to {self._storage.place(place)}: it is damaged, or holds files "
             "that this library did not write. Nothing there is ever deleted: look at it, then remove it by hand",
@@ -209,13 +216,15 @@ class RenameCommit:
             return self._publish(attempt, paths.checkpoint_name(attempt.step, attempt.id))
         return self._publish(attempt, name)
 
-    def _replace(self, attempt: Attempt, name: str) -> str:
+    def _replace(self, attempt: Attempt, name: str, old: Manifest) -> str:
         """Put the attempt in the place of a committed checkpoint: at every instant one of the two is there."""
         if self._exchange(attempt, name):
             self._storage.sync(ROOT, paths.TMP)
+            self._journal.add("removal", old.info(name), reason=REPLACED)
             self._tidy(lambda: self._dispose(attempt.directory))
             return name
         second = self._publish(attempt, paths.checkpoint_name(attempt.step, attempt.id))
+        self._journal.add("removal", old.info(name), reason=REPLACED)
         self._tidy(lambda: self._make_way(name, second))
         return second if self._storage.exists(second) else name
 

@@ -21,6 +21,7 @@ import torch
 
 from checkpointer import CheckpointManager
 from checkpointer.format import paths
+from checkpointer.repository.repository import Repository
 from checkpointer.storage import LocalStorage
 from checkpointer.storage import local as local_storage
 from tests.campaign.crash.scenarios import SCENARIOS, check_newest, maker, two
@@ -114,6 +115,9 @@ def check(root: str, allowed: Collection[int | None], what: str) -> None:
         assert not [extra for checkpoint in report.checkpoints for extra in checkpoint.extra], f"{what}\n{report}"
     left = check_newest(maker(root), allowed, what)
     storage = LocalStorage(root)
+    history = Repository(storage).journal.read()
+    assert history.damaged == 0, what
+    assert [event.id for event in history.events if event.kind == "commit"][-1] == left[-1].id, what
     for folder in (paths.TMP, paths.TRASH, paths.QUARANTINE):
         assert storage.list_directory(folder) == [], (what, storage.list_directory(folder))
     names = {os.path.basename(info.path) for info in left}

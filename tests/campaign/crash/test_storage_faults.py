@@ -19,6 +19,7 @@ from checkpointer import CheckpointManager
 from checkpointer.errors import CheckpointerError
 from checkpointer.format import paths
 from checkpointer.format.manifest import parse_manifest
+from checkpointer.repository.repository import Repository
 from checkpointer.storage import open_storage
 from checkpointer.testing import Fault, Kind, faulty
 from tests.campaign.crash.scenarios import SCENARIOS, Make, check_newest, maker, state
@@ -74,7 +75,11 @@ def check(root: Root, allowed: Collection[int | None], what: str, *, quarantine:
     notes = {path for path in files_of(root) if path.startswith(f"{paths.NOTES}/")}
     assert {path.split("/")[2] for path in notes} <= {info.id for info in infos}, what
     notes |= {path for path in files_of(root) if path.startswith(f"{paths.TMP}/probe-")}  # removed when old
-    left = files_of(root) - notes - expected_files(root)
+    history = Repository(open_storage(root.url, root.options)).journal.read()
+    assert history.damaged == 0, what
+    assert history.events[-1].id == infos[-1].id or history.events[-1].kind == "removal", what
+    told = {path for path in files_of(root) if path.startswith(f"{paths.JOURNAL}/")}
+    left = files_of(root) - notes - told - expected_files(root)
     put_aside = any(path.startswith(f"{paths.QUARANTINE}/") for path in left)
     assert left == set() or (quarantine and put_aside), what
 

@@ -18,7 +18,7 @@ from tests.support import file_systems, processes, suites
 
 
 class TestLocal(StorageContract):
-    capabilities = ("exclusive", "link", "lock", "rename")
+    capabilities = ("append", "exclusive", "link", "lock", "rename")
 
     @pytest.fixture
     def run_root(self, local: Root) -> str:

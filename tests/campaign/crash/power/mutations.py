@@ -118,12 +118,9 @@ def _delete_before_the_commit(self: RenameCommit, attempt: Attempt, manifest: Ma
     return _COMMIT(self, attempt, manifest)
 
 
-def _replace_in_two_steps(self: RenameCommit, attempt: Attempt, name: str) -> str:
+def _replace_in_two_steps(self: RenameCommit, attempt: Attempt, name: str, old: Manifest) -> str:
     """The old one goes to trash, then the new one takes its name."""
-    there = existing_at(self._storage, name)
-    assert there is not None
-    assert there.manifest is not None
-    self._to_trash(name, there.manifest)
+    self._to_trash(name, old)
     self._move(attempt.directory, name)
     return name
 

@@ -195,7 +195,7 @@ def _look_for_leftovers(root: str, expected: Expectation) -> None:
         infos = reader.checkpoints()
     private = {entry.name for entry in storage.list_directory(paths.PRIVATE)}
     notes = {entry.name for entry in storage.list_directory(paths.NOTES)}
-    assert private <= {"lock", "tmp", "trash", "notes", "quarantine"}, private
+    assert private <= {"lock", "tmp", "trash", "notes", "journal", "quarantine"}, private
     if not expected.damaged:
         names = {os.path.basename(info.path) for info in infos}
         there = {entry.name for entry in storage.list_directory("")}
