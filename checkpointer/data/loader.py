@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +25,9 @@ from checkpointer.data.checks import (
 from checkpointer.data.replay import Indices, Replay
 from checkpointer.data.resharding import carried_over
 from checkpointer.data.sources import Sources
-from checkpointer.errors import CheckpointerWarning, IncompatibleStateError, UnsupportedStateError
+from checkpointer.errors import IncompatibleStateError, UnsupportedStateError
 from checkpointer.state.modes import outside_inference_mode
+from checkpointer.system import messages
 
 T = TypeVar("T")
 
@@ -305,11 +305,9 @@ class ResumableLoader(Generic[T]):
 
     def _drop(self, iterator: Iterator[T], count: int) -> None:
         if count:
-            warnings.warn(
+            messages.warn(
                 f"{count} batches are drawn again and dropped: {type(self._loader.dataset).__qualname__} cannot be "
                 "placed. Give it state_dict() and load_state_dict() and use no workers, or use a StatefulDataLoader",
-                CheckpointerWarning,
-                stacklevel=5,
             )
         dropped = sum(1 for _ in itertools.islice(iterator, count))
         if dropped < count:
@@ -401,11 +399,9 @@ class ResumableLoader(Generic[T]):
         if self._owns_position:
             if state["inner"] is not None:
                 if state["running"] and worker_starts_anew(state["inner"]):
-                    warnings.warn(
+                    messages.warn(
                         "saved when the dataset of a worker had ended inside a short batch: a StatefulDataLoader asks "
                         "it once more, so one that begins anew then repeats its items in this epoch",
-                        CheckpointerWarning,
-                        stacklevel=2,
                     )
                 self._loader.load_state_dict(state["inner"])  # type: ignore[attr-defined]
         elif is_stateful(self._loader.dataset):

@@ -196,7 +196,6 @@ class WriterLock:
         messages.warn(
             f"{self._url}: {reason}, so only jobs of this user on this host are kept from writing to the same run; "
             "make sure that no other host does",
-            stacklevel=2,
         )
 
     def _write_owner(self) -> None:

@@ -387,7 +387,6 @@ class Repository:
             messages.warn(
                 f"could not clear away all leftovers in {self.url}: {self.storage.redact(reason)}. The next writer "
                 f"tries again; 'checkpointer doctor {self.url}' says more",
-                stacklevel=4,
             )
 
     def _forget_notes(self) -> None:

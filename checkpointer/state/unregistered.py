@@ -58,7 +58,7 @@ class Unregistered:
             unsaved = self._unsaved(captured) if stepped else []
             found += [inner.message() for inner in unsaved if inner in stepped]
         for message in found:
-            messages.warn(message, stacklevel=3)
+            messages.warn(message)
 
     def _new_parameters(self, captured: Mapping[str, Captured]) -> list[str]:
         """As :meth:`_parameters`, where the groups of an optimizer are not those of the last save."""

@@ -245,7 +245,6 @@ class ManifestCommit:
         messages.warn(
             f"{self._storage.url} does not honour conditional writes: two jobs on different hosts that save to this "
             "run at the same time would not notice each other; make sure that only one does",
-            stacklevel=2,
         )
 
 
