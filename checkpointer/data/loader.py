@@ -52,8 +52,8 @@ class ResumableLoader(Generic[T]):
     - iterable in a ``StatefulDataLoader``: its own ``state_dict()`` is;
     - other iterables: the batches seen are drawn again and dropped, with a warning.
 
-    A loader that ``accelerator.prepare`` or ``fabric.setup_dataloaders`` has returned is wrapped like any other. Prepare
-    first, then wrap: accelerate passes by what is no ``DataLoader``, and would not learn where an epoch ends.
+    A loader that ``accelerator.prepare`` or ``fabric.setup_dataloaders`` has returned is wrapped like any other.
+    First prepare, then wrap: accelerate passes by what is no ``DataLoader``, and would not learn where an epoch ends.
 
     Generators (torch, NumPy, Python) that are attributes of the samplers, of the dataset or of its ``transform`` are
     saved too, and so are samplers with ``state_dict()``. Not exact are: what workers draw from their own generators

@@ -85,8 +85,8 @@ class Prepared:
             if watched.asked:
                 raise
             raise UnsupportedStateError(
-                f"{self.name} does not take its batches from the DataLoader inside, so its position cannot be followed: "
-                "wrap a plain DataLoader"
+                f"{self.name} does not take its batches from the DataLoader inside, so its position cannot be "
+                "followed: wrap a plain DataLoader"
             ) from None
         finally:
             attributes[self.kind.inside] = inside

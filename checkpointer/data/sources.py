@@ -17,7 +17,6 @@ from checkpointer.state import Adapter, RestoreOptions, RestorePlan, RngState, S
 from checkpointer.state.modes import outside_inference_mode
 from checkpointer.state.rng import GENERATORS, GeneratorAdapter, generator_state
 from checkpointer.state.tensors import spec_of
-from checkpointer.state.tree.decode import decode
 from checkpointer.state.tree.encode import encode
 
 _SAMPLER_LINKS = ("batch_sampler", "sampler")
@@ -48,10 +47,9 @@ class Sources:
             return self._snapshot()
 
     def _snapshot(self) -> dict[str, Any]:
-        rng = RngState().capture()
         seeds = {name: sampler.initial_seed for name, sampler in self._samplers_with_seed().items()}
         return {
-            "rng": decode(rng.tree, rng.tensors),
+            "rng": RngState().state(),
             "generators": {name: generator_state(name, live) for name, live in self._generators().items()},
             "samplers": {name: sampler.state_dict() for name, sampler in self._stateful_samplers().items()},
             "epochs": {name: sampler.epoch for name, sampler in self._samplers_with_epoch().items()},
