@@ -30,6 +30,7 @@ from checkpointer.data.resharding import carried_over
 from checkpointer.data.sources import Sources
 from checkpointer.errors import IncompatibleStateError, UnsupportedStateError
 from checkpointer.state.modes import outside_inference_mode
+from checkpointer.state.unregistered import position_is_safe, position_moves
 from checkpointer.system import messages
 
 T = TypeVar("T")
@@ -108,6 +109,8 @@ class ResumableLoader(Generic[T]):
         self._count = 0
         """The number that the running epoch has in a prepared loader."""
         self._restored: dict[str, Any] | None = None
+        self._asked = False
+        """Whether anybody has asked for its state: else a save says that it is not saved."""
 
     # ----------------------------------------------------------------------------------------------- the DataLoader
 
@@ -131,6 +134,8 @@ class ResumableLoader(Generic[T]):
         self._running = True
         self._restored = None
         _WAITING.discard(self)
+        if not self._asked:
+            position_moves(self)
         return self._iterator if self._reads is None else self._reads
 
     def __len__(self) -> int:
@@ -170,6 +175,7 @@ class ResumableLoader(Generic[T]):
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batch yielded last: plain values, tensors and arrays. Reads no data."""
+        self._is_held()
         now = self._sources.snapshot()
         if self._restored is not None:
             return {**self._restored, "set_epoch": self._set_epoch, "now": now}
@@ -209,6 +215,7 @@ class ResumableLoader(Generic[T]):
             IncompatibleStateError: an iterator of this loader is in use, or the loader is not the one that was saved.
             CorruptCheckpointError: not the state of a ``ResumableLoader``.
         """
+        self._is_held()
         self._refuse_while_iterating()
         check_state(state_dict)
         moved = carried_over(state_dict, self._settings())
@@ -382,6 +389,7 @@ class ResumableLoader(Generic[T]):
         return batch
 
     def _end_epoch(self) -> None:
+        position_is_safe(self)
         self._running, self._batch, self._start, self._reads = False, 0, None, None
         if self._prepared is not None:  # which does not count an epoch of which no batch was left
             self._prepared.count = self._count + 1
@@ -448,6 +456,11 @@ class ResumableLoader(Generic[T]):
         if self._iterable or self._owns_position:
             settings["num_workers"] = loader.num_workers
         return settings
+
+    def _is_held(self) -> None:
+        """Somebody cares for the position."""
+        self._asked = True
+        position_is_safe(self)
 
     def _refuse_while_iterating(self) -> None:
         current = self._current() if self._current is not None else None
