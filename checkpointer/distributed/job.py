@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cached_property
@@ -17,6 +16,7 @@ from checkpointer.errors import ConfigError
 from checkpointer.format import paths
 from checkpointer.format.index import Json
 from checkpointer.storage import Storage
+from checkpointer.system.host import host_name
 
 T = TypeVar("T")
 
@@ -101,12 +101,12 @@ def _open_run(ranks: Ranks, storage: Storage, take: Callable[[], None]) -> None:
     def begin(roots: Sequence[Json]) -> Json:
         take()
         storage.put(probe, str(roots[0]).encode())
-        return [probe, socket.gethostname()]
+        return [probe, host_name()]
 
     def look() -> Json:
         if not storage.exists(path):
             raise ConfigError(
-                f"this rank, on {socket.gethostname()}, does not see what rank 0, on {host}, has written to "
+                f"this rank, on {host_name()}, does not see what rank 0, on {host}, has written to "
                 f"{storage.url}: the run root has to be one directory for all ranks. Choose a path on a shared file "
                 "system (NFS, Lustre, …), the same on every host, or the URL of an object store"
             )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import secrets
-import socket
 import threading
 import time
 import weakref
@@ -21,6 +20,7 @@ from checkpointer.distributed.liveness import Liveness, this_process
 from checkpointer.distributed.mismatch import Board
 from checkpointer.distributed.store import StoreClient
 from checkpointer.errors import CheckpointerError, ConfigError
+from checkpointer.system.host import host_name
 from checkpointer.system.threads import room_for_a_thread
 
 SHORTEST_NAP, LONGEST_NAP = 0.0002, 0.05
@@ -194,4 +194,4 @@ def _wait_at_exit() -> None:
 
 def _words() -> dict[str, Any]:
     """What a rank says of itself; never the same twice."""
-    return {"word": secrets.token_hex(8), "process": this_process(), "host": socket.gethostname()}
+    return {"word": secrets.token_hex(8), "process": this_process(), "host": host_name()}
