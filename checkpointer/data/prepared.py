@@ -137,8 +137,8 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]  # what accelerate's loader passes on as its own
+    @property  # type: ignore[misc]  # what accelerate's loader passes on as its own
+    def __class__(self) -> type:
         return type(self._loader)
 
 
