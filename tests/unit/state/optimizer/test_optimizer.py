@@ -173,7 +173,7 @@ def test_parameters_without_a_name_are_named_where_the_others_have_one():
     source, target = model(0), model(1)
     extra = [nn.Parameter(torch.ones(3)) for _ in range(2)]
     optimizers = [torch.optim.SGD([*m.parameters(), p]) for m, p in zip((source, target), extra, strict=True)]
-    report = carry(*optimizers, ({"model": source}, {"model": target}))
+    report = carry(optimizers[0], optimizers[1], ({"model": source}, {"model": target}))
     count = len(list(target.parameters()))
     (line,) = (line for line in report.changed if "by position" in line)
     assert line.startswith("1 of the parameters were matched by position")
