@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from checkpointer import CheckpointManager
 from checkpointer.data import ResumableLoader
 from checkpointer.errors import CorruptCheckpointError, IncompatibleStateError, UnsupportedStateError
 from checkpointer.state.tree.decode import decode
 from checkpointer.state.tree.encode import encode
 from tests.support.loading import (
+    CONFIG,
     Augmented,
     Items,
     StatefulStream,
@@ -23,6 +29,7 @@ from tests.support.loading import (
     resumed,
     uninterrupted,
 )
+from tests.support.ranks import run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata calls it
@@ -207,3 +214,44 @@ def test_what_cannot_be_followed_is_refused_with_the_way_out(accelerate: Any, ki
         loader = accelerate.data_loader.skip_first_batches(prepared, 2)
     with pytest.raises(UnsupportedStateError, match=advice[kind]):
         ResumableLoader(loader)
+
+
+def _two_ranks(root: str, seedable: bool) -> list[str]:
+    """Train whole, then from several saves; says where a resumed run differs from the whole one."""
+    import accelerate
+
+    rank = dist.get_rank()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+
+    def train(seed: int, at: int | None) -> dict[int, Any]:
+        random.seed(seed + rank)
+        np.random.seed(seed + rank)
+        torch.manual_seed(seed)
+        loader = ResumableLoader(preparing(accelerate, seedable=seedable)(Augmented(30), shuffle=True))
+        options = {"config": CONFIG, "read_only": at is not None, "loader": loader}
+        seen: dict[int, Any] = {}
+        with CheckpointManager(root, **options) as mgr:
+            restored = mgr.restore_latest() if at is None else mgr.restore(at)
+            step = restored.step + 1 if restored else 0
+            for epoch in range(loader.next_epoch, 2):
+                for batch in loader:
+                    ends = loader.gradient_state.end_of_dataloader
+                    seen[step] = (epoch, ends, batch.tolist(), torch.rand(()).item())
+                    if at is None:
+                        mgr.save(step)
+                    step += 1
+        return seen
+
+    whole = train(1, None)
+    last = len(whole) - 1
+    wrong = []
+    for at in (0, last // 2 - 1, last // 2, last - 1, last):
+        rest = {step: batch for step, batch in whole.items() if step > at}
+        wrong += [f"seedable {seedable}, rank {rank}, step {at}"] if train(7, at) != rest else []
+    return wrong
+
+
+@pytest.mark.parametrize("seedable", [False, True])
+def test_two_ranks_resume_exactly(accelerate: Any, seedable: bool, tmp_path: Any) -> None:
+    """The order comes from a generator that rank 0 sends around, or from the seed that each process began with."""
+    assert run(2, _two_ranks, str(tmp_path), seedable) == [[], []]
