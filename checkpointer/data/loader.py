@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import operator
@@ -154,6 +155,8 @@ class ResumableLoader(Generic[T]):
         """
         self._set_epoch = operator.index(epoch)
         self._pass_epoch(self._set_epoch)
+        if self._prepared is not None:
+            self._prepared.count = self._set_epoch
 
     @property
     def epoch(self) -> int:
@@ -178,7 +181,10 @@ class ResumableLoader(Generic[T]):
         self._is_held()
         now = self._sources.snapshot()
         if self._restored is not None:
-            return {**self._restored, "set_epoch": self._set_epoch, "now": now}
+            place = {**self._restored, "set_epoch": self._set_epoch, "now": now}
+            if self._prepared is not None and not place["running"]:
+                place["prepared"] = {"count": self._prepared.count, "before": None}
+            return place
         state = {
             "settings": self._settings(),
             "epoch": self._epoch,
@@ -375,7 +381,7 @@ class ResumableLoader(Generic[T]):
     def _first(self, epoch: _EpochIterator[T]) -> T:
         """The first batch that is asked of a prepared loader: only now it builds its iterator."""
         assert self._prepared is not None
-        if self._restored is not None:
+        if self._restored is not None and self._restored["running"]:  # else set_epoch may have been called since
             self._prepared.count = self._restored["prepared"]["count"]
         self._count = self._prepared.count
         iterator = iter(self._outer)
@@ -415,7 +421,8 @@ class ResumableLoader(Generic[T]):
         return Reads(iterator, number, self._before_read, then)
 
     def _before_read(self) -> Before:
-        return Before(self._indices.drawn, self._sources.snapshot(), self._dataset_state(), self._has_ended())
+        dataset = copy.deepcopy(self._dataset_state())  # which may be what the dataset itself goes on with
+        return Before(self._indices.drawn, self._sources.snapshot(), dataset, self._has_ended())
 
     def _without_what_was_read_ahead(self, state: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
         """The position of the loop, where the loader has read more than it has given."""
@@ -493,8 +500,6 @@ class ResumableLoader(Generic[T]):
         self._sources.set_generators(state["now"])
 
     def _pass_epoch(self, epoch: int) -> None:
-        if self._prepared is not None:
-            self._prepared.count = epoch
         dataset = self._loader.dataset
         others = [] if isinstance(dataset, SeededDataset) else [dataset]  # which follows the number of ours
         for target in (*self._sources.samplers.values(), *others):

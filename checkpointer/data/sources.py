@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
@@ -51,7 +52,7 @@ class Sources:
         return {
             "rng": RngState().state(),
             "generators": {name: generator_state(name, live) for name, live in self._generators().items()},
-            "samplers": {name: sampler.state_dict() for name, sampler in self._stateful_samplers().items()},
+            "samplers": {name: copy.deepcopy(it.state_dict()) for name, it in self._stateful_samplers().items()},
             "epochs": {name: sampler.epoch for name, sampler in self._samplers_with_epoch().items()},
             **({"seeds": seeds} if seeds else {}),
         }
@@ -80,12 +81,13 @@ class Sources:
     def set_generators(self, snapshot: Mapping[str, Any]) -> None:
         """Set the generators of samplers and dataset; make, or take away, those that these make late."""
         saved = snapshot["generators"]
-        for name in saved.keys() ^ self._generators().keys():
+        self._late |= set(self._empty())
+        for name in (saved.keys() ^ self._generators().keys()) & self._late:
             path, _, attribute = name.rpartition(".")
-            self._late.add(name)
             setattr(self._owners()[path], attribute, _made(name, saved[name]) if name in saved else None)
         for name, generator in self._generators().items():
-            _plan(GeneratorAdapter(name, generator), saved[name]).apply()
+            if name in saved:
+                _plan(GeneratorAdapter(name, generator), saved[name]).apply()
 
     def set_samplers(self, snapshot: Mapping[str, Any]) -> None:
         """Set the samplers' own states, epoch numbers and seeds."""

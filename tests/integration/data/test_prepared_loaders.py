@@ -97,6 +97,31 @@ def test_a_stream_with_a_state_that_accelerate_reads_ahead_goes_on_where_the_loo
     assert_exact(lambda: prepare(StatefulStream()), tmp_path)
 
 
+class LiveState(StatefulStream):
+    """Hands out, as its state, the list that it goes on with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __iter__(self) -> Any:
+        while len(self.seen) < self.length:
+            self.seen.append(len(self.seen))
+            yield torch.full((3,), float(self.seen[-1]))
+        self.seen = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = state["seen"]
+
+
+def test_a_stream_whose_state_is_live_is_not_saved_as_it_was_read_ahead(accelerate: Any, tmp_path: Any) -> None:
+    prepare = preparing(accelerate, dispatch_batches=False)
+    assert_exact(lambda: prepare(LiveState()), tmp_path, where=("start", "middle"))
+
+
 def test_a_stream_without_a_state_is_drawn_again_under_accelerate_too(accelerate: Any, tmp_path: Any) -> None:
     prepare = preparing(accelerate, dispatch_batches=False)
     assert_exact(lambda: prepare(Stream()), tmp_path, expect=drops)
@@ -177,6 +202,24 @@ def test_the_position_of_another_kind_of_loader_is_refused(accelerate: Any) -> N
     plain = ResumableLoader(DataLoader(Items(), 4))
     with pytest.raises(IncompatibleStateError, match="live DataLoaderShard of accelerate"):
         ResumableLoader(preparing(accelerate)(Items())).load_state_dict(plain.state_dict())
+
+
+def test_an_epoch_that_is_set_after_a_restore_at_a_boundary_counts(accelerate: Any) -> None:
+    prepare = preparing(accelerate, seedable=True)
+    orders = []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        loader = ResumableLoader(prepare(Items(), shuffle=True))
+        loader.set_epoch(3)
+        list(loader)
+        if interrupted:
+            state = loader.state_dict()
+            loader = ResumableLoader(prepare(Items(), shuffle=True))
+            loader.load_state_dict(state)
+        loader.set_epoch(8)
+        assert loader.state_dict()["prepared"]["count"] == 8
+        orders.append(torch.cat([*loader])[:, 0].tolist())
+    assert orders[0] == orders[1]
 
 
 @pytest.mark.parametrize("change", [None, {}, {"count": -1, "before": None}, {"count": 0, "before": 3}, {"count": 0}])
