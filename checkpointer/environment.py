@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from checkpointer.format.index import Json
+from checkpointer.system.host import host_name
 from checkpointer.system.threads import room_for_a_thread
 from checkpointer.version import __version__
 
@@ -83,7 +83,7 @@ def environment() -> dict[str, Json]:
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "platform": f"{sys.platform}-{platform.machine()}",
-        **_told({"host": socket.gethostname, "devices": lambda: list(_devices()), "world_size": _world_size}),
+        **_told({"host": host_name, "devices": lambda: list(_devices()), "world_size": _world_size}),
         **_told(_SETTINGS),
         "argv": list(command_line(getattr(sys, "argv", None) or ())),
     }

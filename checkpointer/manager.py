@@ -598,7 +598,7 @@ class CheckpointManager:
         self._unsaved.none()  # what is lost is lost by that error, which says so itself
         try:
             self.close()
-        except (CheckpointerError, CheckpointerWarning) as failure:  # the loop's own goes on, and carries this one
+        except (CheckpointerError) as failure:  # the loop's own goes on, and carries this one
             _chain(error, failure)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -749,7 +749,6 @@ class CheckpointManager:
             self._warned_of_epoch = True
             messages.warn(
                 "save: every_n_epochs has no effect unless save() is told the epoch: mgr.save(step, epoch=epoch)",
-                stacklevel=4,
             )
 
     def _check_usable(self, *, on_commit_may: bool = False) -> None:
@@ -800,7 +799,6 @@ class CheckpointManager:
             messages.warn(
                 f"no checkpoint in {self._repository.url} has a finite metric {rule.monitor!r}; "
                 f"reported were {listed(known)}{f'; did you mean {nearest}?' if nearest else ''}",
-                stacklevel=3,
             )
         return ranked[0] if ranked else None
 

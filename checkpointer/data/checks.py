@@ -14,12 +14,16 @@ NAME = "loader"
 _SAMPLER_SETTINGS = (
     "batch_size",
     "drop_last",
+    "even_batches",
+    "num_processes",
     "num_replicas",
     "num_samples",
+    "process_index",
     "rank",
     "replacement",
     "seed",
     "shuffle",
+    "split_batches",
 )
 _STATE_TYPES: Mapping[str, tuple[type, ...]] = {
     "settings": (dict,),
@@ -38,14 +42,25 @@ _STATE_TYPES: Mapping[str, tuple[type, ...]] = {
     "dataset": (object,),
     "inner": (dict, type(None)),
 }
+_PLAIN = ("DataLoader", "StatefulDataLoader")
+_OF_PREPARED: Mapping[str, tuple[type, ...]] = {"count": (int,), "before": (dict, type(None))}
 
 
 def check_state(state: Any) -> None:
-    if not isinstance(state, dict) or set(state) != set(_STATE_TYPES):
+    if not isinstance(state, dict):
         raise CorruptCheckpointError(f"{NAME}: not the state of a ResumableLoader")
-    for key, types in _STATE_TYPES.items():
-        if not isinstance(state[key], types) or (type(state[key]) is int and state[key] < 0 and "epoch" not in key):
-            raise CorruptCheckpointError(f"{NAME}[{key!r}]: {state[key]!r} is no state of a ResumableLoader")
+    _check_values({key: value for key, value in state.items() if key != "prepared"}, _STATE_TYPES)
+    if "prepared" in state or str(state["settings"].get("loader")) not in _PLAIN:  # of accelerate, or of Fabric
+        _check_values(state.get("prepared"), _OF_PREPARED)
+
+
+def _check_values(values: Any, types: Mapping[str, tuple[type, ...]]) -> None:
+    if not isinstance(values, dict) or set(values) != set(types):
+        raise CorruptCheckpointError(f"{NAME}: not the state of a ResumableLoader")
+    for key, allowed in types.items():
+        value = values[key]
+        if not isinstance(value, allowed) or (type(value) is int and value < 0 and "epoch" not in key):
+            raise CorruptCheckpointError(f"{NAME}[{key!r}]: {value!r} is no state of a ResumableLoader")
 
 
 def check_settings(saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:
@@ -74,6 +89,10 @@ def length_of(dataset: Any) -> int | None:
 
 def is_stateful(value: Any) -> bool:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def type_of(loader: DataLoader[Any]) -> str:
+    return "StatefulDataLoader" if is_stateful(loader) else "DataLoader"
 
 
 def worker_starts_anew(inner: Mapping[str, Any]) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import operator
-import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -21,13 +22,17 @@ from checkpointer.data.checks import (
     is_stateful,
     length_of,
     persists,
+    type_of,
     worker_starts_anew,
 )
+from checkpointer.data.prepared import Before, Prepared, Reads, prepared
 from checkpointer.data.replay import Indices, Replay
 from checkpointer.data.resharding import carried_over
 from checkpointer.data.sources import Sources
-from checkpointer.errors import CheckpointerWarning, IncompatibleStateError, UnsupportedStateError
+from checkpointer.errors import IncompatibleStateError, UnsupportedStateError
 from checkpointer.state.modes import outside_inference_mode
+from checkpointer.state.unregistered import position_is_safe, position_moves
+from checkpointer.system import messages
 
 T = TypeVar("T")
 
@@ -49,6 +54,9 @@ class ResumableLoader(Generic[T]):
     - iterable in a ``StatefulDataLoader``: its own ``state_dict()`` is;
     - other iterables: the batches seen are drawn again and dropped, with a warning.
 
+    A loader that ``accelerator.prepare`` or ``fabric.setup_dataloaders`` has returned is wrapped like any other.
+    First prepare, then wrap: accelerate passes by what is no ``DataLoader``, and would not learn where an epoch ends.
+
     Generators (torch, NumPy, Python) that are attributes of the samplers, of the dataset or of its ``transform`` are
     saved too, and so are samplers with ``state_dict()``. Not exact are: what workers draw from their own generators
     (see :class:`SeededDataset`), samplers that draw from the *global* generators for each index while workers prefetch,
@@ -62,6 +70,10 @@ class ResumableLoader(Generic[T]):
             UnsupportedStateError: not a ``DataLoader``, or one whose workers deliver in any order, or one of torchdata
                 that keeps the state of its dataset in persistent workers.
         """
+        self._outer = loader
+        self._prepared = prepared(loader)
+        if self._prepared is not None:
+            loader = self._prepared.loader
         if not isinstance(loader, DataLoader):
             raise UnsupportedStateError(f"ResumableLoader wraps a torch DataLoader, not a {type(loader).__qualname__}")
         if loader.num_workers and not getattr(loader, "in_order", True):
@@ -94,14 +106,26 @@ class ResumableLoader(Generic[T]):
         self._set_epoch: int | None = None
         self._start: dict[str, Any] | None = None
         self._iterator: Iterator[T] | None = None
+        self._reads: Reads | None = None
+        self._count = 0
+        """The number that the running epoch has in a prepared loader."""
         self._restored: dict[str, Any] | None = None
+        self._asked = False
+        """Whether anybody has asked for its state: else a save says that it is not saved."""
 
     # ----------------------------------------------------------------------------------------------- the DataLoader
 
     def __iter__(self) -> Iterator[T]:
-        """Take up the restored epoch, or begin a new one."""
+        """Take up the restored epoch, or begin a new one. A prepared loader does it when it is asked for a batch."""
+        epoch = _EpochIterator(self, None if self._prepared else self._start_epoch())
+        self._current = weakref.ref(epoch)
+        return epoch
+
+    def _start_epoch(self) -> Iterator[T]:
+        """The iterator of the loader inside, for an epoch that has begun, or goes on."""
         restored = self._restored
-        if restored is not None and restored["running"]:
+        resumes = restored is not None and restored["running"]
+        if restored is not None and resumes:
             self._iterator = self._resume(restored)
         else:
             self._iterator = self._begin(restored)
@@ -111,18 +135,18 @@ class ResumableLoader(Generic[T]):
         self._running = True
         self._restored = None
         _WAITING.discard(self)
-        epoch = _EpochIterator(self, self._iterator)
-        self._current = weakref.ref(epoch)
-        return epoch
+        if not self._asked:
+            position_moves(self)
+        return self._iterator if self._reads is None else self._reads
 
     def __len__(self) -> int:
         """The number of batches of a whole epoch."""
-        return len(self._loader)
+        return len(self._outer)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_loader":  # not made yet: a copy or an unpickled object
+        if name == "_outer":  # not made yet: a copy or an unpickled object
             raise AttributeError(name)
-        return getattr(self._loader, name)
+        return getattr(self._outer, name)
 
     def set_epoch(self, epoch: int) -> None:
         """Hand the number of the coming epoch to the sampler, as ``DistributedSampler`` needs it, and to the dataset.
@@ -131,6 +155,8 @@ class ResumableLoader(Generic[T]):
         """
         self._set_epoch = operator.index(epoch)
         self._pass_epoch(self._set_epoch)
+        if self._prepared is not None:
+            self._prepared.count = self._set_epoch
 
     @property
     def epoch(self) -> int:
@@ -152,10 +178,14 @@ class ResumableLoader(Generic[T]):
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batch yielded last: plain values, tensors and arrays. Reads no data."""
+        self._is_held()
         now = self._sources.snapshot()
         if self._restored is not None:
-            return {**self._restored, "set_epoch": self._set_epoch, "now": now}
-        return {
+            place = {**self._restored, "set_epoch": self._set_epoch, "now": now}
+            if self._prepared is not None and not place["running"]:
+                place["prepared"] = {"count": self._prepared.count, "before": None}
+            return place
+        state = {
             "settings": self._settings(),
             "epoch": self._epoch,
             "batch": self._batch,
@@ -172,6 +202,7 @@ class ResumableLoader(Generic[T]):
             "dataset": self._dataset_state(),
             "inner": self._loader.state_dict() if self._owns_position and self._epoch else None,  # type: ignore[attr-defined]
         }
+        return state if self._prepared is None else self._without_what_was_read_ahead(state, self._prepared)
 
     def check_state_dict(self, state_dict: object) -> None:
         """Refuse a state that does not fit, before a restore changes anything; errors as of ``load_state_dict``."""
@@ -190,14 +221,16 @@ class ResumableLoader(Generic[T]):
             IncompatibleStateError: an iterator of this loader is in use, or the loader is not the one that was saved.
             CorruptCheckpointError: not the state of a ``ResumableLoader``.
         """
+        self._is_held()
         self._refuse_while_iterating()
         check_state(state_dict)
         moved = carried_over(state_dict, self._settings())
         state_dict = moved or state_dict
         check_settings(state_dict["settings"], self._settings())
         self._sources.check(state_dict["now"])
-        if state_dict["start"] is not None:
-            self._sources.check(state_dict["start"])
+        ahead = state_dict.get("prepared", {}).get("before")
+        for earlier in filter(None, (state_dict["start"], ahead)):
+            self._sources.check(earlier)
         self._drop_iterator()
         self._load_sources(state_dict)
         self._epoch, self._batch = state_dict["epoch"], state_dict["batch"]
@@ -205,6 +238,8 @@ class ResumableLoader(Generic[T]):
         self._label, self._label_given = state_dict["label"], state_dict["label_given"]
         self._set_epoch = state_dict["set_epoch"]
         self._restored = dict(state_dict)
+        if self._prepared is not None:
+            self._prepared.count = state_dict["prepared"]["count"]
         if moved is None:  # else the generators of one rank would be those of all
             _WAITING.add(self)
 
@@ -230,6 +265,7 @@ class ResumableLoader(Generic[T]):
         iterator = self._build(Replay(before) if workers_lived else None)
         if workers_lived and self._iterable:
             self._sources.set_random(before)
+        self._reads = self._watched(iterator, 0, None)
         return iterator
 
     def _resume(self, restored: Mapping[str, Any]) -> Iterator[T]:
@@ -242,7 +278,11 @@ class ResumableLoader(Generic[T]):
             self._pass_epoch(self._label)
         if restored["start"] is not None:
             self._sources.set_samplers(restored["start"])
-        iterator = self._replay_data(restored, after) if self._iterable else self._replay_indices(restored, after)
+        ahead = restored.get("prepared", {}).get("before")
+        place = ahead or after
+        iterator = self._replay_data(restored, place) if self._iterable else self._replay_indices(restored, place)
+        then = None if ahead is None else functools.partial(self._sources.set_random, after)
+        self._reads = self._watched(iterator, self._batch, then)
         _WAITING.clear()
         return iterator
 
@@ -305,17 +345,15 @@ class ResumableLoader(Generic[T]):
 
     def _drop(self, iterator: Iterator[T], count: int) -> None:
         if count:
-            warnings.warn(
+            messages.warn(
                 f"{count} batches are drawn again and dropped: {type(self._loader.dataset).__qualname__} cannot be "
                 "placed. Give it state_dict() and load_state_dict() and use no workers, or use a StatefulDataLoader",
-                CheckpointerWarning,
-                stacklevel=5,
             )
         dropped = sum(1 for _ in itertools.islice(iterator, count))
         if dropped < count:
             raise IncompatibleStateError(f"the dataset ended after {dropped} batches; {count} had been seen when saved")
 
-    def _next(self, epoch: _EpochIterator[T], iterator: Iterator[T]) -> T:
+    def _next(self, epoch: _EpochIterator[T]) -> T:
         """The next batch, counted; called by the iterator that the loop holds."""
         if self._current is None or self._current() is not epoch:
             raise UnsupportedStateError(
@@ -324,18 +362,43 @@ class ResumableLoader(Generic[T]):
             )
         if not self._loader.num_workers:
             self._attach_epoch()  # another loader may share the dataset
-        self._batch += self._failed  # the loop went on after a batch that could not be read: it is passed over
-        self._failed = 0
+        if epoch.iterator is not None:
+            self._batch += self._failed  # the loop went on after a batch that could not be read: it is passed over
+            self._failed = 0
         try:
-            batch = next(iterator)
+            batch = self._first(epoch) if epoch.iterator is None else next(epoch.iterator)
         except StopIteration:
-            self._running, self._batch, self._start = False, 0, None
+            self._end_epoch()
             raise
         except Exception:
-            self._failed = 1
+            self._failed = int(epoch.iterator is not None)
             raise
         self._batch += 1
+        if self._reads is not None:
+            self._reads.forget(self._batch)
         return batch
+
+    def _first(self, epoch: _EpochIterator[T]) -> T:
+        """The first batch that is asked of a prepared loader: only now it builds its iterator."""
+        assert self._prepared is not None
+        if self._restored is not None and self._restored["running"]:  # else set_epoch may have been called since
+            self._prepared.count = self._restored["prepared"]["count"]
+        self._count = self._prepared.count
+        iterator = iter(self._outer)
+
+        def start() -> Iterator[T]:
+            inside = self._start_epoch()
+            epoch.iterator = iterator
+            return inside
+
+        batch: T = self._prepared.first(iterator, start)
+        return batch
+
+    def _end_epoch(self) -> None:
+        position_is_safe(self)
+        self._running, self._batch, self._start, self._reads = False, 0, None, None
+        if self._prepared is not None:  # which does not count an epoch of which no batch was left
+            self._prepared.count = self._count + 1
 
     # ------------------------------------------------------------------------------------------------- small parts
 
@@ -350,6 +413,25 @@ class ResumableLoader(Generic[T]):
     def _dataset_positions(self) -> bool:
         """Whether the restored state of an iterable dataset holds its position."""
         return is_stateful(self._loader.dataset) and not self._loader.num_workers
+
+    def _watched(self, iterator: Iterator[T], number: int, then: Callable[[], object] | None) -> Reads | None:
+        """What a prepared loader without workers is to read from, beginning with batch ``number``."""
+        if self._prepared is None or self._loader.num_workers:
+            return None
+        return Reads(iterator, number, self._before_read, then)
+
+    def _before_read(self) -> Before:
+        dataset = copy.deepcopy(self._dataset_state())  # which may be what the dataset itself goes on with
+        return Before(self._indices.drawn, self._sources.snapshot(), dataset, self._has_ended())
+
+    def _without_what_was_read_ahead(self, state: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
+        """The position of the loop, where the loader has read more than it has given."""
+        before = self._reads.before(self._batch) if self._running and self._reads is not None else None
+        count = self._count if self._running else prepared.count
+        if before is None:
+            return {**state, "prepared": {"count": count, "before": None}}
+        place = {"drawn": before.drawn, "exhausted": False, "ended": before.ended, "dataset": before.dataset}
+        return {**state, **place, "prepared": {"count": count, "before": before.sources}}
 
     def _epoch_start(self) -> dict[str, Any] | None:
         return self._start if self._iterable else self._indices.start
@@ -370,7 +452,7 @@ class ResumableLoader(Generic[T]):
         """What must not change between save and restore."""
         loader = self._loader
         settings: dict[str, Any] = {
-            "loader": "StatefulDataLoader" if is_stateful(loader) else "DataLoader",
+            "loader": self._prepared.name if self._prepared else type_of(loader),
             "dataset": "iterable" if self._iterable else "map-style",
             "batch_size": loader.batch_size,
             "drop_last": loader.drop_last,
@@ -381,6 +463,11 @@ class ResumableLoader(Generic[T]):
         if self._iterable or self._owns_position:
             settings["num_workers"] = loader.num_workers
         return settings
+
+    def _is_held(self) -> None:
+        """Somebody cares for the position."""
+        self._asked = True
+        position_is_safe(self)
 
     def _refuse_while_iterating(self) -> None:
         current = self._current() if self._current is not None else None
@@ -393,7 +480,7 @@ class ResumableLoader(Generic[T]):
     def _drop_iterator(self) -> None:
         """Forget the iterator and its persistent workers: those of a resumed run are new ones."""
         self._current = None
-        self._iterator = None
+        self._iterator = self._reads = None
         if getattr(self._loader, "_iterator", None) is not None:
             self._loader._iterator = None  # noqa: SLF001 - the only handle on persistent workers
 
@@ -401,11 +488,9 @@ class ResumableLoader(Generic[T]):
         if self._owns_position:
             if state["inner"] is not None:
                 if state["running"] and worker_starts_anew(state["inner"]):
-                    warnings.warn(
+                    messages.warn(
                         "saved when the dataset of a worker had ended inside a short batch: a StatefulDataLoader asks "
                         "it once more, so one that begins anew then repeats its items in this epoch",
-                        CheckpointerWarning,
-                        stacklevel=2,
                     )
                 self._loader.load_state_dict(state["inner"])  # type: ignore[attr-defined]
         elif is_stateful(self._loader.dataset):
@@ -430,16 +515,17 @@ class ResumableLoader(Generic[T]):
 class _EpochIterator(Generic[T]):
     """What the loop holds: one pass over the loader's batches."""
 
-    def __init__(self, owner: ResumableLoader[T], iterator: Iterator[T]) -> None:
+    def __init__(self, owner: ResumableLoader[T], iterator: Iterator[T] | None) -> None:
         self._owner = owner
-        self._iterator = iterator
+        self.iterator = iterator
+        """``None``: a prepared loader that was not asked for a batch."""
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
         try:
-            return self._owner._next(self, self._iterator)  # noqa: SLF001 - the other half of one thing
+            return self._owner._next(self)  # noqa: SLF001 - the other half of one thing
         except StopIteration:
-            self._iterator = iter(())
+            self.iterator = iter(())
             raise

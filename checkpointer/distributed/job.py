@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cached_property
@@ -20,6 +19,7 @@ from checkpointer.distributed.save_plan import SavePlanner
 from checkpointer.errors import ConfigError
 from checkpointer.format import paths
 from checkpointer.storage import Storage
+from checkpointer.system.host import host_name
 
 T = TypeVar("T")
 
@@ -130,7 +130,7 @@ def _open_run(ranks: Ranks, storage: Storage, take: Callable[[], None]) -> None:
 def _begin_run(storage: Storage, take: Callable[[], None]) -> _Probe:
     """On the coordinator."""
     take()
-    probe = _Probe(f"{paths.TMP}/probe-{secrets.token_hex(8)}", socket.gethostname())
+    probe = _Probe(f"{paths.TMP}/probe-{secrets.token_hex(8)}", host_name())
     storage.put(probe.path, storage.url.encode("utf-8", "backslashreplace"))
     return probe
 
@@ -138,7 +138,7 @@ def _begin_run(storage: Storage, take: Callable[[], None]) -> _Probe:
 def _look_for(probe: _Probe, storage: Storage) -> None:
     if not storage.exists(probe.path):
         raise ConfigError(
-            f"this rank, on {socket.gethostname()}, does not see what rank 0, on {probe.host}, has written to "
+            f"this rank, on {host_name()}, does not see what rank 0, on {probe.host}, has written to "
             f"{storage.url}: the run root has to be one directory for all ranks. Choose a path on a shared file "
             "system (NFS, Lustre, …), the same on every host, or the URL of an object store"
         )

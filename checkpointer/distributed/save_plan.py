@@ -311,7 +311,6 @@ def _warn_of_unequal(samples: Mapping[int, Mapping[str, str]]) -> None:
                 f"example {unequal[0]!r}: a manager takes them for equal, as DistributedDataParallel keeps them, and "
                 "writes those of either rank. Stages of a pipeline, or replicas that train apart, save with "
                 "checkpointer.dcp, under keys that differ over the ranks",
-                stacklevel=2,
             )
             return
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import secrets
-import socket
 import threading
 import time
 import weakref
@@ -22,6 +21,7 @@ from checkpointer.distributed.liveness import Liveness, Process, this_process
 from checkpointer.distributed.mismatch import Board
 from checkpointer.distributed.store import StoreClient
 from checkpointer.errors import CheckpointerError, ConfigError
+from checkpointer.system.host import host_name
 from checkpointer.system.threads import room_for_a_thread
 
 SHORTEST_NAP, LONGEST_NAP = 0.0002, 0.05
@@ -204,4 +204,4 @@ def _wait_at_exit() -> None:
 
 
 def _words() -> Words:
-    return Words(secrets.token_hex(8), this_process(), socket.gethostname())
+    return Words(secrets.token_hex(8), this_process(), host_name())

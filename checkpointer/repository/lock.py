@@ -8,7 +8,6 @@ import getpass
 import hashlib
 import json
 import os
-import socket
 import stat
 import tempfile
 import weakref
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 from checkpointer.errors import RunLockedError, SaveError
 from checkpointer.format import strict_json
 from checkpointer.system import messages
+from checkpointer.system.host import host_name
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -196,12 +196,11 @@ class WriterLock:
         messages.warn(
             f"{self._url}: {reason}, so only jobs of this user on this host are kept from writing to the same run; "
             "make sure that no other host does",
-            stacklevel=2,
         )
 
     def _write_owner(self) -> None:
         owner = {
-            "host": socket.gethostname(),
+            "host": host_name(),
             "pid": os.getpid(),
             "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "user": _user(),
@@ -211,7 +210,7 @@ class WriterLock:
 
     def _refusal(self) -> str:
         who = read_owner(self._owner_path)
-        same = who is not None and who.get("pid") == os.getpid() and who.get("host") == socket.gethostname()
+        same = who is not None and who.get("pid") == os.getpid() and who.get("host") == host_name()
         if same:
             advice = f"That is this process: {self._holder_here()}. Close it, or let it end, first"
         else:

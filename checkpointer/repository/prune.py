@@ -139,7 +139,6 @@ class Pruner:
         messages.warn(
             f"could not prune all that retention lets go. Not removed: {'; '.join(new[:_MOST_NAMED])}{more}. The "
             f"others go, and this is tried again each time; 'checkpointer doctor {self._repository.url}' says more",
-            stacklevel=3,
         )
 
     def _note_reports(self, checkpoints: Sequence[CheckpointInfo]) -> None:
@@ -157,7 +156,7 @@ class Pruner:
             if (doubt.monitor, doubt.kind) in self._said or not (removing or doubt.withholds):
                 continue
             self._said.add((doubt.monitor, doubt.kind))
-            messages.warn(doubt.message, stacklevel=3)
+            messages.warn(doubt.message)
 
 
 def prune(

@@ -326,7 +326,6 @@ class Repository:
             messages.warn(
                 f"{history.damaged} of the records in {self.storage.place(paths.JOURNAL)} cannot be read, and are left "
                 "out of the history. The checkpoints need none of them",
-                stacklevel=3,
             )
         return list(history.events)
 
@@ -432,7 +431,6 @@ class Repository:
             messages.warn(
                 f"could not clear away all leftovers in {self.url}: {self.storage.redact(reason)}. The next writer "
                 f"tries again; 'checkpointer doctor {self.url}' says more",
-                stacklevel=4,
             )
 
     def _forget_notes(self) -> None:

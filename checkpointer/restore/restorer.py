@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from checkpointer.distributed.job import Job
 from checkpointer.distributed.read_plan import Reads, needed_chunks
 from checkpointer.environment import differences, environment
 from checkpointer.errors import (
-    CheckpointerWarning,
     CheckpointNotFoundError,
     ConfigError,
     CorruptCheckpointError,
@@ -185,7 +183,7 @@ class Restorer:
     ) -> None:
         if path not in skipped:
             skipped[path] = Skipped(step, path, reason)
-            warnings.warn(f"skipping a {kind}: {reason}", CheckpointerWarning, stacklevel=2)
+            messages.warn(f"skipping a {kind}: {reason}")
 
     def _newest_unknown(self, item: Unreadable, listing: Listing) -> UnreadableCheckpointError:
         steps = ", ".join(str(info.step) for info in listing.checkpoints[-10:])
@@ -213,7 +211,7 @@ class Restorer:
         try:
             self._repository.note(info, Note(damaged=reason[:1000]))
         except OSError as error:
-            warnings.warn(f"could not note damage of {info.path}: {error}", CheckpointerWarning, stacklevel=2)
+            messages.warn(f"could not note damage of {info.path}: {error}")
 
     def _prepared(self, info: CheckpointInfo, request: RestoreRequest, stack: ExitStack) -> _Prepared:
         """Open, match and check, on every rank: nothing live is changed before all of them have succeeded."""
@@ -264,11 +262,9 @@ class Restorer:
         self._tell_settings(reader, plans)
         has_none = RNG not in reader.index.components  # a rank beyond those that saved has none of its own
         if RNG in report.missing and has_none and not request.read_only:
-            warnings.warn(
+            messages.warn(
                 f"the checkpoint of step {reader.manifest.step} holds no state of the random generators (imported ones "
                 "never do): they are left as they are, so training does not go on bit for bit",
-                CheckpointerWarning,
-                stacklevel=2,
             )
         found = differences(reader.manifest.environment, environment())
         report.changed += found.all
@@ -289,11 +285,9 @@ class Restorer:
             )
 
     def _warn_inexact(self, reader: CheckpointReader, reasons: Iterable[str]) -> None:
-        warnings.warn(
+        messages.warn(
             f"training cannot be relied on to go on bit for bit from step {reader.manifest.step} of "
             f"{self._repository.url}: {'; '.join(reasons)}",
-            CheckpointerWarning,
-            stacklevel=2,
         )
 
     def _prepare(

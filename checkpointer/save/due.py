@@ -76,7 +76,6 @@ class DueSaves:
         messages.warn(
             f"save() was given {metric!r} {where}: the value is recorded nowhere, and keep: best, which goes by it, "
             f"does not see it. {cure}. This is said once",
-            stacklevel=5,
         )
 
     def is_due(self, step: int, epoch: int | None, last: PendingSave | None) -> bool:

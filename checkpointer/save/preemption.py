@@ -73,7 +73,6 @@ class Preemption:
         messages.warn(
             f"no save is begun after the signal, for it would not be durable before the deadline: {reason}. {kept}. "
             "A longer grace period and save: {deadline: …}, or more frequent saves, would lose less",
-            stacklevel=5,
         )
 
     def time_left(self, otherwise: float) -> float:

@@ -291,7 +291,7 @@ class Saver:
             return
         left = self._callbacks.close(patience())
         if left is not None:
-            messages.warn(f"{left}. The checkpoints are committed", stacklevel=4)
+            messages.warn(f"{left}. The checkpoints are committed")
         if self._repository.lock.held and self._spared - self.unreturned():
             self._prune()
 
@@ -417,6 +417,5 @@ class Saver:
             messages.warn(
                 f"{info.path} holds NaN or infinities in parameters or optimizer state. Such checkpoints satisfy no "
                 "retention rule, and the newest finite one is kept: mgr.restore_latest(finite=True) goes back to it",
-                stacklevel=2,
             )
         self._diverged = diverged

@@ -76,7 +76,6 @@ class Space:
         messages.warn(
             f"step {step} was not saved, and training goes on (write: {{on_full: skip}}): {error}. The saves that "
             "follow are left out without a further warning until there is room",
-            stacklevel=7,
         )
         return True
 
@@ -99,7 +98,6 @@ class Space:
             messages.warn(
                 f"{self._repository.url} has {free} bytes free, and saving step {info.step} took {size}: there is no "
                 "room for two more. Free some space, or keep fewer checkpoints (keep: in the configuration)",
-                stacklevel=2,
             )
 
     def prune(self, protect: Collection[str] = (), unreturned: Unreturned = frozenset) -> bool:
@@ -112,7 +110,6 @@ class Space:
             reason = self._repository.storage.redact(f"{type(error).__name__}: {error}")
             messages.warn(
                 f"could not prune {self._repository.url}: {reason}. Old checkpoints take space until it works again",
-                stacklevel=2,
             )
             return False
 

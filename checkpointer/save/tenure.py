@@ -111,7 +111,7 @@ class Tenure:
         assert saver is not None
         saver.also_unreturned(_callbacks_of(self.identity))
         while self._news:
-            messages.warn(self._news.pop(0), stacklevel=5)
+            messages.warn(self._news.pop(0))
 
     def close(self) -> None:
         """The manager is closed: nobody takes over from it."""

@@ -123,7 +123,7 @@ class Tip:
                 "removes none: give this user read access to it"
             )
         for text in filter(None, told):
-            messages.warn(text, stacklevel=5)
+            messages.warn(text)
 
     def _remember(self, listing: Listing) -> None:
         self._recent = listing.checkpoints[-RECENT:]

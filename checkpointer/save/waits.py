@@ -39,5 +39,4 @@ class Waits:
             f"saves are due faster than they can be written: {cost} for the one before. Save less often "
             "(save: {every_n_steps: N}, or {every: auto}, which never waits), to a faster disk, or fewer bytes "
             "(write: {share: 8} writes frozen parameters once for 8 saves). This is said once",
-            stacklevel=5,
         )

@@ -93,7 +93,6 @@ class StepWatch:
                 f"{self._changed_by_hand} was changed after a save in lazy mode, and not by Optimizer.step, so that "
                 "save failed. From now on state is copied when save is called, as with write: {mode: async}. To stay "
                 "in lazy mode, call mgr.staged() before such changes",
-                stacklevel=7,
             )
 
     def watch(self, save: WatchedSave) -> None:

@@ -17,6 +17,7 @@ from checkpointer.errors import IncompatibleStateError
 from checkpointer.state.destinations import Destinations, check_kind
 from checkpointer.state.modes import writing_to
 from checkpointer.state.protocol import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
+from checkpointer.state.settings import names_any, with_kept
 from checkpointer.state.tensors import is_ordinary, is_plain, memory_key
 from checkpointer.state.tree.decode import Leaf, decode, skeleton
 from checkpointer.state.tree.encode import encode
@@ -46,18 +47,30 @@ class ContainerAdapter:
         component = saved.component
         value, keys = skeleton(component.tree, component.tensors, self.live, place=self.name)
         self._check_root(value)
+        report = ComponentReport(self.name, self._names(value, options))
+        value = self._without_ignored(value, options)
         places = Destinations(self.name, component.tensors, options.map_location)
         place_leaves(places, value, self.live, set())
         places.allocate_all(keys)
-        report = ComponentReport(self.name, _names(value, self.name))
         if isinstance(self.live, dict) and isinstance(value, dict):
             report.changed += [f"{key!r} removed: it was not saved" for key in self.live if key not in value]
 
         def apply() -> None:
             value = decode(component.tree, places.tensors(), self.live, place=self.name, specs=component.tensors)
-            self._restore(value, options, report)
+            self._restore(self._without_ignored(value, options), options, report)
 
         return RestorePlan(places.reads, apply, report)
+
+    def _without_ignored(self, value: Any, options: RestoreOptions) -> Any:
+        """With the live value, or none, of what ``ignore_keys`` names."""
+        if not any(names_any(state, self.name, options) for state in (value, self.live)):
+            return value
+        return with_kept(value, self.live, self.name, options)
+
+    def _names(self, value: Any, options: RestoreOptions) -> list[str]:
+        if not isinstance(value, dict):
+            return [self.name]
+        return [str(key) for key in value if not options.ignored(self.name, str(key))]
 
     def _check_root(self, value: Any) -> None:
         """The live object itself cannot be exchanged for another, so its type has to fit."""
@@ -127,10 +140,6 @@ def _restore_flag(name: str, live: torch.Tensor, value: torch.Tensor, options: R
         report.changed.append(f"{change}: left as it is")
 
 
-def _names(value: Any, name: str) -> list[str]:
-    return [str(key) for key in value] if isinstance(value, dict) else [name]
-
-
 def place_leaves(places: Destinations, value: Any, live: Any, seen: set[int]) -> None:
     """Offer live memory for every :class:`Leaf` in an outline, walking the live value alongside."""
     if isinstance(value, Leaf):
@@ -176,7 +185,7 @@ def merge(value: Any, live: Any, seen: set[int]) -> Any:
         return live if value is live else _merge_tensor(value, live)
     if isinstance(value, np.ndarray):
         return live if _same_array(value, live) else value
-    if type(value) is not type(live) or type(value) not in (*CONTAINERS, tuple) or id(live) in seen:
+    if value is live or type(value) is not type(live) or type(value) not in (*CONTAINERS, tuple) or id(live) in seen:
         return value
     seen.add(id(live))
     if isinstance(value, dict):

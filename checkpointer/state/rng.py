@@ -126,15 +126,18 @@ class RngState:
     def __init__(self, name: str = "rng") -> None:
         self.name = name
 
-    def capture(self) -> Captured:
+    def state(self) -> dict[str, Any]:
         """Copy all states now (a few KiB for each generator)."""
-        state: dict[str, Any] = {
+        return {
             "python": random.getstate(),
             "numpy": np.random.get_state(legacy=False),  # noqa: NPY002 - the global one is what is saved
             "torch": torch.get_rng_state(),
             "devices": {name: get() for name, get in _devices(in_use=True).items()},
         }
-        tree, tensors = encode(state, self.name)
+
+    def capture(self) -> Captured:
+        """The states, encoded."""
+        tree, tensors = encode(self.state(), self.name)
         return Captured(self.kind, tree, tensors)
 
     def prepare(self, saved: SavedState, options: RestoreOptions) -> RestorePlan:  # noqa: ARG002 - none applies

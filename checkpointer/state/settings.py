@@ -7,8 +7,10 @@ setting.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +41,10 @@ _PROGRESS = frozenset(
 )
 _SCALER = frozenset({"growth_factor", "backoff_factor", "growth_interval"})
 
+_TENSOR = object()
+_MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
+_IMMUTABLE = (bool, int, float, str, tuple, type(None))
+
 
 @dataclass
 class Changes:
@@ -56,17 +62,27 @@ class Changes:
 
 
 def changed_groups(
-    component: str, pairs: Iterable[tuple[int, Mapping[str, Any], Mapping[str, Any]]], options: RestoreOptions
+    component: str,
+    pairs: Iterable[tuple[int, Mapping[str, Any], Mapping[str, Any]]],
+    options: RestoreOptions,
+    given: Callable[[int], tuple[Mapping[str, Any], Mapping[str, Any]]] = lambda _: ({}, {}),
 ) -> Changes:
-    """What differs between (number, saved group, live group before the restore); equal differences are told once."""
+    """What differs between (number, saved group, live group before the restore); equal differences are told once.
+
+    ``given`` has, for a group, what the script that saved it had given, and what this one has, where that is known.
+    Where they are the same the difference is the loop's doing, which the restore brings back: no setting was changed.
+    """
     found: dict[tuple[str, str, bool], list[int]] = {}
     driven = False
     for number, saved, live in pairs:
-        before, after = _settings_of_group(saved), _settings_of_group(live)
+        before, after = settings_of_group(saved), settings_of_group(live)
+        made_then, made_now = given(number)
         driven = driven or "initial_lr" in saved
         for key in before.keys() & after.keys():
             if not _same(before[key], after[key]):
                 kept = options.ignored(component, group_key(number, key))
+                if not kept and key in made_now and _same(made_then.get(key, before[key]), made_now[key]):
+                    continue
                 row = (str(key), _sentence(str(key), before[key], after[key], kept=kept), kept)
                 found.setdefault(row, []).append(number)
     changes = Changes()
@@ -78,6 +94,32 @@ def changed_groups(
         globs += [f"{component}.{group_key('*', 'initial_lr')}", "*.base_lrs"]
     changes.replaced += _advice(globs)
     return changes
+
+
+def moved_since(given: Mapping[str, Any], group: Mapping[str, Any], same: dict[str, Any]) -> dict[str, Any]:
+    """Of the settings that a script gave a group, those that are others now; a tensor is not asked for its number.
+
+    ``same`` holds the objects that were found to be as given: most are those very objects at the next save.
+    """
+    open_ = [key for key in given if key not in same or group.get(key) is not same[key]]
+    if not open_:
+        return {}
+    looked_at = {key: group[key] for key in (*open_, "initial_lr", "base_momentum") if key in group}
+    now = settings_of_group({key: _TENSOR if isinstance(it, torch.Tensor) else it for key, it in looked_at.items()})
+    moved = {}
+    for key in open_:
+        if key in now and now[key] is not _TENSOR and _same(now[key], given[key]):
+            if key in group and type(group[key]) in _IMMUTABLE:
+                same[key] = group[key]
+        elif key in now and _is_plain(given[key]):
+            moved[key] = given[key]
+    return moved
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def group_key(number: int | str, key: object) -> str:
@@ -123,11 +165,11 @@ def setting_names(live: object) -> Callable[[str], bool] | None:
 
 
 def names_any(state: Any, component: str, options: RestoreOptions, path: str = "") -> bool:
-    """Whether ``ignore_keys`` names a part of a saved state."""
+    """Whether ``ignore_keys`` names a part of a state, saved or live."""
     if not options.ignore_keys:
         return False
     rows: Iterable[tuple[Any, Any]] = ()
-    if type(state) is dict:
+    if type(state) in _MAPPINGS:
         rows = state.items()
     elif type(state) is list and len(state) <= LARGEST_LIST:
         rows = enumerate(state)
@@ -138,17 +180,21 @@ def names_any(state: Any, component: str, options: RestoreOptions, path: str = "
 
 
 def with_kept(saved: Any, live: Any, component: str, options: RestoreOptions, path: str = "") -> Any:
-    """A saved state in which what ``ignore_keys`` names has the live value, or is absent where it has none.
+    """A saved state in which what ``ignore_keys`` names is as in the live one: its value, or absent.
 
     A new value: nothing given is changed.
     """
-    if type(saved) is dict and isinstance(live, dict):
-        made = {}
+    if type(saved) in _MAPPINGS and isinstance(live, dict):
+        made = copy.copy(saved)
+        made.clear()
         for key, value in saved.items():
             inner = f"{path}{key}"
             if not options.ignored(component, inner):
                 made[key] = with_kept(value, live.get(key), component, options, f"{inner}.")
             elif key in live:
+                made[key] = live[key]
+        for key in live.keys() - saved.keys():
+            if options.ignored(component, f"{path}{key}"):
                 made[key] = live[key]
         return made
     if type(saved) is list and isinstance(live, list) and len(saved) == len(live) <= LARGEST_LIST:
@@ -172,7 +218,7 @@ def snapshot(value: Any) -> Any:
     return set(value) if isinstance(value, set) else value
 
 
-def _settings_of_group(group: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of_group(group: Mapping[str, Any]) -> dict[str, Any]:
     """The settings by name. Where a scheduler drives the learning rate, or the momentum, what it began with."""
     found = {key: snapshot(value) for key, value in group.items() if key not in _GROUP_IDENTITY}
     if "initial_lr" in found:

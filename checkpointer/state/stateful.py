@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Protocol, runtime_checkable
 
-from checkpointer.errors import CheckpointerError, CheckpointerWarning, IncompatibleStateError
+from checkpointer.errors import CheckpointerError, IncompatibleStateError
 from checkpointer.state import annealing
 from checkpointer.state.classes import CLASS, class_change, class_name, is_scheduler, refused_class, unwrapped
 from checkpointer.state.destinations import Destinations, check_kind
@@ -13,6 +12,7 @@ from checkpointer.state.protocol import Captured, ComponentReport, RestoreOption
 from checkpointer.state.settings import Changes, changed_state, names_any, setting_names, snapshot, with_kept
 from checkpointer.state.tree.decode import decode, skeleton
 from checkpointer.state.tree.encode import encode
+from checkpointer.system import messages
 
 
 @runtime_checkable
@@ -108,11 +108,9 @@ class StatefulAdapter:
         if change:
             report.changed.append(change)
         if change and options.strict:
-            warnings.warn(
+            messages.warn(
                 f"component {self.name!r}: {change}, whose load_state_dict takes over that state. If that is not "
                 f"meant, restore the other components alone (components=[...]), or register the class that was saved",
-                CheckpointerWarning,
-                stacklevel=2,
             )
         return True
 

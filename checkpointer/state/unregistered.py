@@ -1,11 +1,13 @@
 """What training changes beside the components, and a resume would lose: the first save names it.
 
 Parameters that an optimizer trains and no component holds, the optimizer of a scheduler, an optimizer inside another
-object whose ``state_dict()`` leaves it out. Where a wrapper may hold copies of its own, the doubt is in its favour.
+object whose ``state_dict()`` leaves it out, a loader in the middle of an epoch, gradients that wait for their step.
+Where a wrapper may hold copies of its own, the doubt is in its favour.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from checkpointer.state.classes import attributes, class_name, is_scheduler, unw
 from checkpointer.state.dtensor import is_sharded, local_part
 from checkpointer.state.module.adapter import ModuleComponent
 from checkpointer.state.module.unsaved import LARGEST_CONTAINER, memory_of
+from checkpointer.state.pending import PendingGradients
 from checkpointer.state.protocol import Captured
 from checkpointer.system import messages
 
@@ -26,6 +29,20 @@ DEPTH = 3
 """How deep attributes and containers are followed."""
 
 _CONTAINERS = (list, tuple, set, dict)
+
+_looking: weakref.WeakSet[Unregistered] = weakref.WeakSet()
+_moving: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Loaders in the middle of an epoch whose state nobody has ever asked for."""
+
+
+def position_moves(loader: object) -> None:
+    """An epoch of a loader has begun, and it has never been asked for its state."""
+    _moving.add(loader)
+
+
+def position_is_safe(loader: object) -> None:
+    """The loader was asked for its state, was given one, or has come to the end of an epoch."""
+    _moving.discard(loader)
 
 
 class Unregistered:
@@ -40,12 +57,14 @@ class Unregistered:
         """Parameters that were named."""
         self._all_inner: list[_Inner] = []
         """Optimizers inside components."""
+        self._pending = PendingGradients(self._components)
+        _looking.add(self)
         self._inner: list[_Inner] = []
         """Of these the ones that have no state yet, so that nobody can tell where it goes."""
 
     def warn(self, captured: Mapping[str, Captured]) -> None:
         """Look at the components once, with what was captured of them; at every save while something is open."""
-        found = self._new_parameters(captured)
+        found = [*self._new_parameters(captured), *self._loaders(), *self._pending.told()]
         if not self._looked:
             self._looked = True
             found += self._schedulers()
@@ -58,7 +77,18 @@ class Unregistered:
             unsaved = self._unsaved(captured) if stepped else []
             found += [inner.message() for inner in unsaved if inner in stepped]
         for message in found:
-            messages.warn(message, stacklevel=3)
+            messages.warn(message)
+
+    def _loaders(self) -> Iterator[str]:
+        """Loaders whose position no manager saves: no component is one, nor asks it for its state."""
+        for loader in list(_moving):
+            position_is_safe(loader)  # or said
+            if not any(loader is part for look in list(_looking) for part in look._components.values()):  # noqa: SLF001
+                yield (
+                    f"a {type(loader).__name__} is in the middle of an epoch, and no component: its position is not "
+                    "saved, and a resume begins that epoch anew. Register it by keyword: CheckpointManager(root, ..., "
+                    "loader=loader); or, if its position does not matter, iterate over the DataLoader itself"
+                )
 
     def _new_parameters(self, captured: Mapping[str, Captured]) -> list[str]:
         """As :meth:`_parameters`, where the groups of an optimizer are not those of the last save."""

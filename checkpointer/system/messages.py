@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import FrameType
 
 from checkpointer.errors import CheckpointerWarning
 
@@ -20,6 +21,9 @@ Keep = Callable[[Exception], object]
 
 _keep: ContextVar[Keep | None] = ContextVar("checkpointer_keep_warnings", default=None)
 """What takes a warning that is an error. Each thread has its own."""
+
+_BETWEEN = frozenset({__name__.partition(".")[0], "concurrent", "contextlib", "functools", "threading", "torch"})
+"""Packages whose lines say nothing of what the user did: ours, and those that call us (torch: ``Optimizer.step``)."""
 
 
 @contextlib.contextmanager
@@ -35,19 +39,30 @@ def kept(keep: Keep | None) -> Iterator[None]:
         _keep.reset(token)
 
 
-def warn(message: str, *, stacklevel: int = 1) -> None:
-    """Issue a ``CheckpointerWarning`` at once, whatever the thread. ``stacklevel`` is that of ``warnings.warn``.
+def warn(message: str) -> None:
+    """Issue a ``CheckpointerWarning`` at once, whatever the thread, for the line of the user's that led here.
 
     Raises:
         CheckpointerWarning: the user's filters make it an error, and nobody keeps it until later.
     """
+    caller = sys._getframe(1)  # noqa: SLF001  what warnings.warn is made of; inspect.stack reads source files
+    place = _users_frame(caller) or caller
+    registry = place.f_globals.setdefault("__warningregistry__", {})
+    file, module = place.f_code.co_filename, place.f_globals.get("__name__", "<unknown>")
     try:
-        warnings.warn(message, CheckpointerWarning, stacklevel=stacklevel + 1)
+        warnings.warn_explicit(message, CheckpointerWarning, file, place.f_lineno, module, registry)
     except Exception as error:  # also what a ``warnings.showwarning`` of the user's raises
         keep = _keep.get()
         if keep is None:
             raise
         keep(error.with_traceback(None))  # which would hold on to all that the save has in its hands
+
+
+def _users_frame(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame outside this package and what stands between it and its callers; ``None``: its own thread."""
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
+        frame = frame.f_back
+    return frame
 
 
 def log(say: Callable[..., None], message: str, *arguments: object, error: BaseException | None = None) -> None:

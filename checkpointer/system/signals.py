@@ -6,12 +6,11 @@ import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from checkpointer.errors import CheckpointerWarning
+from checkpointer.system import messages
 
 
 class SignalFlag:
@@ -36,10 +35,8 @@ class SignalFlag:
         if not names:
             return
         if threading.current_thread() is not threading.main_thread():
-            warnings.warn(
+            messages.warn(
                 f"on_signal ({', '.join(names)}) has no effect: the manager was made outside the main thread",
-                CheckpointerWarning,
-                stacklevel=3,
             )
             return
         self._active = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 TRAIN = Path(__file__).with_name("train.py")
+FIRST_STEP = re.compile(r"^first step: (\d+)\n", re.MULTILINE)  # a line among warnings
 GLANCE = 0.05  # seconds between two looks at how far a run has come
 HUNT = 0.0002  # seconds between two looks at a run that is to be caught in the middle of a save
 
@@ -51,10 +53,13 @@ class Run:
 
     def first_step(self) -> int:
         """The step at which the running process began; waits until it has restored."""
-        while not (line := self._output.read_text(errors="replace")).endswith("\n"):
-            self._poll()
+        while True:
+            ended = self._poll() is not None
+            if found := FIRST_STEP.search(self._output.read_text(errors="replace")):
+                return int(found[1])
+            if ended:
+                raise DemoError("train.py ended and did not print its first step")
             time.sleep(GLANCE)
-        return int(line.splitlines()[-1].removeprefix("first step: "))
 
     def steps_done(self) -> int:
         """Steps whose loss is logged: the log is written before the step is saved."""

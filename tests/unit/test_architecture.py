@@ -38,7 +38,7 @@ ROOMS = {
     "manager": "errors system format policy storage config repository environment state staging distributed save"
     " restore",
     "retention": "policy",
-    "data": "errors format state",
+    "data": "errors system format state",
     "dcp": "errors format storage repository environment state staging distributed save",
     "migration": "errors version format policy storage config repository state staging distributed save",
     "testing": "errors format storage state manager",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,6 +44,7 @@ from checkpointer.repository.lock import WriterLock
 from checkpointer.repository.notes import remove_notes
 from checkpointer.storage import Entry, Storage
 from checkpointer.system import messages
+from checkpointer.system.host import host_name
 
 logger = logging.getLogger("checkpointer")
 
@@ -68,7 +68,7 @@ class ManifestCommit:
         for work in untidied:
             self._tidy(work)
         id = new_id()
-        record = {"step": step, "host": socket.gethostname(), "pid": os.getpid()}
+        record = {"step": step, "host": host_name(), "pid": os.getpid()}
         self._storage.put(f"{paths.TMP}/{id}.json", strict_json.seal(record))
         return self.join(step, id)
 
@@ -263,13 +263,12 @@ class ManifestCommit:
         messages.warn(
             f"{self._storage.url} does not honour conditional writes: two jobs on different hosts that save to this "
             "run at the same time would not notice each other; make sure that only one does",
-            stacklevel=2,
         )
 
 
 def owner_is_dead(record: Mapping[str, object]) -> bool:
     """Whether the process that an attempt's record names was one of this host, and is no more."""
-    return record.get("host") == socket.gethostname() and not _alive(record.get("pid"))
+    return record.get("host") == host_name() and not _alive(record.get("pid"))
 
 
 def _name(record: Mapping[str, object]) -> str:

@@ -171,7 +171,6 @@ class RenameCommit:
         messages.warn(
             f"moved {self._storage.place(directory)} to {self._storage.place(place)}: it is damaged, or holds files "
             "that this library did not write. Nothing there is ever deleted: look at it, then remove it by hand",
-            stacklevel=2,
         )
         return place
 
@@ -248,7 +247,7 @@ class RenameCommit:
             if obstacle is None:
                 messages.log(logger.warning, "%s", text)
             else:  # nothing will have changed by then, unless somebody is told
-                messages.warn(f"{text} ({obstacle})", stacklevel=2)
+                messages.warn(f"{text} ({obstacle})")
 
     def _to_trash(self, directory: str, manifest: Manifest) -> None:
         self._storage.make_directory(paths.TRASH)

@@ -137,7 +137,6 @@ def clear_rest(storage: Storage, name: str) -> bool:
         messages.warn(
             f"{storage.place(name)} was removed, but {len(left.foreign)} files that this library did not write are "
             f"left there: {', '.join(left.foreign[:5])}",
-            stacklevel=2,
         )
     elif left.open:
         log_open(storage, name, left.open)

@@ -121,7 +121,6 @@ class ModuleAdapter:
                 f"component {self.name!r} holds tensors that state_dict() leaves out, so that they are neither saved "
                 f"nor restored: {found}. If they can be made anew, say so with "
                 f"checkpointer.ModuleComponent(model, silence=[...])",
-                stacklevel=3,
             )
 
 

@@ -103,7 +103,6 @@ class WholeModelAdapter(ModuleAdapter):
                 reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
                 messages.warn(
                     f"component {self.name!r} does not export, so its architecture is saved as a pickle: {reason}",
-                    stacklevel=4,
                 )
         if self._exported is not None:
             return EXPORT, self._exported

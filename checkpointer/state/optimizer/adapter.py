@@ -20,6 +20,7 @@ from checkpointer.state.destinations import check_kind
 from checkpointer.state.dtensor import address
 from checkpointer.state.module.match import SHOWN
 from checkpointer.state.module.names import parameter_names
+from checkpointer.state.optimizer.given import Given
 from checkpointer.state.optimizer.misfits import DEFAULTS, has_usual_form, misfits, settings_of
 from checkpointer.state.optimizer.restore import OptimizerRestore, loads_plainly
 from checkpointer.state.protocol import Captured, ComponentReport, RestoreOptions, RestorePlan, SavedState
@@ -43,6 +44,7 @@ class OptimizerAdapter:
         self.live = live
         self.modules = modules
         self._known: _KnownState | None = None
+        self._given = Given(live)
 
     def capture(self) -> Captured:
         """Refer to the live tensors of ``state_dict()``.
@@ -65,6 +67,7 @@ class OptimizerAdapter:
             "dtypes": [[dtype_name(parameter.dtype) for parameter in group] for group in groups],
             CLASS: class_name(self.live),
             DEFAULTS: [str(key) for key in settings_of(self.live)],
+            **self._given.meta(),
         }
         trainable = frozenset(key for key in tensors if key.startswith(STATE))
         return Captured(self.kind, tree, tensors, meta, trainable=trainable)
@@ -90,7 +93,7 @@ class OptimizerAdapter:
             return _AsStateful(self.name, self.live).prepare(saved, options)
         try:
             names = live_names(self.live, self.modules)
-            return OptimizerRestore(self.name, self.live, names, saved, options).plan()
+            return OptimizerRestore(self.name, self.live, names, saved, options, given=self._given).plan()
         except (TypeError, KeyError, AttributeError) as error:
             raise CorruptCheckpointError(f"{self.name}: the state of this optimizer is not well formed") from error
 

@@ -11,6 +11,7 @@ import torch
 
 from checkpointer.errors import CorruptCheckpointError
 from checkpointer.state.destinations import nearest
+from checkpointer.state.module.match import SHOWN
 from checkpointer.state.protocol import ComponentReport, RestoreOptions
 from checkpointer.state.tensors import DTYPES, dtype_name
 
@@ -172,16 +173,23 @@ def _by_position(
             f"saved with parameter groups of {sizes[0]} parameters, live has {sizes[1]}; they have to be matched by "
             f"position, because not every parameter belongs to a registered module: register the module"
         )
+    unnamed: list[str] = []
     for number, (saved_group, live_group) in enumerate(zip(saved, live, strict=False)):
         rows = zip(saved_group, live_group, names[number], strict=False)
         for position, (parameter, tensor, name) in enumerate(rows):
-            if None not in (parameter.name, name) and parameter.name != name:
+            if parameter.name is None or name is None:
+                unnamed.append(f"{name or parameter.name or f'group {number} position {position}'} {[*tensor.shape]}")
+            elif parameter.name != name:
                 matched.problems.append(f"group {number}, position {position}: saved {parameter.name!r}, live {name!r}")
             matched.pairs.append((parameter, tensor, name or f"group {number} position {position}"))
     known = {id(tensor) for _, tensor, _ in matched.pairs}
     matched.kept += [tensor for group in live for tensor in group if id(tensor) not in known]
-    if any(name is None for group in names for name in group):
-        report.changed.append("parameters were matched by position: not all belong to a registered module")
+    if unnamed:
+        more = f" and {len(unnamed) - SHOWN} more" if len(unnamed) > SHOWN else ""
+        report.changed.append(
+            f"{len(unnamed)} of the parameters were matched by position, as no registered module names them, here or "
+            f"where they were saved: {', '.join(unnamed[:SHOWN])}{more}"
+        )
 
 
 def _check_shapes(matched: Matched, options: RestoreOptions, report: ComponentReport) -> None:

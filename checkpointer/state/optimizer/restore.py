@@ -16,6 +16,7 @@ from checkpointer.state.destinations import Destinations
 from checkpointer.state.dtensor import is_sharded
 from checkpointer.state.modes import writing_to
 from checkpointer.state.module.match import refusal
+from checkpointer.state.optimizer.given import Given, saved_given
 from checkpointer.state.optimizer.match import Matched, SavedParameter, match_parameters, saved_parameters
 from checkpointer.state.optimizer.misfits import (
     DEFAULTS,
@@ -26,7 +27,7 @@ from checkpointer.state.optimizer.misfits import (
     slots_agree,
 )
 from checkpointer.state.protocol import ComponentReport, RestoreOptions, RestorePlan, SavedState
-from checkpointer.state.settings import changed_groups, group_key, snapshot
+from checkpointer.state.settings import changed_groups, group_key, settings_of_group, snapshot
 from checkpointer.state.tensors import DTYPES, device_for, dtype_name
 from checkpointer.state.tree.decode import Leaf, decode, skeleton
 
@@ -50,6 +51,8 @@ class OptimizerRestore:
         names: list[list[str | None]],
         saved: SavedState,
         options: RestoreOptions,
+        *,
+        given: Given,
     ) -> None:
         self.name = name
         self.live = live
@@ -58,6 +61,8 @@ class OptimizerRestore:
         self.report = ComponentReport(name)
         outlined, self.keys = skeleton(self.component.tree, self.component.tensors, place=name)
         self.value = _check_form(name, outlined)
+        self.given = given
+        self.saved_given = saved_given(name, self.component.meta, len(self.value["param_groups"]))
         self.saved = saved_parameters(name, self.value["param_groups"], self.component.meta)
         self.match: Matched = match_parameters(name, self.saved, live, names, options=options, report=self.report)
         self.places = Destinations(name, self.component.tensors, stepped=True)
@@ -192,7 +197,13 @@ class OptimizerRestore:
         rows = [
             (number, state["param_groups"][source], self.before[number]) for number, source in self.match.groups.items()
         ]
-        changes = changed_groups(self.name, rows, self.options)
+        sources = self.match.groups
+        changes = changed_groups(
+            self.name, rows, self.options, lambda number: (self.saved_given[sources[number]], self.given.of(number))
+        )
+        for number, source in sources.items():
+            saved = {**settings_of_group(state["param_groups"][source]), **self.saved_given[source]}
+            self.given.restored(self.name, number, saved, self.options)
         self.replaced += changes.replaced
         self.report.changed += changes.all
 

@@ -448,3 +448,40 @@ def test_a_partially_shared_array_and_tensor_stay_one_memory():
     assert_identical(source, target)
     target["n"][0] = 9
     assert target["t"][0] == 9
+
+
+def test_ignore_keys_reach_into_plain_containers_which_keep_what_is_named():
+    def make(n: int) -> dict[str, Any]:
+        inner = {"a": n, "tensor": torch.full((2,), float(n)), "array": np.full(2, n), "bytes": bytearray([n])}
+        return {"n": n, "lr": n, "inner": inner, "rows": [n, {"b": n, "c": n}], "set": {n}}
+
+    saved, live = make(1), {**make(2), "mine": 2, "other": 2}
+    kept = {key: live["inner"][key] for key in ("tensor", "array", "bytes")} | {"set": live["set"]}
+    globs = ["it.lr", "inner.tensor", "*.array", "inner.bytes", "rows.1.b", "set", "mine", "elsewhere.n"]
+    report = carry(saved, live, ignore_keys=globs)
+    assert_identical(
+        live,
+        {
+            "n": 1,
+            "lr": 2,
+            "inner": {**make(2)["inner"], "a": 1},
+            "rows": [1, {"b": 2, "c": 1}],
+            "set": {2},
+            "mine": 2,
+        },
+    )
+    assert all(live["inner"].get(key, live["set"]) is value for key, value in kept.items())
+    assert (report.restored, report.changed) == (["n", "inner", "rows"], ["'other' removed: it was not saved"])
+
+
+@pytest.mark.parametrize("make", [OrderedDict, Counter, lambda items: defaultdict(int, items)])
+def test_ignore_keys_reach_into_every_kind_of_dict(make):
+    live = make({"a": 2, "b": 2})
+    carry(make({"a": 1, "b": 1}), live, ignore_keys=["b"])
+    assert_identical(live, make({"a": 1, "b": 2}))
+
+
+def test_what_ignore_keys_names_and_only_the_checkpoint_has_is_left_out():
+    live: dict[str, int] = {}
+    carry({"a": 1, "b": 1}, live, ignore_keys=["b"])
+    assert live == {"a": 1}

@@ -12,6 +12,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from checkpointer import CheckpointManager
+from checkpointer.errors import CorruptCheckpointError
+from checkpointer.state.optimizer.given import saved_given
 from tests.support.memory_engine import carry
 
 
@@ -124,6 +126,84 @@ def test_tensor_learning_rates_are_compared_by_value_and_kept_in_their_memory(tm
     carry(saved["optimizer"], live["optimizer"], ignore_keys=["it.param_groups.*.lr"])
     assert live["optimizer"].param_groups[0]["lr"] is tensor
     assert tensor.item() == pytest.approx(5e-4)
+
+
+class Script:
+    """A script that is started again and again, with a schedule of its own."""
+
+    def __init__(self, root: Any, *, ignore_keys: Any = (), **settings: Any) -> None:
+        self.parts = run(**settings)
+        self.mgr = CheckpointManager(root, **self.parts)
+        self.restored = self.mgr.restore_latest(ignore_keys=ignore_keys)
+
+    def train(self, step: int, *lrs: float) -> list[str]:
+        """Save once at each learning rate; what the restore has told of the optimizer."""
+        for number, lr in enumerate(lrs):
+            for group in self.parts["optimizer"].param_groups:
+                group["lr"] = lr
+            self.mgr.save(step + number, force=True)
+        self.mgr.close()
+        return self.restored.report.components["optimizer"].changed if self.restored else []
+
+
+def test_a_learning_rate_that_the_loop_sets_is_progress_and_a_new_argument_is_told(tmp_path):
+    Script(tmp_path).train(0, 5e-4, 4e-4)
+    assert Script(tmp_path).train(10, 3e-4) == []
+    told = Script(tmp_path, lr=2e-3).train(20)
+    assert told == [
+        "lr: 0.0003 (live 0.002) in groups 0, 1",
+        "the live settings stay with ignore_keys=['optimizer.param_groups.*.lr']",
+    ]
+    assert Script(tmp_path).train(30) == []
+
+
+def test_a_changed_argument_is_told_as_long_as_the_checkpoints_one_is_in_force(tmp_path):
+    Script(tmp_path).train(0, 5e-4)
+    for step in (10, 20):
+        (told, _) = Script(tmp_path, lr=2e-3).train(step, 4e-4)
+        assert told.endswith("(live 0.002) in groups 0, 1")
+
+
+def test_an_argument_that_was_kept_is_the_one_that_later_runs_are_compared_with(tmp_path):
+    Script(tmp_path).train(0, 5e-4)
+    kept = Script(tmp_path, lr=2e-3, ignore_keys=["optimizer.param_groups.*.lr"])
+    assert kept.train(10, 1e-3)[0] == "lr: 0.002 kept (saved 0.0005) in groups 0, 1"
+    assert Script(tmp_path, lr=2e-3).train(20) == []
+
+
+def test_going_back_within_a_run_tells_nothing(tmp_path):
+    script = Script(tmp_path)
+    script.train(0, 5e-4, 4e-4)
+    with CheckpointManager(tmp_path, **script.parts) as mgr:
+        mgr.restore_latest()
+        mgr.save(7, force=True)
+        for group in script.parts["optimizer"].param_groups:
+            group["lr"] = 1e-6
+        assert mgr.restore(0).report.components["optimizer"].changed == []
+
+
+def test_a_rate_that_reduce_on_plateau_has_lowered_is_progress(tmp_path):
+    def started() -> tuple[CheckpointManager, Any]:
+        parts = run()
+        plateau = lr_scheduler.ReduceLROnPlateau(parts["optimizer"], patience=0)
+        return CheckpointManager(tmp_path, **parts, plateau=plateau), plateau
+
+    mgr, plateau = started()
+    with mgr:
+        for loss in (1.0, 2.0, 3.0):
+            plateau.step(loss)
+        mgr.save(0)
+    mgr, plateau = started()
+    with mgr:
+        assert changed(mgr.restore_latest().report) == {}
+        assert plateau.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("forged", [[], [{}], "x", [1, 2], {"$tensor": "state.0.step"}])
+def test_forged_settings_that_were_given_are_damage(forged):
+    optimizer = run()["optimizer"]
+    with pytest.raises(CorruptCheckpointError, match="given"):
+        saved_given("optimizer", {"given": forged}, len(optimizer.param_groups))
 
 
 def test_a_setting_of_one_group_is_kept_by_its_number(tmp_path):

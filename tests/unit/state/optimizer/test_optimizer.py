@@ -163,7 +163,21 @@ def test_without_a_registered_module_position_decides_and_is_reported():
     train(source, optimizer, range(2))
     report = carry(optimizer, restored)
     assert_identical(optimizer.state_dict(), restored.state_dict())
-    assert any("by position" in line for line in report.changed)
+    (line,) = (line for line in report.changed if "by position" in line)
+    shapes = [[*item.shape] for item in optimizer.param_groups[0]["params"]]
+    assert line.startswith(f"{len(shapes)} of the parameters were matched by position")
+    assert line.endswith(", ".join(f"group 0 position {number} {shape}" for number, shape in enumerate(shapes)))
+
+
+def test_parameters_without_a_name_are_named_where_the_others_have_one():
+    source, target = model(0), model(1)
+    extra = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([*m.parameters(), p]) for m, p in zip((source, target), extra, strict=True)]
+    report = carry(optimizers[0], optimizers[1], ({"model": source}, {"model": target}))
+    count = len(list(target.parameters()))
+    (line,) = (line for line in report.changed if "by position" in line)
+    assert line.startswith("1 of the parameters were matched by position")
+    assert line.endswith(f"where they were saved: group 0 position {count} [3]")
 
 
 def test_param_names_of_torch_serve_where_no_module_is_registered():
