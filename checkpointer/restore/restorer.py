@@ -26,6 +26,7 @@ from checkpointer.format.index import Chunk, Component, Json
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.checkpoint_reader import CheckpointReader, ReadingRank
+from checkpointer.repository.known import Checkpoints
 from checkpointer.repository.notes import Note
 from checkpointer.repository.repository import Listing, Repository, Unreadable
 from checkpointer.restore.report import Restored, RestoreReport, Skipped
@@ -67,6 +68,8 @@ class Restorer:
         self._adapters = adapters
         self.source: ReuseSource | None = None
         """The checkpoint restored last, with the files whose every byte was verified: later saves may share them."""
+        self.listing: Listing | None = None
+        """What ``latest`` has found in the run root; ``None`` if no listing is that fresh."""
 
     @property
     def _ranks(self) -> Ranks:
@@ -97,17 +100,17 @@ class Restorer:
             return restored
         raise CheckpointNotFoundError(f"checkpoints in {self._repository.url} keep vanishing while they are opened")
 
-    def _candidates(self, skipped: dict[str, Skipped], *, finite: bool) -> list[CheckpointInfo] | None:
+    def _candidates(self, skipped: dict[str, Skipped], *, finite: bool) -> Checkpoints | None:
         """What to try, the newest first, the same on every rank; ``None`` where there is nothing at all."""
-        found: list[CheckpointInfo] = []
+        found: list[Checkpoints] = []
 
         def look() -> Json:
-            listing = self._repository.list_checkpoints()
-            found[:] = self._usable(listing, skipped, finite=finite)
-            return None if listing.empty else [info.id for info in found]
+            self.listing = listing = self._repository.list_checkpoints()
+            found[:] = [self._usable(listing, skipped, finite=finite)]
+            return None if listing.empty else list[Json](found[0].ids)
 
         def common(seen: Sequence[Json]) -> Json:
-            lists = [ids for ids in seen if isinstance(ids, list)]
+            lists = [frozenset(map(str, ids)) for ids in seen if isinstance(ids, list)]
             if not isinstance(seen[0], list):
                 return None
             return [id for id in seen[0] if all(id in ids for ids in lists)]
@@ -116,10 +119,9 @@ class Restorer:
         agreed = self._ranks.meet(meeting, look, common)
         if not isinstance(agreed, list):
             return None
-        known = {info.id: info for info in found}
-        return [known[id] for id in agreed if isinstance(id, str)]
+        return found[0].of(id for id in agreed if isinstance(id, str))
 
-    def _usable(self, listing: Listing, skipped: dict[str, Skipped], *, finite: bool) -> list[CheckpointInfo]:
+    def _usable(self, listing: Listing, skipped: dict[str, Skipped], *, finite: bool) -> Checkpoints:
         for item in listing.unreadable:
             if isinstance(item.error, FormatVersionError):
                 raise item.error
@@ -127,9 +129,11 @@ class Restorer:
                 raise self._newest_unknown(item, listing)
             kind = "damaged checkpoint" if item.link is None else "link in the place of a checkpoint"
             self._skip(skipped, item.path, item.step, str(item.error), kind)
-        candidates = [info for info in reversed(listing.checkpoints) if info.path not in skipped]
+        candidates = listing.checkpoints[::-1]
+        if skipped:
+            candidates = candidates.where(lambda info: info.path not in skipped)
         if finite:
-            candidates = [info for info in candidates if info.finite is not False]
+            candidates = candidates.where(lambda info: info.finite is not False)
             if not candidates and len(skipped) < len(listing.checkpoints) + len(listing.unreadable):
                 raise CheckpointNotFoundError(f"every checkpoint in {self._repository.url} holds NaN or infinities")
         return candidates
