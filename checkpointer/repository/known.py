@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from typing import NamedTuple, TypeAlias, overload
 
 from checkpointer.errors import CheckpointerError
 from checkpointer.format import paths
-from checkpointer.format.info import EPOCH_START, CheckpointInfo
-from checkpointer.repository.known_file import WORTH_WRITING, KnownFile, Row, decoded, encoded
+from checkpointer.format.info import CheckpointInfo
+from checkpointer.repository.known_file import WORTH_WRITING, KnownFile, Row, decoded, encoded, microseconds
 from checkpointer.repository.lock import WriterLock
-from checkpointer.storage import Storage
+from checkpointer.storage import Stamp, Storage
 from checkpointer.system import messages
 
 logger = logging.getLogger("checkpointer")
@@ -37,16 +36,16 @@ class Source(NamedTuple):
 class Known:
     """A checkpoint of which the order is known, and the rest once it is asked for."""
 
-    __slots__ = ("_info", "_row", "key", "name", "stamp")
+    __slots__ = ("_info", "_rest", "key", "name", "stamp")
 
     def __init__(
-        self, name: str, key: Key, stamp: str, *, row: Row | None = None, info: CheckpointInfo | None = None
+        self, name: str, key: Key, stamp: Stamp, rest: str | None = None, info: CheckpointInfo | None = None
     ) -> None:
         self.name, self.key, self.stamp = name, key, stamp
-        self._row, self._info = row, info
+        self._rest, self._info = rest, info
 
     @classmethod
-    def read(cls, name: str, info: CheckpointInfo, stamp: str = "") -> Known:
+    def read(cls, name: str, info: CheckpointInfo, stamp: Stamp = ()) -> Known:
         """One whose manifest, which has this stamp, says ``info``."""
         return cls(name, key_of(info), stamp, info=info)
 
@@ -54,22 +53,22 @@ class Known:
         """What the manifest says."""
         info = self._info
         if info is None:
-            info = None if self._row is None else decoded(self._row, source.place(self.name))
-            if info is None or key_of(info) != self.key or info.step != paths.parse_checkpoint_name(self.name):
-                info, self._row = source.read(self.name), None  # the row makes no sense after all
+            info = None if self._rest is None else decoded(self._rest, *self.key, source.place(self.name))
+            if info is None or info.step != paths.parse_checkpoint_name(self.name):
+                info, self._rest = source.read(self.name), None  # what was kept makes no sense after all
             self._info = info
         return info
 
     def row(self) -> Row | None:
         """For the file; ``None`` if it does not come back from one as it is."""
-        if self._row is None and self._info is not None:
-            self._row = encoded(self.name, self.stamp, self._info)
-        return self._row
+        if self._rest is None and self._info is not None:
+            self._rest = encoded(self._info)
+        return None if self._rest is None else (self.name, *self.key, self.stamp, self._rest)
 
 
 def key_of(info: CheckpointInfo) -> Key:
     """By which a checkpoint is sorted."""
-    return info.sequence, (info.created - EPOCH_START) // timedelta(microseconds=1), info.id
+    return info.sequence, microseconds(info.created), info.id
 
 
 class Checkpoints(Sequence[CheckpointInfo]):
@@ -189,10 +188,10 @@ class KnownManifests:
         if self._file is None:
             return
         for row in self._file.read():
-            known = Known(row.name, (row.sequence, row.created, row.id), row.stamp, row=row)
-            self._found.setdefault(row.name, known)
+            name, sequence, created, id, stamp, rest = row
+            self._found.setdefault(name, Known(name, (sequence, created, id), stamp, rest))
 
-    def _stamps(self, names: Sequence[str]) -> dict[str, str]:
+    def _stamps(self, names: Sequence[str]) -> dict[str, Stamp]:
         """Of each directory's manifest that has one."""
         try:
             stamps = self._storage.stamps([f"{name}/{paths.MANIFEST}" for name in names])
@@ -208,7 +207,7 @@ class Look:
 
     __slots__ = ("known", "stamps")
 
-    def __init__(self, stamps: Mapping[str, str], known: Mapping[str, Known]) -> None:
+    def __init__(self, stamps: Mapping[str, Stamp], known: Mapping[str, Known]) -> None:
         self.stamps = stamps
         """By the name of their directory."""
         self.known = known

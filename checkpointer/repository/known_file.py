@@ -12,14 +12,17 @@ import dataclasses
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TypeAlias
 
 import xxhash
 
 from checkpointer.format.info import EPOCH_START, CheckpointInfo
+from checkpointer.storage import Stamp
 
 WORTH_WRITING = 16
 """Manifests. So many are read about as fast as the file is written."""
@@ -30,24 +33,16 @@ LIMIT = 32 << 20
 ROW_LIMIT = 16 << 10
 """Characters of a row; one of 800 has about 600."""
 
+Row: TypeAlias = tuple[str, int, int, str, Stamp, str]
+"""One checkpoint: directory, sequence, microseconds since 1970, id, stamp, and the other fields as JSON."""
+
 _FIELDS = tuple(field.name for field in dataclasses.fields(CheckpointInfo))
-_TEXT = ("sequence", "created", "id", "path")
-"""Of these, what is in the row itself, or follows from where it lies."""
-_HEAD = f"checkpointer known 1 {' '.join(_FIELDS)}"
+_IN_ROW = ("sequence", "created", "id", "path")
+"""Of these, what a row holds by itself, or follows from where it lies."""
+_HEAD = f"checkpointer known 1 {sys.byteorder} {' '.join(_FIELDS)}\n".encode("ascii")
+_NUMBERS = 7
+"""Of a row: five of a stamp, sequence, time."""
 _MICROSECOND = timedelta(microseconds=1)
-
-
-class Row(NamedTuple):
-    """One checkpoint."""
-
-    name: str
-    stamp: str
-    sequence: int
-    created: int
-    """Microseconds since 1970."""
-    id: str
-    rest: str
-    """The other fields of the info, as JSON."""
 
 
 class KnownFile:
@@ -63,9 +58,12 @@ class KnownFile:
         return []
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Replace it. Not durably: a torn one counts for nothing. One process at a time does that."""
-        data = "\n".join([_HEAD, *_columns(list(rows)), ""]).encode("ascii")
-        data += xxhash.xxh3_128_hexdigest(data).encode("ascii") + b"\n"
+        """Replace it. Not durably: a torn one counts for nothing. One process at a time does that.
+
+        Raises:
+            OSError: and it is as it was, or gone.
+        """
+        data = _data([row for row in rows if len(row[4]) + 2 == _NUMBERS])
         if len(data) > LIMIT:
             return
         new = self._path.with_name("known.new")
@@ -76,40 +74,40 @@ class KnownFile:
         os.replace(new, self._path)
 
 
-def encoded(name: str, stamp: str, info: CheckpointInfo) -> Row | None:
-    """``None`` if the info would not come back as it is."""
-    fields = {field: getattr(info, field) for field in _FIELDS if field not in _TEXT}
+def microseconds(created: datetime) -> int:
+    """Since 1970."""
+    return (created - EPOCH_START) // _MICROSECOND
+
+
+def encoded(info: CheckpointInfo) -> str | None:
+    """The fields that a row has no place of its own for; ``None`` if the info would not come back as it is."""
+    fields = {field: getattr(info, field) for field in _FIELDS if field not in _IN_ROW}
     try:
         rest = json.dumps({key: dict(value) if isinstance(value, Mapping) else value for key, value in fields.items()})
     except (TypeError, ValueError):
         return None
-    row = Row(name, stamp, info.sequence, (info.created - EPOCH_START) // _MICROSECOND, info.id, rest)
-    if len(rest) > ROW_LIMIT:
-        return None
-    back = decoded(row, info.path)
-    return row if back is not None and repr(back) == repr(info) else None
+    back = decoded(rest, info.sequence, microseconds(info.created), info.id, info.path)
+    return rest if len(rest) <= ROW_LIMIT and repr(back) == repr(info) else None
 
 
-def decoded(row: Row, path: str) -> CheckpointInfo | None:
-    """The info of a checkpoint that lies at ``path``; ``None`` if the row makes no sense."""
+def decoded(rest: str, sequence: int, created: int, id: str, path: str) -> CheckpointInfo | None:
+    """The info of a checkpoint that lies at ``path``; ``None`` if it makes no sense."""
     try:
-        fields = json.loads(row.rest)
-        created = EPOCH_START + timedelta(microseconds=row.created)
-        return _info(fields, created, row, path)
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        fields = json.loads(rest)
+        fields["tags"] = tuple(fields["tags"])
+        when = EPOCH_START + timedelta(microseconds=created)
+        return CheckpointInfo(**fields, created=when, sequence=sequence, id=id, path=path)
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return None
 
 
-def _info(fields: dict[str, Any], created: datetime, row: Row, path: str) -> CheckpointInfo:
-    fields["tags"] = tuple(fields["tags"])
-    return CheckpointInfo(**fields, created=created, sequence=row.sequence, id=row.id, path=path)
-
-
-def _columns(rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each column, and then one for the rest of each row."""
-    for column in range(5):
-        yield "\t".join(str(row[column]) for row in rows)
-    yield from (row.rest for row in rows)
+def _data(rows: Sequence[Row]) -> bytes:
+    """All numbers, so many to a row; the names; the ids; a line for the rest of each row; and the hash of all that."""
+    numbers = array("Q", (n for _, sequence, created, _, stamp, _ in rows for n in (*stamp, sequence, created)))
+    lines = ["\t".join(row[0] for row in rows), "\t".join(row[3] for row in rows), *(row[5] for row in rows)]
+    count = f"{len(rows)}\n".encode("ascii")
+    data = _HEAD + count + numbers.tobytes() + "\n".join(lines).encode("ascii")
+    return data + xxhash.xxh3_128_digest(data)
 
 
 def _content(path: Path) -> bytes:
@@ -132,13 +130,12 @@ def _content(path: Path) -> bytes:
 
 def _rows(data: bytes) -> list[Row]:
     """The rows of a whole file of this version; ValueError if it is not one."""
-    body, seal = data[:-33], data[-33:-1]
-    if xxhash.xxh3_128_hexdigest(body).encode("ascii") != seal:
-        raise ValueError("torn or damaged")
-    head, *columns = body.decode("ascii").split("\n", 6)
-    if head != _HEAD or len(columns) != 6:
-        raise ValueError("of another version")
-    names, stamps, sequences, created, ids = (column.split("\t") for column in columns[:5])
-    rests = columns[5].split("\n")[:-1]
-    whole = zip(names, stamps, map(int, sequences), map(int, created), ids, rests, strict=True)
-    return list(map(Row._make, whole))
+    if not data.startswith(_HEAD) or xxhash.xxh3_128_digest(data[:-16]) != data[-16:]:
+        raise ValueError("of another version, torn or damaged")
+    begin = data.index(b"\n", len(_HEAD)) + 1
+    end = begin + int(data[len(_HEAD) : begin]) * _NUMBERS * 8
+    numbers = array("Q", data[begin:end])
+    stamps = zip(*(numbers[column::_NUMBERS] for column in range(5)), strict=True)
+    names, ids, *rests = data[end:-16].decode("ascii").split("\n")
+    whole = (names.split("\t"), numbers[5::_NUMBERS], numbers[6::_NUMBERS], ids.split("\t"), stamps, rests)
+    return list(zip(*whole, strict=True))

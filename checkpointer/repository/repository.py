@@ -181,7 +181,7 @@ class Repository:
         """
         entries = self._entries()
         new = self._sequences.unseen(entries)
-        return self._sequences.next(self._listing(new, whole=new is entries), entries)
+        return self._sequences.next(self._listing(new, whole=new is entries))
 
     def keep_known(self, *, least: int = WORTH_WRITING) -> None:
         """Write down what later processes need not read again, if ``least`` are new; see :class:`KnownManifests`."""

@@ -43,8 +43,8 @@ class Sequences:
         self._looks += 1
         return [entry for entry in entries if entry.name not in self._read]
 
-    def next(self, listing: Listing, entries: list[Entry]) -> int:
-        """The next one. ``listing`` is of what ``unseen`` gave for ``entries``.
+    def next(self, listing: Listing) -> int:
+        """The next one. ``listing`` is of what ``unseen`` gave.
 
         How high that of an unreadable one is nobody knows, unless this process has read it before, or has leapt over
         it. If it were not overtaken, it would be the newest again once it can be read, and the work since then be lost.
@@ -54,8 +54,7 @@ class Sequences:
         if unknown and highest < MAX_SEQUENCE - SEQUENCE_LEAP:
             highest += SEQUENCE_LEAP
         self._highest = highest
-        names = {entry.name for entry in entries}
-        self._read = (self._read & names).union(listing.checkpoints.names)
+        self._read.update(listing.checkpoints.names)
         leapt_over = (item.name for item in listing.unreadable if item.may_return)
         self._overtaken = self._read.union(leapt_over)
         return highest + 1

@@ -15,6 +15,9 @@ from checkpointer.errors import CheckpointerError, UnreadableCheckpointError
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
+Stamp: TypeAlias = tuple[int, ...]
+"""What tells a file from any other, and from itself before it was changed; see :meth:`Storage.stamps`."""
+
 _REFUSALS = frozenset(
     getattr(errno, name)
     for name in (
@@ -107,8 +110,8 @@ class Storage(Protocol):
     def read_many(self, paths: Sequence[str], limit: int) -> list[bytes | Exception]:
         """``read`` for each path, concurrently where that helps; an error takes the place of its result."""
 
-    def stamps(self, paths: Sequence[str]) -> list[str | None]:
-        """For each file a text that is another one as soon as its bytes, or who may read it, may be others.
+    def stamps(self, paths: Sequence[str]) -> list[Stamp | None]:
+        """For each file something that is another one as soon as its bytes, or who may read it, may be others.
 
         So a file that has the stamp it had before, and after, it was read need not be read again: by this process, or,
         where ``lock_path`` is given, by one that is started tomorrow. ``None`` where that cannot be promised: the file

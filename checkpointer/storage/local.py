@@ -20,7 +20,7 @@ from typing import Any
 from checkpointer.errors import CorruptCheckpointError
 from checkpointer.format import paths
 from checkpointer.storage import mounts
-from checkpointer.storage.base import Buffer, Entry
+from checkpointer.storage.base import Buffer, Entry, Stamp
 
 PREFETCHED = 128 << 10
 """Bytes that the system is asked to read at a time: of more, Linux reads as far as its readahead is set to."""
@@ -120,7 +120,7 @@ class LocalStorage:
                 results.append(error)
         return results
 
-    def stamps(self, files: Sequence[str]) -> list[str | None]:
+    def stamps(self, files: Sequence[str]) -> list[Stamp | None]:
         if not self._has_stamps:
             return [None] * len(files)
         latest = time.time_ns() - CLOCK_TICK
@@ -363,7 +363,7 @@ class LocalFile:
         os.close(self._fd)
 
 
-def _stamp(place: str, latest: int) -> str | None:
+def _stamp(place: str, latest: int) -> Stamp | None:
     """Of a regular file that changed last before ``latest``, in nanoseconds since 1970.
 
     Nobody can set ``st_ctime``: it is when anything about the file was changed last, its rights and ``st_mtime`` too.
@@ -375,7 +375,7 @@ def _stamp(place: str, latest: int) -> str | None:
     changed, modified = status.st_ctime_ns, status.st_mtime_ns
     if changed > latest or modified > latest or not stat.S_ISREG(status.st_mode):
         return None
-    return f"{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{modified:x}-{changed:x}"
+    return status.st_dev, status.st_ino, status.st_size, modified, changed
 
 
 def _open_below(root: str, path: str) -> int:

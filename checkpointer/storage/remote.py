@@ -16,7 +16,7 @@ from fsspec.asyn import AsyncFileSystem
 
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError
 from checkpointer.format import paths
-from checkpointer.storage.base import Buffer, Entry, blocks
+from checkpointer.storage.base import Buffer, Entry, Stamp, blocks
 from checkpointer.storage.redact import Redactor, without_credentials
 
 READ_BLOCK = 16 << 20
@@ -151,7 +151,7 @@ class FsspecStorage:
                 results.append(_as_os_error(self, error))
         return results
 
-    def stamps(self, paths: Sequence[str]) -> list[str | None]:
+    def stamps(self, paths: Sequence[str]) -> list[Stamp | None]:
         """None at all: to ask whether an object is still the same takes a request, as reading a small one does."""
         return [None] * len(paths)
 
