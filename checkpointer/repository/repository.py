@@ -364,6 +364,7 @@ class Repository:
         """Make an attempt visible and durable: the one commit point."""
         with self._sequences.doubted_if_it_fails():
             name = self._protocol.commit(attempt, manifest)
+        self._sequences.committed(name, manifest.sequence)
         return self.current(manifest.info(self.storage.place(name)))
 
     def abandon(self, attempt: Attempt) -> None:

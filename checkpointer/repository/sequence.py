@@ -59,6 +59,11 @@ class Sequences:
         self._overtaken = self._read.union(leapt_over)
         return highest + 1
 
+    def committed(self, name: str, sequence: int) -> None:
+        """This writer has committed ``name``, perhaps in the place of another one."""
+        self._highest = max(self._highest, sequence)
+        self._read.discard(name)
+
     def leaves(self, name: str) -> None:
         """This writer removes ``name``: what has that name later is another one."""
         self._read.discard(name)

@@ -35,6 +35,7 @@ def _mounts_at(place: bytes, table: bytes) -> tuple[str | None, bool]:
     kind: str | None = None
     nearest = -1
     below = False
+    place = place.rstrip(b"/")
     for line in table.splitlines():
         left, _, right = line.partition(b" - ")
         fields = left.split(b" ")
