@@ -173,13 +173,13 @@ class KnownManifests:
     def write_file(self, *, least: int = WORTH_WRITING) -> None:
         """Let a process that is started later know it, too, if ``least`` are new. For the holder of the lock alone.
 
-        What goes wrong costs time, and nothing else: the file is a cache.
+        A few checkpoints are not worth a file. What goes wrong costs time, and nothing else: it is a cache.
         """
-        if self._file is None or self._learned < least or not self._lock.held:
+        if self._file is None or self._learned < least or len(self._found) < WORTH_WRITING or not self._lock.held:
             return
         try:
             self._file.write(row for item in self._found.values() if (row := item.row()) is not None)
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # also of a time before 1970
             messages.log(logger.debug, "what is known of %s cannot be kept for later: %s", self._storage.url, error)
         self._learned = 0
 

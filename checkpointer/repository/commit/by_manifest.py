@@ -7,6 +7,7 @@ one small put. A small record per unfinished attempt or removal lets the next wr
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -88,8 +89,9 @@ class ManifestCommit:
         return name
 
     def abandon(self, attempt: Attempt) -> None:
-        if attempt.id in self._unanswered:
-            return  # its marker may appear any moment: the next writer looks again, and finds the record
+        if attempt.id in self._unanswered:  # its marker may appear any moment: looked for before the next save
+            self._unanswered.remove(attempt.id)
+            raise OSError(errno.EAGAIN, "the storage has not said whether it was committed", attempt.directory)
         self._delete_attempt(attempt.id, attempt.step)
 
     def remove(self, name: str, manifest: Manifest) -> bool:

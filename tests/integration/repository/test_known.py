@@ -574,3 +574,20 @@ def test_doctor_reads_what_is_known_too(local: Root, known: Path, monkeypatch: p
     assert len(listing(local).checkpoints) == 20
     found = Doctor(Repository(open_storage(local.url))).examine().findings
     assert any("checkpoint-7" in finding.path for finding in found)
+
+
+@needs_stamps
+def test_a_manifest_that_was_changed_in_its_place_and_given_its_times_back_is_read_again(
+    local: Root, known: Path
+) -> None:
+    mgr = manager(local, read_only=True)
+    assert mgr.latest().step == 19
+    manifest = Path(local.url, "checkpoint-7", "manifest.json")
+    before, data = manifest.stat(), bytearray(manifest.read_bytes())
+    data[20] ^= 1
+    with open(manifest, "r+b") as file:
+        file.write(data)
+    os.utime(manifest, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert manifest.stat().st_mtime_ns == before.st_mtime_ns
+    assert 7 not in [info.step for info in mgr.checkpoints()]
+    assert 7 not in [info.step for info in listing(local).checkpoints]
