@@ -41,6 +41,8 @@ FIRST_GUESSES = {
     "the manifest": ("format/manifest.py", "Manifest"),
     "the configuration's keys": ("config/settings.py", "Config"),
     "secrets in messages": ("storage/redact.py", "Redactor"),
+    "manifests that need not be read": ("repository/known.py", "KnownManifests"),
+    "the sequence of a commit": ("repository/sequence.py", "Sequences"),
 }
 """Behaviour: the file, and the name in it that carries the behaviour."""
 
