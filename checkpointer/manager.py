@@ -694,7 +694,7 @@ class CheckpointManager:
         return restored
 
     def _note_restored(self, info: CheckpointInfo | None, listing: Listing | None = None) -> None:
-        self._tip.restored(info, listing or self._repository.list_checkpoints())
+        self._tip.restored(info, listing)
         self._saver.reuse_from(self._restorer.source if info else None)
 
     def _open_for_saving(self) -> None:

@@ -42,8 +42,9 @@ class Tip:
         recent = self.recent
         return recent[-1].created if recent else None
 
-    def restored(self, info: CheckpointInfo | None, listing: Listing) -> None:
-        """A restore has ended; ``None``: the run was empty. ``listing``: what it found there."""
+    def restored(self, info: CheckpointInfo | None, listing: Listing | None = None) -> None:
+        """A restore has ended; ``None``: the run was empty. ``listing``: what it found there, if it has listed all."""
+        listing = listing or self._repository.list_checkpoints()
         self._remember(listing)
         self._checked = False
         if info is not None:

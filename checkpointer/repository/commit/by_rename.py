@@ -136,7 +136,7 @@ class RenameCommit:
     def recover(self) -> None:
         self._settle()
         parts = ((paths.TMP, self._recover_in_tmp), (paths.TRASH, self._recover_in_trash))
-        steps = [partial(self._recover_in, *part) for part in parts]
+        steps: list[Callable[[], None]] = [partial(self._recover_in, *part) for part in parts]
         for_each([*steps, self._recover_names], lambda step: step())
 
     def _recover_in(self, folder: str, work: Callable[[Entry], None]) -> None:

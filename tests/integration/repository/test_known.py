@@ -390,6 +390,7 @@ def test_a_sequence_that_is_changed_in_its_place_is_overtaken_some_commits_later
 def put_back(root: Root, name: str, step: int, *, sequence: int) -> None:
     """Copy a checkpoint, as of another step and sequence."""
     manifest = read_manifest(open_storage(root.url), name)
+    assert manifest is not None
     place = Path(root.url, f"checkpoint-{step}")
     if place.name != name:
         shutil.copytree(Path(root.url, name), place)
