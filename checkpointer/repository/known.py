@@ -187,9 +187,11 @@ class KnownManifests:
         self._loaded = True
         if self._file is None:
             return
-        for row in self._file.read():
-            name, sequence, created, id, stamp, rest = row
-            self._found.setdefault(name, Known(name, (sequence, created, id), stamp, rest))
+        kept = {
+            name: Known(name, (sequence, created, id), stamp, rest)
+            for name, sequence, created, id, stamp, rest in self._file.read()
+        }
+        self._found = {**kept, **self._found}
 
     def _stamps(self, names: Sequence[str]) -> dict[str, Stamp]:
         """Of each directory's manifest that has one."""

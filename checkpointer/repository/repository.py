@@ -229,6 +229,7 @@ class Repository:
         name = name_of(info)
         manifest = read_manifest(self.storage, name)
         if manifest is None or manifest.id != info.id:
+            self._known.forget()  # if it is not gone, what is known is wrong: then the next listing is right
             raise CheckpointNotFoundError(f"{info.path} has been removed, or replaced, since it was listed")
         return manifest
 

@@ -31,6 +31,9 @@ LARGE = 1 << 20
 CLOCK_TICK = 50_000_000
 """Nanoseconds. A file can change twice before the clock that its times are from goes on: 10 ms at most on Linux."""
 
+WHOLE_SECOND = 1_000_000_000
+"""Nanoseconds. ext4 with small inodes keeps no fractions."""
+
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NON_BLOCK = getattr(os, "O_NONBLOCK", 0)
 _DIRECTORY = getattr(os, "O_DIRECTORY", 0)
@@ -123,8 +126,8 @@ class LocalStorage:
     def stamps(self, files: Sequence[str]) -> list[Stamp | None]:
         if not self._has_stamps:
             return [None] * len(files)
-        latest = time.time_ns() - CLOCK_TICK
-        return [_stamp(f"{self.root}/{path}", latest) for path in files]
+        now = time.time_ns()
+        return [_stamp(f"{self.root}/{path}", now) for path in files]
 
     @functools.cached_property
     def _has_stamps(self) -> bool:
@@ -363,8 +366,8 @@ class LocalFile:
         os.close(self._fd)
 
 
-def _stamp(place: str, latest: int) -> Stamp | None:
-    """Of a regular file that changed last before ``latest``, in nanoseconds since 1970.
+def _stamp(place: str, now: int) -> Stamp | None:
+    """Of a regular file that did not change just before ``now``, in nanoseconds since 1970.
 
     Nobody can set ``st_ctime``: it is when anything about the file was changed last, its rights and ``st_mtime`` too.
     """
@@ -373,6 +376,7 @@ def _stamp(place: str, latest: int) -> Stamp | None:
     except OSError:  # whoever reads the file learns why
         return None
     changed, modified = status.st_ctime_ns, status.st_mtime_ns
+    latest = now - (CLOCK_TICK if changed % WHOLE_SECOND else 2 * WHOLE_SECOND)
     if changed > latest or modified > latest or not stat.S_ISREG(status.st_mode):
         return None
     return status.st_dev, status.st_ino, status.st_size, modified, changed

@@ -7,7 +7,7 @@ import re
 import sys
 
 LOCAL = frozenset({
-    "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "reiserfs", "tmpfs", "xfs", "zfs",
+    "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs",
 })  # fmt: skip
 """Kinds of file systems that this host alone writes, whose inode numbers last, and whose times are the kernel's.
 
