@@ -188,8 +188,6 @@ class StorageContract:
         names = ["same", "changed", "replaced", "gone", "missing", "folder"]
         for name in (*names[:4], "folder/file"):
             _write(storage, name, b"12345678")
-        if storage.stamps(["same"] * 3) != [None] * 3:  # it was written just now, and could be written again
-            raise AssertionError("a file that was written just now has a stamp already")
         time.sleep(0.1)
         before = storage.stamps(names)
         if before == [None] * 6:

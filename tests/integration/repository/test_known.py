@@ -585,6 +585,22 @@ def test_doctor_reads_what_is_known_too(local: Root, known: Path, monkeypatch: p
 
 
 @needs_stamps
+def test_a_file_that_changed_a_moment_ago_has_no_stamp_as_it_could_change_again_unseen(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path, durable=False)
+    for _ in range(100):
+        began = time.time_ns()
+        (tmp_path / "file").write_bytes(b"1")
+        (found,) = storage.stamps(["file"])
+        if time.time_ns() - began < CLOCK_TICK:  # else the machine has slept in between
+            assert found is None
+            break
+    else:
+        pytest.skip("this machine takes longer than a moment to write a byte")
+    time.sleep(SETTLED)
+    assert storage.stamps(["file"]) != [None]
+
+
+@needs_stamps
 def test_a_manifest_that_was_changed_in_its_place_and_given_its_times_back_is_read_again(
     local: Root, known: Path
 ) -> None:
