@@ -7,11 +7,11 @@ one small put. A small record per unfinished attempt or removal lets the next wr
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from checkpointer.errors import CorruptCheckpointError, FormatVersionError, RunLockedError
@@ -53,7 +53,7 @@ class ManifestCommit:
         self.waiting: set[str] = set()
         self._warned = False
         self._untidied: list[Callable[[], object]] = []
-        """What could not be cleared away after a commit."""
+        """What could not be cleared away after a commit, or after one that the store has not answered for."""
         self._unanswered: set[str] = set()
         """Attempts whose manifest may or may not have been written: the store has not said."""
 
@@ -91,7 +91,8 @@ class ManifestCommit:
     def abandon(self, attempt: Attempt) -> None:
         if attempt.id in self._unanswered:  # its marker may appear any moment: looked for before the next save
             self._unanswered.remove(attempt.id)
-            raise OSError(errno.EAGAIN, "the storage has not said whether it was committed", attempt.directory)
+            self._untidied.append(partial(self._delete_attempt, attempt.id, attempt.step))
+            return
         self._delete_attempt(attempt.id, attempt.step)
 
     def remove(self, name: str, manifest: Manifest) -> bool:
