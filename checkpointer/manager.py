@@ -39,7 +39,7 @@ from checkpointer.policy.monitoring import Mode as MetricMode
 from checkpointer.policy.monitoring import listed, nearest_name
 from checkpointer.policy.retention import BestRule, RetentionPlan, best_rule, rank
 from checkpointer.repository.notes import Note
-from checkpointer.repository.repository import Repository
+from checkpointer.repository.repository import Listing, Repository
 from checkpointer.repository.verify import VerifyReport
 from checkpointer.repository.watch import watch
 from checkpointer.restore.report import Restored
@@ -343,7 +343,7 @@ class CheckpointManager:
         with self._turn():
             self._open_for_restoring()
             restored = self._restorer.latest(request, finite=finite)
-            self._note_restored(restored.checkpoint if restored else None)
+            self._note_restored(restored.checkpoint if restored else None, self._restorer.listing)
         return restored
 
     def restore(
@@ -574,6 +574,7 @@ class CheckpointManager:
                 self._preemption.record(self._repository.journal)
             try:
                 self._saver.close(partial(self._preemption.time_left, PATIENCE))
+                self._repository.keep_known(least=1)
             finally:
                 self._preemption.restore()
                 self._tenure.close()
@@ -707,8 +708,8 @@ class CheckpointManager:
         self._note_restored(restored.checkpoint)
         return restored
 
-    def _note_restored(self, info: CheckpointInfo | None) -> None:
-        self._tip.restored(info)
+    def _note_restored(self, info: CheckpointInfo | None, listing: Listing | None = None) -> None:
+        self._tip.restored(info, listing)
         self._saver.reuse_from(self._restorer.source if info else None)
 
     def _open_for_saving(self) -> None:

@@ -48,7 +48,7 @@ def parse_checkpoint_name(name: str) -> int | None:
 
 def is_second_name(name: str) -> bool:
     """Whether ``name`` is ``checkpoint-<step>-<id8>``."""
-    match = _CHECKPOINT.fullmatch(name)
+    match = _CHECKPOINT.fullmatch(name) if name.count("-") == 2 else None
     return bool(match and match[2])
 
 

@@ -96,7 +96,7 @@ class _Verdict:
 class _Chart:
     """What one examination knows of the run root while it goes on."""
 
-    listing: Listing = field(default_factory=lambda: Listing((), ()))
+    listing: Listing = field(default_factory=Listing)
     read_only: bool = False
     """Whether the run root lies on a file system that is mounted read-only."""
     busy: bool = False
@@ -420,7 +420,7 @@ class Doctor:
 
     def _checked(self) -> Iterator[tuple[CheckpointInfo, _Verdict]]:
         """List, check each checkpoint whose manifest is whole, and sort all by what to do with them."""
-        self._chart.listing = self._repository.list_checkpoints()
+        self._chart.listing = self._repository.list_checkpoints(anew=True)
         for info in self._chart.listing.checkpoints:
             with contextlib.suppress(CheckpointNotFoundError):  # a writer pruned it meanwhile
                 if info.id not in self._verdicts:

@@ -59,6 +59,11 @@ class WriterLock:
         """Whether this very process holds it: a forked child inherits nothing."""
         return self._lock is not None and self._pid == os.getpid()
 
+    @property
+    def tenure(self) -> object | None:
+        """Stands for the time from one ``acquire`` to its ``release``; ``None`` where this process does not hold it."""
+        return self._lock if self.held else None
+
     def held_as(self, identity: tuple[int, int]) -> bool:
         """Whether this process holds it, by the lock file of this device and inode."""
         return self.held and self._identity == identity

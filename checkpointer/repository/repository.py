@@ -1,4 +1,4 @@
-"""One run root: list, write, commit, read, verify, remove. Disk is the truth; nothing here remembers it."""
+"""One run root: list, write, commit, read, verify, remove. Disk is the truth: what is remembered is held against it."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ from checkpointer.repository.checkpoint_reader import ONE_PROCESS, CheckpointRea
 from checkpointer.repository.commit import Attempt, for_each, obstacle_of, protocol_for, read_manifest
 from checkpointer.repository.contents import read_contents
 from checkpointer.repository.journal import Journal
+from checkpointer.repository.known import NONE_THERE, Checkpoints, Key, Known, KnownManifests, Source
+from checkpointer.repository.known_file import WORTH_WRITING
 from checkpointer.repository.lock import WriterLock
 from checkpointer.repository.notes import (
     Note,
@@ -37,6 +39,7 @@ from checkpointer.repository.notes import (
     read_notes,
     remove_notes,
 )
+from checkpointer.repository.sequence import Sequences
 from checkpointer.repository.strangers import Stranger
 from checkpointer.repository.verify import CheckpointReport, VerifyReport, verify_checkpoint
 from checkpointer.storage import Entry, Storage, is_refusal, refusals_typed, unreadable
@@ -70,9 +73,9 @@ class Unreadable:
 class Listing:
     """What a run root holds."""
 
-    checkpoints: tuple[CheckpointInfo, ...]
+    checkpoints: Checkpoints = NONE_THERE
     """Committed checkpoints with a readable manifest, in commit order."""
-    unreadable: tuple[Unreadable, ...]
+    unreadable: tuple[Unreadable, ...] = ()
     strangers: tuple[Stranger, ...] = ()
     """What has the name of a checkpoint and no manifest: no checkpoint of this library, or not yet, or no more."""
     others: tuple[str, ...] = ()
@@ -85,12 +88,6 @@ class Listing:
         return not self.checkpoints and not self.unreadable
 
 
-SEQUENCE_LEAP = 1_000_000
-"""How far a commit leaps ahead of a checkpoint whose sequence is not known; no run has so many commits."""
-
-MAX_SEQUENCE = 2**63 - 1
-
-
 class Repository:
     """The checkpoints below one storage's root. Only ``begin`` to ``recover`` need the writer's lock."""
 
@@ -100,11 +97,10 @@ class Repository:
         self._must_exist = must_exist
         self._contents: dict[str, Mapping[str, FileRecord]] = {}
         """The files of checkpoints that share bytes, by id."""
-        self._overtaken: set[str] = set()
-        """Names of checkpoints whose sequence is at most ``_highest``, whether they can be read now or not."""
-        self._highest = 0
         self.lock = WriterLock(storage.url, storage.lock_path, lambda: storage.make_directory(paths.PRIVATE))
         self.journal = Journal(storage, self.lock)
+        self._known = KnownManifests(storage, self.lock)
+        self._sequences = Sequences(self.lock)
         self._protocol = protocol_for(storage, self.lock, self.journal)
         self._abandoned: list[Attempt] = []
         """Failed attempts whose files could not be removed yet."""
@@ -119,59 +115,84 @@ class Repository:
         """The run root for humans: a path, or a URL without credentials."""
         return self.storage.url
 
-    def list_checkpoints(self) -> Listing:
-        """Everything that is committed. Reads one small file a checkpoint, and the notes.
+    def list_checkpoints(self, *, anew: bool = False) -> Listing:
+        """Everything that is committed. Reads the notes, and each manifest that is new or changed since it was read.
+
+        ``anew``: reads all of them, for those who look for damage that no stamp of a file shows.
 
         Raises:
             CheckpointNotFoundError: there is no run root, and it has to be there.
             ConfigError: the run root is itself a checkpoint, or a file.
             UnreadableCheckpointError: the run root cannot be listed.
         """
+        if anew:
+            self._known.forget()
+        return self._listing(self._entries())
+
+    def _entries(self) -> list[Entry]:
+        """What the run root holds."""
         with refusals_typed(self.storage, ""):
             entries = self.storage.list_directory("")
         self._check_root(entries)
+        return entries
+
+    def _listing(self, entries: list[Entry], *, whole: bool = True) -> Listing:
+        """``whole``: these are all that the run root holds."""
         named = [entry for entry in entries if paths.parse_checkpoint_name(entry.name) is not None]
         names = [entry.name for entry in named if entry.is_dir]
-        listed = [f"{name}/{paths.MANIFEST}" for name in names]
         noted = noted_as_far_as_known(self.storage) if names else set()
         with refusals_typed(self.storage, ""):
-            manifests = self.storage.read_many(listed, paths.MANIFEST_LIMIT)
-        found: list[CheckpointInfo] = []
+            look = self._known.look(names)
+            unknown = [name for name in names if name not in look.known]
+            files = [f"{name}/{paths.MANIFEST}" for name in unknown]
+            manifests = self.storage.read_many(files, paths.MANIFEST_LIMIT) if files else []
+        read: dict[str, CheckpointInfo] = {}
         unreadable = [item for entry in named if entry.link is not None and (item := self._behind(entry))]
         strangers = [self._stranger(entry) for entry in named if not entry.is_dir]
-        for name, data in zip(names, manifests, strict=True):
+        for name, data in zip(unknown, manifests, strict=True):
             try:
-                info = self._describe(name, data, noted)
+                info = self._describe(name, data)
             except (CorruptCheckpointError, FormatVersionError, UnreadableCheckpointError) as error:
                 unreadable.append(Unreadable(name, self.storage.place(name), _step_of(name), error))
             else:
-                found += [info] if info else []
+                read |= {name: info} if info else {}
                 strangers += [] if info else [self._stranger(Entry(name, is_dir=True, is_file=False))]
-        found.sort(key=lambda info: (info.sequence, info.created, info.id))
-        known = {item.name for item in unreadable}
+        self._known.learn(look, read, whole=whole)
+        found = sorted([*look.known.values(), *(Known.read(name, info) for name, info in read.items())], key=_order)
+        links = {item.name for item in unreadable}
         return Listing(
-            tuple(found),
+            self._with_notes(found, noted),
             tuple(sorted(unreadable, key=lambda item: item.step)),
-            tuple(item for item in strangers if item.name not in known),
+            tuple(item for item in strangers if item.name not in links),
             () if found or unreadable else tuple(entry.name for entry in entries),
             notes_known=noted is not None,
         )
 
+    def _with_notes(self, found: list[Known], noted: set[str] | None) -> Checkpoints:
+        """``noted``: the ids of those that have notes; ``None``: perhaps all of them."""
+        annotated = [known for known in found if noted is None or known.key[2] in noted]
+        source = Source(self.storage.place, self._read_anew)
+        infos = {known.name: self.current(known.info(source)) for known in annotated}
+        return Checkpoints(found, source, infos)
+
+    def _read_anew(self, name: str) -> CheckpointInfo:
+        info = self._describe(name, self.storage.read_many([f"{name}/{paths.MANIFEST}"], paths.MANIFEST_LIMIT)[0])
+        if info is None:
+            raise CheckpointNotFoundError(f"{self.storage.place(name)} has been removed since it was listed")
+        return info
+
     def next_sequence(self) -> int:
         """The sequence of the next commit: above that of every other, also of those that cannot be read right now.
 
-        How high that is nobody knows, unless this process has read it before, or has leapt over it. If it were not
-        overtaken, it would be the newest again once it can be read, and the work since then be lost.
+        The holder of the lock reads what has appeared since the last commit alone; see :class:`Sequences`.
         """
-        listing = self.list_checkpoints()
-        highest = max(self._highest, *(info.sequence for info in listing.checkpoints), 0)
-        unknown = {item.name for item in listing.unreadable if item.may_return} - self._overtaken
-        if unknown and highest < MAX_SEQUENCE - SEQUENCE_LEAP:
-            highest += SEQUENCE_LEAP
-        self._highest = highest
-        leapt_over = (item.name for item in listing.unreadable if item.may_return)
-        self._overtaken = {*map(name_of, listing.checkpoints), *leapt_over}
-        return highest + 1
+        entries = self._entries()
+        new = self._sequences.unseen(entries)
+        return self._sequences.next(self._listing(new, whole=new is entries))
+
+    def keep_known(self, *, least: int = WORTH_WRITING) -> None:
+        """Write down what later processes need not read again, if ``least`` are new; see :class:`KnownManifests`."""
+        self._known.write_file(least=least)
 
     def committed_beside(self, known: Collection[str]) -> bool:
         """Whether a checkpoint has been committed under a name that is not ``known``; one listing if not."""
@@ -215,6 +236,7 @@ class Repository:
         name = name_of(info)
         manifest = read_manifest(self.storage, name)
         if manifest is None or manifest.id != info.id:
+            self._known.forget()  # if it is not gone, what is known is wrong: then the next listing is right
             raise CheckpointNotFoundError(f"{info.path} has been removed, or replaced, since it was listed")
         return manifest
 
@@ -383,7 +405,9 @@ class Repository:
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> CheckpointInfo:
         """Make an attempt visible and durable: the one commit point."""
-        name = self._protocol.commit(attempt, manifest)
+        with self._sequences.doubted_if_it_fails():
+            name = self._protocol.commit(attempt, manifest)
+        self._sequences.committed(name, manifest.sequence)
         info = manifest.info(self.storage.place(name))
         self.journal.committed(info)
         return self.current(info)
@@ -403,8 +427,10 @@ class Repository:
         except CheckpointNotFoundError:
             return True
         self.retry_removals()
+        self._sequences.leaves(name_of(info))
         try:
-            return self._protocol.remove(name_of(info), manifest)
+            with self._sequences.doubted_if_it_fails():
+                return self._protocol.remove(name_of(info), manifest)
         except OSError:
             if manifest.id not in self._half_removed:
                 self._half_removed.append(manifest.id)
@@ -434,9 +460,12 @@ class Repository:
             )
 
     def _forget_notes(self) -> None:
+        noted = noted_ids(self.storage)
+        if not noted:
+            return
         listing = self.list_checkpoints()
         if not listing.unreadable:  # an unreadable manifest may belong to any note
-            for id in noted_ids(self.storage) - {info.id for info in listing.checkpoints}:
+            for id in noted.difference(listing.checkpoints.ids):
                 remove_notes(self.storage, id)
 
     def quarantine(self, name: str) -> str | None:
@@ -491,8 +520,8 @@ class Repository:
         )
         return Unreadable(link.name, place, _step_of(link.name), error, link.link)
 
-    def _describe(self, name: str, data: bytes | Exception, noted: set[str] | None) -> CheckpointInfo | None:
-        """The checkpoint in directory ``name``; ``None`` if it has no manifest, and so is none."""
+    def _describe(self, name: str, data: bytes | Exception) -> CheckpointInfo | None:
+        """The checkpoint in directory ``name``, without its notes; ``None`` if it has no manifest, and so is none."""
         where = self.storage.place(f"{name}/{paths.MANIFEST}")
         if isinstance(data, FileNotFoundError):
             return None
@@ -505,8 +534,7 @@ class Repository:
         manifest = parse_manifest(data, where)
         if manifest.step != _step_of(name):
             raise CorruptCheckpointError(f"{where} is the manifest of step {manifest.step}: files were swapped")
-        info = manifest.info(self.storage.place(name))
-        return self.current(info) if noted is None or manifest.id in noted else info
+        return manifest.info(self.storage.place(name))
 
 
 def _unchecked(path: str, step: int, info: CheckpointInfo | None, error: CheckpointerError) -> CheckpointReport:
@@ -514,6 +542,10 @@ def _unchecked(path: str, step: int, info: CheckpointInfo | None, error: Checkpo
     if isinstance(error, CorruptCheckpointError):
         return CheckpointReport(path, step, info, (str(error),), (), 0)
     return CheckpointReport(path, step, info, (), (), 0, (str(error),))
+
+
+def _order(known: Known) -> Key:
+    return known.key
 
 
 def _step_of(name: str) -> int:

@@ -24,6 +24,7 @@ from checkpointer.format.index import Chunk, Component
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.checkpoint_reader import CheckpointReader, ReadingRank
+from checkpointer.repository.known import Checkpoints
 from checkpointer.repository.notes import Note
 from checkpointer.repository.repository import Listing, Repository, Unreadable
 from checkpointer.restore.report import Restored, RestoreReport, Skipped
@@ -79,6 +80,8 @@ class Restorer:
         self._adapters = adapters
         self.source: ReuseSource | None = None
         """The checkpoint restored last, with the files whose every byte was verified: later saves may share them."""
+        self.listing: Listing | None = None
+        """What ``latest`` has found in the run root; ``None`` if no listing is that fresh."""
 
     @property
     def _ranks(self) -> Ranks:
@@ -109,16 +112,16 @@ class Restorer:
             return restored
         raise CheckpointNotFoundError(f"checkpoints in {self._repository.url} keep vanishing while they are opened")
 
-    def _candidates(self, skipped: dict[str, Skipped], *, finite: bool) -> list[CheckpointInfo] | None:
+    def _candidates(self, skipped: dict[str, Skipped], *, finite: bool) -> Checkpoints | None:
         """What to try, the newest first, the same on every rank; ``None`` where there is nothing at all."""
         with self._ranks.exchange(f"looking for a checkpoint in {self._repository.url}") as exchange:
-            listing = self._repository.list_checkpoints()
-            found = {info.id: info for info in self._usable(listing, skipped, finite=finite)}
-            seen = exchange.gather(_Seen(list(found), listing.empty), _Seen)
+            self.listing = listing = self._repository.list_checkpoints()
+            found = self._usable(listing, skipped, finite=finite)
+            seen = exchange.gather(_Seen(list(found.ids), listing.empty), _Seen)
             agreed = exchange.broadcast(None if seen is None else _seen_by_all(seen), _Seen)
-        return None if agreed.empty else [found[id] for id in agreed.ids]
+        return None if agreed.empty else found.of(agreed.ids)
 
-    def _usable(self, listing: Listing, skipped: dict[str, Skipped], *, finite: bool) -> list[CheckpointInfo]:
+    def _usable(self, listing: Listing, skipped: dict[str, Skipped], *, finite: bool) -> Checkpoints:
         for item in listing.unreadable:
             if isinstance(item.error, FormatVersionError):
                 raise item.error
@@ -128,9 +131,11 @@ class Restorer:
                 self._repository.journal.add("damage", step=item.step, reason=str(item.error))
             kind = "damaged checkpoint" if item.link is None else "link in the place of a checkpoint"
             self._skip(skipped, item.path, item.step, str(item.error), kind)
-        candidates = [info for info in reversed(listing.checkpoints) if info.path not in skipped]
+        candidates = listing.checkpoints[::-1]
+        if skipped:
+            candidates = candidates.where(lambda info: info.path not in skipped)
         if finite:
-            candidates = [info for info in candidates if info.finite is not False]
+            candidates = candidates.where(lambda info: info.finite is not False)
             if not candidates and len(skipped) < len(listing.checkpoints) + len(listing.unreadable):
                 raise CheckpointNotFoundError(f"every checkpoint in {self._repository.url} holds NaN or infinities")
         return candidates

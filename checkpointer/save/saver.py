@@ -398,6 +398,7 @@ class Saver:
                 self._warn_of_divergence(info)
                 self._prune()
                 self._space.committed(info)
+                self._repository.keep_known()
             except Exception as error:  # noqa: BLE001  it is saved: training goes on
                 messages.log(logger.error, "after the commit of %s", info.path, error=error)
                 messages.warn(f"{info.path} is committed, but what follows a commit failed: {error!r}")

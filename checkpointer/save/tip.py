@@ -33,7 +33,7 @@ class Tip:
     def recent(self) -> tuple[CheckpointInfo, ...]:
         """The newest commits of the run, as many as the schedule goes by, in commit order."""
         if self._seen is None:
-            return self._repository.list_checkpoints().checkpoints[-RECENT:]
+            return tuple(self._repository.list_checkpoints().checkpoints[-RECENT:])
         return self._recent
 
     @property
@@ -42,9 +42,9 @@ class Tip:
         recent = self.recent
         return recent[-1].created if recent else None
 
-    def restored(self, info: CheckpointInfo | None) -> None:
-        """A restore has ended; ``None``: the run was empty."""
-        listing = self._repository.list_checkpoints()
+    def restored(self, info: CheckpointInfo | None, listing: Listing | None = None) -> None:
+        """A restore has ended; ``None``: the run was empty. ``listing``: what it found there, if it has listed all."""
+        listing = listing or self._repository.list_checkpoints()
         self._remember(listing)
         self._checked = False
         if info is not None:
@@ -126,7 +126,7 @@ class Tip:
             messages.warn(text)
 
     def _remember(self, listing: Listing) -> None:
-        self._recent = listing.checkpoints[-RECENT:]
+        self._recent = tuple(listing.checkpoints[-RECENT:])
         self._seen = self._recent[-1].sequence if self._recent else 0
 
 

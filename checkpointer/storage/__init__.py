@@ -10,7 +10,17 @@ from contextvars import ContextVar
 from checkpointer.errors import ConfigError
 from checkpointer.format import paths
 from checkpointer.storage import roots
-from checkpointer.storage.base import Buffer, Entry, ReadFile, Storage, blocks, is_refusal, refusals_typed, unreadable
+from checkpointer.storage.base import (
+    Buffer,
+    Entry,
+    ReadFile,
+    Stamp,
+    Storage,
+    blocks,
+    is_refusal,
+    refusals_typed,
+    unreadable,
+)
 from checkpointer.storage.local import LocalStorage
 
 _wrapper: ContextVar[Callable[[Storage], Storage] | None] = ContextVar("wrapper", default=None)
@@ -101,6 +111,7 @@ __all__ = [
     "Entry",
     "LocalStorage",
     "ReadFile",
+    "Stamp",
     "Storage",
     "blocks",
     "is_refusal",

@@ -15,6 +15,9 @@ from checkpointer.errors import CheckpointerError, UnreadableCheckpointError
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
+Stamp: TypeAlias = tuple[int, ...]
+"""What tells a file from any other, and from itself before it was changed; see :meth:`Storage.stamps`."""
+
 _REFUSALS = frozenset(
     getattr(errno, name)
     for name in (
@@ -110,6 +113,16 @@ class Storage(Protocol):
 
     def read_many(self, paths: Sequence[str], limit: int) -> list[bytes | Exception]:
         """``read`` for each path, concurrently where that helps; an error takes the place of its result."""
+
+    def stamps(self, paths: Sequence[str]) -> list[Stamp | None]:
+        """For each file something that is another one as soon as its bytes, or who may read it, may be others.
+
+        So a file that has the stamp it had before, and after, it was read need not be read again: by this process, or,
+        where ``lock_path`` is given, by one that is started tomorrow. ``None`` where that cannot be promised: the file
+        is missing, or none; it changed so lately that it could change again without another stamp; the file system is
+        one of whose times or numbers nothing is known; or asking takes as long as reading, as on object stores. The
+        directories on the way are not looked at: the caller has listed them.
+        """
 
     def open(self, path: str) -> ReadFile: ...
 

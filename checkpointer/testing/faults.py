@@ -43,7 +43,8 @@ Kind: TypeAlias = Literal[
 
 OPERATIONS = (
     "list_directory", "exists", "read", "read_many", "open", "write", "append", "link", "put", "create", "replace",
-    "remove", "remove_directory", "make_directory", "rename", "exchange", "sync", "age", "identity", "free_bytes",
+    "remove", "remove_directory", "make_directory", "rename", "exchange", "sync", "stamps", "age", "identity",
+    "free_bytes",
     "read_into",
 )  # fmt: skip
 """Every operation of a :class:`~checkpointer.storage.Storage` that asks the file system for something; ``read_into`` is

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -183,6 +184,29 @@ class StorageContract:
         assert isinstance(found[1], FileNotFoundError)
         assert isinstance(found[2], CorruptCheckpointError)
         assert storage.read_many([], 10) == []
+
+    def test_a_file_that_has_its_stamp_still_is_the_file_that_was_read(self, storage: Storage) -> None:
+        names = ["same", "changed", "replaced", "gone", "missing", "folder"]
+        for name in (*names[:4], "folder/file"):
+            _write(storage, name, b"12345678")
+        time.sleep(0.1)
+        before = storage.stamps(names)
+        if before == [None] * 6:
+            return  # only reading tells
+        assert None not in before[:4]
+        assert len(set(before[:4])) == 4, "two files have one stamp"
+        assert before[4:] == [None, None]
+        storage.remove("changed")
+        _write(storage, "changed", b"87654321")
+        storage.put("replaced", b"87654321")
+        storage.remove("gone")
+        time.sleep(0.1)
+        after = storage.stamps(names)
+        assert after[0] == before[0]
+        assert after[3] is None
+        assert None not in after[1:3]
+        assert not {after[1], after[2]} & set(before), "a changed file has the stamp of another"
+        assert storage.stamps([]) == []
 
     def test_a_file_larger_than_the_limit_is_refused(self, storage: Storage) -> None:
         _write(storage, "file", b"x" * 11)

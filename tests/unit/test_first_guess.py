@@ -40,8 +40,12 @@ FIRST_GUESSES = {
     "a loader at another world size": ("data/resharding.py", "carried_over"),
     "file names": ("format/paths.py", "checkpoint_name"),
     "the manifest": ("format/manifest.py", "Manifest"),
+    "the table of tensors": ("format/table.py", "TensorColumns"),
     "the configuration's keys": ("config/settings.py", "Config"),
     "secrets in messages": ("storage/redact.py", "Redactor"),
+    "manifests that need not be read": ("repository/known.py", "KnownManifests"),
+    "the sequence of a commit": ("repository/sequence.py", "Sequences"),
+    "which files a checkpoint has": ("repository/contents.py", "read_contents"),
 }
 """Behaviour: the file, and the name in it that carries the behaviour."""
 

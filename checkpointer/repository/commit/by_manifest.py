@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from checkpointer.errors import CorruptCheckpointError, FormatVersionError, RunLockedError
@@ -59,7 +60,7 @@ class ManifestCommit:
         self.waiting: set[str] = set()
         self._warned = False
         self._untidied: list[Callable[[], object]] = []
-        """What could not be cleared away after a commit."""
+        """What could not be cleared away after a commit, or after one that the store has not answered for."""
         self._unanswered: set[str] = set()
         """Attempts whose manifest may or may not have been written: the store has not said."""
 
@@ -95,8 +96,10 @@ class ManifestCommit:
         return name
 
     def abandon(self, attempt: Attempt) -> None:
-        if attempt.id in self._unanswered:
-            return  # its marker may appear any moment: the next writer looks again, and finds the record
+        if attempt.id in self._unanswered:  # its marker may appear any moment: looked for before the next save
+            self._unanswered.remove(attempt.id)
+            self._untidied.append(partial(self._delete_attempt, attempt.id, attempt.step))
+            return
         self._delete_attempt(attempt.id, attempt.step)
 
     def remove(self, name: str, manifest: Manifest) -> bool:

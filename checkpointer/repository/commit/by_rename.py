@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from checkpointer.errors import SaveError, UnreadableCheckpointError
@@ -139,8 +140,12 @@ class RenameCommit:
 
     def recover(self) -> None:
         self._settle()
-        parts = ((paths.TMP, self._recover_in_tmp), (paths.TRASH, self._recover_in_trash), (ROOT, self._recover_name))
-        for_each(parts, lambda part: for_each(self._storage.list_directory(part[0]), part[1]))
+        parts = ((paths.TMP, self._recover_in_tmp), (paths.TRASH, self._recover_in_trash))
+        steps: list[Callable[[], None]] = [partial(self._recover_in, *part) for part in parts]
+        for_each([*steps, self._recover_names], lambda step: step())
+
+    def _recover_in(self, folder: str, work: Callable[[Entry], None]) -> None:
+        for_each(self._storage.list_directory(folder), work)
 
     def _recover_in_tmp(self, entry: Entry) -> None:
         path = f"{paths.TMP}/{entry.name}"
@@ -158,9 +163,9 @@ class RenameCommit:
         elif entry.is_file and is_unfinished_record(entry.name):
             self._storage.remove(path)
 
-    def _recover_name(self, entry: Entry) -> None:
-        if entry.is_dir and paths.is_second_name(entry.name):
-            self._take_free_name(entry.name)
+    def _recover_names(self) -> None:
+        names = [entry.name for entry in self._storage.list_directory(ROOT) if entry.is_dir]
+        for_each(filter(paths.is_second_name, names), self._take_free_name)
 
     def quarantine(self, directory: str) -> str:
         """Move something that is in the way, or not ours, to where nothing is ever deleted."""

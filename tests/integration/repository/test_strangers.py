@@ -12,7 +12,8 @@ import pytest
 
 from checkpointer.errors import CheckpointerWarning, CheckpointNotFoundError, CorruptCheckpointError, SaveError
 from checkpointer.repository.doctor import Doctor
-from checkpointer.repository.repository import SEQUENCE_LEAP, Repository
+from checkpointer.repository.repository import Repository
+from checkpointer.repository.sequence import SEQUENCE_LEAP
 from checkpointer.storage import open_storage
 from checkpointer.testing import Fault, faulty
 from tests.conftest import Root

@@ -21,7 +21,8 @@ from checkpointer.errors import (
     UnreadableCheckpointError,
 )
 from checkpointer.repository.doctor import Doctor
-from checkpointer.repository.repository import SEQUENCE_LEAP, Repository
+from checkpointer.repository.repository import Repository
+from checkpointer.repository.sequence import SEQUENCE_LEAP
 from checkpointer.storage import open_storage
 from tests.conftest import Root
 from tests.integration.cli.test_cli import document, invoke
