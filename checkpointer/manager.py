@@ -163,6 +163,7 @@ class CheckpointManager:
         if not read_only:
             self._preemption.install()
             weakref.finalize(self, self._preemption.restore)  # a manager that is dropped catches no signals for ever
+            self._saver.prepare(components.values())
             begin_git_lookup()
 
     # ------------------------------------------------------------------------------------------------ saving
@@ -249,6 +250,7 @@ class CheckpointManager:
             handle = None
             self._due.say_what_is_lost(step, last)
             self._unsaved.not_due(step, last)
+            self._saver.nothing_due()
         if preempted and handle is not None:
             handle = self._made_durable(handle)
             self._preemption.saved = handle is not None
@@ -266,7 +268,10 @@ class CheckpointManager:
         epoch = None if epoch is None else check_step(epoch, "epoch")
         with self._turn():
             self._due.call(step)
-            return self._due.is_due(step, epoch, self._last())
+            due = self._due.is_due(step, epoch, self._last())
+        if not due:
+            self._saver.nothing_due()
+        return due
 
     def wait(self) -> None:
         """Wait until every save begun is durable, and raise the error of one that failed, once.
