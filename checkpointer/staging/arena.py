@@ -58,6 +58,8 @@ class Arena:
         self._running: Transfers | None = None
         """What may still be written to, by a GPU."""
         self._prefault: Prefault | None = None
+        self._stopped: list[Prefault] = []
+        """Those whose thread may still be in its last piece."""
         self._touched = 0
         """Bytes, from the first on, whose pages have their memory."""
 
@@ -100,6 +102,7 @@ class Arena:
         prefault, self._prefault = self._prefault, None
         if prefault is not None:
             self._touched = max(self._touched, prefault.stop())
+            self._stopped.append(prefault)
 
     def note_touched(self, size: int) -> None:
         """The first ``size`` bytes have been filled."""
@@ -197,6 +200,8 @@ class Arena:
     def _drop(self) -> None:
         self._wait()
         self.stop_touching()
+        while self._stopped:
+            self._stopped.pop().join()
         self._touched = 0
         if self._pinned and self._region is not None:
             unpin(self._region)

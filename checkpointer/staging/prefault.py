@@ -14,7 +14,7 @@ from checkpointer.system.free_memory import free_memory
 from checkpointer.system.memory import PAGE, Region, page_aligned
 from checkpointer.system.threads import room_for_a_thread
 
-PIECE = 1 << 20
+PIECE = 256 << 10
 """Bytes touched at a time. Meanwhile training can map and unmap no memory, which is what large tensors are made of."""
 
 PAUSE = 2.0
@@ -59,12 +59,17 @@ class Prefault:
         return self._progress.position
 
     def stop(self) -> int:
-        """Wait for the piece in progress, and touch no more; how far it has come."""
+        """Touch no more from now on; how far it has come. What is in the memory afterwards stays."""
         self._progress.stop.set()
+        if self._progress.clears:
+            self.join()
+        return self.position
+
+    def join(self) -> None:
+        """Wait for the thread, once stopped. The machine may let it run seldom."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        return self.position
 
 
 class _Progress:
@@ -73,7 +78,8 @@ class _Progress:
     def __init__(self, position: int, end: int, *, unused: bool) -> None:
         self.position = position
         self.end = end
-        self.unused = unused
+        self.clears = unused
+        """Whether memory may be overwritten, and has to be, for all that is known yet."""
         self.stop = threading.Event()
 
 
@@ -92,10 +98,12 @@ def _touch(region: Region, progress: _Progress) -> None:
         began = time.perf_counter()
         size = min(PIECE, left)
         try:
-            if not region.populate(progress.position, size):
-                if not progress.unused:
-                    return
+            if region.populate(progress.position, size):
+                progress.clears = False
+            elif progress.clears:
                 region.clear(progress.position, size)
+            else:
+                return
         except MemoryError as error:
             messages.log(logger.info, "the copy of the state is not prepared: %s", error)
             return
