@@ -18,7 +18,7 @@ PIECE = 256 << 10
 """Bytes touched at a time. Meanwhile training can map and unmap no memory, which is what large tensors are made of."""
 
 PAUSE = 2.0
-"""The thread rests this many times as long as each piece has taken: it competes for memory, if not for cores."""
+"""The thread rests this many times as long as each piece took a core: it competes for memory, if not for cores."""
 
 LOOK = 64 << 20
 """Bytes after which it is asked again whether there is room for the rest."""
@@ -95,7 +95,7 @@ def _touch(region: Region, progress: _Progress) -> None:
                 text = "%d bytes of memory are left: the copy of the state, which still needs %d, is not prepared"
                 messages.log(logger.info, text, free, left)
                 return
-        began = time.perf_counter()
+        began = time.thread_time()
         size = min(PIECE, left)
         try:
             if region.populate(progress.position, size):
@@ -108,7 +108,7 @@ def _touch(region: Region, progress: _Progress) -> None:
             messages.log(logger.info, "the copy of the state is not prepared: %s", error)
             return
         progress.position += size
-        progress.stop.wait(PAUSE * (time.perf_counter() - began))
+        progress.stop.wait(PAUSE * (time.thread_time() - began))
 
 
 def _step_back() -> None:
