@@ -35,9 +35,10 @@ class Prefault:
     """One thread that touches the pages of a region, in order, until it is stopped or done."""
 
     def __init__(self, region: Region, begin: int, end: int, *, unused: bool) -> None:
-        """The bytes from ``begin`` to ``end``. ``unused``: they are nobody's yet, and may be overwritten until ``stop``.
+        """Begin with the bytes from ``begin`` to ``end``.
 
-        What others use keeps its bytes; where the system cannot touch it so, it is left.
+        ``unused``: they are nobody's yet, and may be overwritten until ``stop``. Else they are kept, and where the
+        system cannot touch memory and keep it, nothing is done.
         """
         self._progress = _Progress(begin - begin % PAGE, min(page_aligned(end), region.size), unused=unused)
         self._thread: threading.Thread | None = None

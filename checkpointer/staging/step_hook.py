@@ -60,8 +60,9 @@ class StepWatch:
     def begin(self, stepped: Callable[[Any], None] | None = None) -> None:
         """Register the hooks, which close takes away. They know this object only as long as somebody else does.
 
-        ``stepped`` is called after each step of every optimizer there is, with that optimizer. It never raises. Where it is forgotten without close, the next one takes them away: removing them whenever the garbage collector
-        runs would disturb a step that walks through all hooks at that moment.
+        Where it is forgotten without close, the next one takes them away: removing them whenever the garbage collector
+        runs would disturb a step that walks through all hooks at that moment. ``stepped`` is called after each step of
+        every optimizer there is, with that optimizer; it never raises.
         """
         self._stepped = stepped
         watch = weakref.ref(self)

@@ -24,7 +24,7 @@ def state_size(components: Iterable[object], *, frozen: bool = True) -> int:
 
 def holds_gpu_tensors(components: Iterable[object]) -> bool:
     """Whether any of these tensors lies on a GPU."""
-    return any(tensor.is_cuda for component in components for tensor in _tensors(component, True, set()))  # noqa: FBT003
+    return any(tensor.is_cuda for component in components for tensor in _tensors(component, True, set()))
 
 
 def _tensors(component: object, frozen: bool, seen: set[int]) -> Iterator[torch.Tensor]:  # noqa: FBT001  as asked

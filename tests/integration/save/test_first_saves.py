@@ -38,7 +38,7 @@ def small_states_count(monkeypatch) -> None:
 
 
 @pytest.fixture
-def regions(monkeypatch) -> Iterator[list[weakref.ref[Region]]]:
+def regions(monkeypatch) -> list[weakref.ref[Region]]:
     """The memory that arenas have taken."""
     found: list[weakref.ref[Region]] = []
 
@@ -48,7 +48,7 @@ def regions(monkeypatch) -> Iterator[list[weakref.ref[Region]]]:
         return made
 
     monkeypatch.setattr(arena, "Region", region)
-    yield found
+    return found
 
 
 class Run:
