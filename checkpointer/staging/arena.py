@@ -81,21 +81,19 @@ class Arena:
         """
         self._wait()
         self.stop_touching()
-        self._make(size, huge=pinned)
+        region = self._make(size, huge=pinned)
         if pinned and not self._pinned:
-            self._pinned = pin(self._region)
-        return self._region.view
+            self._pinned = pin(region)
+        return region.view
 
     def touch(self, size: int, *, pinned: bool = False) -> None:
         """Have the first ``size`` bytes touched beside training, for the ``reserve`` to come. Where there are none yet,
         more are mapped, since what is known by now may not be all. They take memory only once they are used.
         """
         self.stop_touching()
-        unused = self._region is None or self._region.size < size
-        if unused:
-            self._make(size + size // 2 + SPARE, huge=pinned)
-        assert self._region is not None
-        self._prefault = Prefault(self._region, self._touched, size, unused=unused)
+        unused = self.size < size
+        region = self._make(size + size // 2 + SPARE if unused else size, huge=pinned)
+        self._prefault = Prefault(region, self._touched, size, unused=unused)
 
     def stop_touching(self) -> None:
         """Leave what is not touched yet to whoever fills it."""
@@ -184,13 +182,14 @@ class Arena:
             except RuntimeError:  # no thread can be started, for example because the interpreter is about to exit
                 return
 
-    def _make(self, size: int, *, huge: bool) -> None:
+    def _make(self, size: int, *, huge: bool) -> Region:
         """Plain pages are touched in a fifth of the time of huge ones on a machine that has run for a while, and are
         filled as fast from then on. A GPU's driver, which pins each page, works faster with few.
         """
         if self._region is None or self._region.size < size:
             self._drop()  # first: both at once may be more than the machine has
             self._region = Region(size, huge=huge)
+        return self._region
 
     def _wait(self) -> None:
         running, self._running = self._running, None
