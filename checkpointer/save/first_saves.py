@@ -114,5 +114,3 @@ def _is_one_of_many() -> bool:
 def _on_gpu(captured: Mapping[str, Captured]) -> bool:
     """There the copies' memory is registered first, which touches it."""
     return any(tensor.is_cuda for part in captured.values() for tensor in part.tensors.values())
-
-

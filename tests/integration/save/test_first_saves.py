@@ -33,7 +33,7 @@ SELDOM = {"save": {"every_n_steps": 1000}, "write": {"mode": "async"}}
 @pytest.fixture(autouse=True)
 def small_states_count(monkeypatch) -> None:
     monkeypatch.setattr(first_saves, "WORTH", MIB)
-    monkeypatch.setattr(arena, "SPARE", 0)
+    monkeypatch.setattr(arena, "SPARE", MIB)
     monkeypatch.setattr(prefault, "PAUSE", 0.0)
 
 
