@@ -269,8 +269,8 @@ class CheckpointManager:
         with self._turn():
             self._due.call(step)
             due = self._due.is_due(step, epoch, self._last())
-        if not due:
-            self._saver.nothing_due()
+            if not due:
+                self._saver.nothing_due()
         return due
 
     def wait(self) -> None:

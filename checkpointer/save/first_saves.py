@@ -7,6 +7,7 @@ written from live memory, where a hook before the optimizer's step guards that, 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -50,6 +51,8 @@ class FirstSaves:
         """What the next save need not copy."""
         self._turn = threading.Lock()
         """Optimizers of other threads may step while a save begins."""
+        self._pid = os.getpid()
+        """A forked child has none of the memory, and saves nothing."""
         self._known = False
         self._early = 0
         self._closed = False
@@ -70,19 +73,24 @@ class FirstSaves:
 
     def foresee(self) -> None:
         """Have the memory of later saves touched, once it is known how much that is. Never raises."""
-        if self._known or any(not optimizer.state for optimizer in self._without_step) or _is_one_of_many():
+        if self._known or os.getpid() != self._pid or _is_one_of_many():
             return
         with self._turn:
             if self._known or self._closed:
                 return
-            self._known = True
             try:
-                shares = self.reusable.source is not None and self.reusable.limit is not False
-                size = state_size(self._components, frozen=not shares)
-                if size >= WORTH:
-                    self._stager.expect(size, on_gpu=holds_gpu_tensors(self._components))
+                self._known = all(optimizer.state for optimizer in self._without_step)
+                if self._known:
+                    self._expect()
             except Exception as error:  # noqa: BLE001  no reason for ending a run: the save will say it, if it matters
+                self._known = True
                 messages.log(logger.info, "the memory for copies of the state is not prepared", error=error)
+
+    def _expect(self) -> None:
+        shares = self.reusable.source is not None and self.reusable.limit is not False
+        size = state_size(self._components, frozen=not shares)
+        if size >= WORTH:
+            self._stager.expect(size, on_gpu=holds_gpu_tensors(self._components))
 
     def stage(self, captured: Mapping[str, Captured], seed: int) -> Staged | None:
         """Refer to live memory, where that blocks training for less than a copy; ``None`` where it does not."""

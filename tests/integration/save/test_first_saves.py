@@ -180,6 +180,19 @@ def test_a_restored_optimizer_is_ready_at_once(tmp_path, regions):
         mgr.save(2, force=True)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_step_in_a_forked_child_has_no_memory_touched(tmp_path, regions):
+    run = Run()
+    with run.manager(tmp_path, SELDOM):
+        child = os.fork()
+        if not child:
+            run.step()
+            os._exit(len(regions))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        run.step()
+        assert len(regions) == 1
+
+
 @pytest.mark.parametrize("mode", ["sync", "lazy"])
 def test_other_modes_have_no_memory_touched(tmp_path, regions, mode):
     run = Run()
