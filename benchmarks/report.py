@@ -35,7 +35,7 @@ def to_markdown(results: Mapping[str, Result], about: Mapping[str, Any]) -> str:
     for result in results.values():
         size = f"{result.size / 2**20:,.1f} MiB in {result.tensors:,} tensors"
         parts += [f"## {result.title}: {size}", _ceilings(result), _saves(result), _restores(result)]
-        parts += [table for table in (_workers(result), _successive(result), _notes(result)) if table]
+        parts += [table for table in (_first(result), _workers(result), _successive(result), _notes(result)) if table]
     return "\n\n".join(parts) + "\n"
 
 
@@ -108,6 +108,18 @@ def _restores(result: Result) -> str:
     return _table(
         [head[0], *(cell.strip(" ,").replace("and first", "to the end of the first") for cell in head[1:])], rows
     )
+
+
+def _first(result: Result) -> str:
+    """Into memory that nobody has touched, beside the later ones."""
+    rows = []
+    for outcome in result.outcomes:
+        later = outcome.median("blocked")
+        found = [outcome.median(figure) for figure in ("first", "first_excess")]
+        if later and all(found):
+            rows.append([outcome.title, *(f"{value:.3f} · {value / later:.2f} ×" for value in found if value)])
+    head = ["first save, three steps after the start", "`save` blocks, s · later ones", "with the step after it"]
+    return _table(head, rows) if rows else ""
 
 
 def _workers(result: Result) -> str:

@@ -164,6 +164,7 @@ class CheckpointManager:
         if not read_only:
             self._preemption.install()
             weakref.finalize(self, self._preemption.restore)  # a manager that is dropped catches no signals for ever
+            self._saver.prepare(components.values())
             begin_git_lookup()
 
     # ------------------------------------------------------------------------------------------------ saving
@@ -252,6 +253,7 @@ class CheckpointManager:
             handle = None
             self._due.say_what_is_lost(step, last)
             self._unsaved.not_due(step, last)
+            self._saver.nothing_due()
         if preempted and handle is not None:
             handle = self._made_durable(handle)
             self._preemption.saved = handle is not None
@@ -269,7 +271,10 @@ class CheckpointManager:
         epoch = None if epoch is None else check_step(epoch, "epoch")
         with self._turn():
             self._due.call(step)
-            return self._due.is_due(step, epoch, self._last())
+            due = self._due.is_due(step, epoch, self._last())
+            if not due:
+                self._saver.nothing_due()
+        return due
 
     def wait(self) -> None:
         """Wait until every save begun is durable, and raise the error of one that failed, once.
@@ -284,7 +289,8 @@ class CheckpointManager:
     def staged(self) -> None:
         """Wait until the save in flight needs live memory no more: then parameters may be changed by hand.
 
-        Only ``lazy`` mode reads live memory after ``save`` has returned, and only until the next ``Optimizer.step``.
+        Only ``lazy`` mode, and ``async`` mode in the first steps of a large run, read live memory after ``save`` has
+        returned, and only until the next ``Optimizer.step``.
         """
         self._check_usable()
         with self._turn():

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from functools import partial
@@ -23,6 +23,7 @@ from checkpointer.policy.reuse import ReuseSource
 from checkpointer.repository.prune import Pruner
 from checkpointer.repository.repository import Repository
 from checkpointer.save.commit_callbacks import CommitCallbacks
+from checkpointer.save.first_saves import FirstSaves
 from checkpointer.save.handle import PendingSave
 from checkpointer.save.snapshot import Snapshot
 from checkpointer.save.space import Space
@@ -92,6 +93,8 @@ class Saver:
         self._steps = StepWatch()
         if config.write.mode == "lazy":
             self._steps.begin()
+        self._first: FirstSaves | None = None
+        """Until the first copy in ``async`` mode."""
         self._reuse_from: ReuseSource | None = None
         """The checkpoint before, if this process wrote or verified it."""
         self._pool: Pool | None = None
@@ -107,6 +110,16 @@ class Saver:
         self._diverged = False
         self.committed_at: float | None = None
         """When the last save of this manager was committed, by ``time.monotonic()``."""
+
+    def prepare(self, components: Iterable[object]) -> None:
+        """Expect saves of ``components``: ``async`` mode wants memory for them."""
+        if self._config.write.mode == "async":
+            self._first = FirstSaves(self._stager, self._steps, components, self._stepped)
+
+    def nothing_due(self) -> None:
+        """A step has passed without a save: time to prepare the first one. Never raises."""
+        if self._first is not None:
+            self._first.foresee()
 
     @property
     def in_flight(self) -> PendingSave | None:
@@ -178,11 +191,20 @@ class Saver:
             changes = self._stepped() if self._steps.choose() == "lazy" else None
             if changes:
                 return self._stager.lazily(captured, changes, reusable, seed=step)
+        if self._first is not None:
+            self._first.reusable = reusable
+            staged = self._first.stage(captured, seed=step)
+            if staged is not None:
+                return staged
+            self._first.close()
+            self._first = None
         return self._stager.copies(captured, reusable)
 
     def reuse_from(self, source: ReuseSource | None) -> None:
         """Let the next save share files with what was restored."""
         self._reuse_from = source
+        if self._first is not None:
+            self._first.reusable = Reusable(source, self._config.write.share)
 
     def staged(self) -> None:
         """Copy whatever a save in flight still has to read from live memory."""
@@ -224,9 +246,10 @@ class Saver:
             self._write(save)
             self._background = self._in_background(self._follow_up, save)
             return
-        if snapshot.mode == "lazy":  # first: were this interrupted behind it, a step would change what is being written
-            live, size = snapshot.staged.live, sum(file.data_size for file, _ in snapshot.staged.files)
-            self._steps.watch(WatchedSave("lazy" if live else "async", live, size, save.future.done))
+        live, lazy = snapshot.staged.live, snapshot.mode == "lazy"
+        if lazy or live:  # first: were this interrupted behind it, a step would change what is being written
+            size = sum(file.data_size for file, _ in snapshot.staged.files)
+            self._steps.watch(WatchedSave("lazy" if live else "async", live, size, save.future.done, compared=lazy))
         self._background = self._in_background(self._write_and_follow_up, save)
 
     def raise_errors(self, *, begun: bool = False) -> None:
@@ -283,6 +306,9 @@ class Saver:
         if self._pool is not None:
             self._pool.shutdown()  # only then is there nobody who reads the memory that is freed here
             self._pool = None
+        if self._first is not None:
+            self._first.close()
+            self._first = None
         self._steps.close()
         self._stager.close()
 

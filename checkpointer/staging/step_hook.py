@@ -34,12 +34,15 @@ class WatchedSave(NamedTuple):
     size: int
     """Bytes of its tensors."""
     done: Callable[[], bool]
+    compared: bool = True
+    """Whether what it costs decides how later saves are written."""
 
 
 class StepWatch:
     """Belongs to the training thread, as the steps do. One for each manager in ``lazy`` mode."""
 
     def __init__(self) -> None:
+        self._stepped: Callable[[Any], None] | None = None
         self._clock = StepClock()
         self._overlap = LazyOrAsync()
         self._save: WatchedSave | None = None
@@ -54,12 +57,14 @@ class StepWatch:
         """The tensor that somebody changed where only a step may."""
         self._said_so = False
 
-    def begin(self) -> None:
+    def begin(self, stepped: Callable[[Any], None] | None = None) -> None:
         """Register the hooks, which close takes away. They know this object only as long as somebody else does.
 
         Where it is forgotten without close, the next one takes them away: removing them whenever the garbage collector
-        runs would disturb a step that walks through all hooks at that moment.
+        runs would disturb a step that walks through all hooks at that moment. ``stepped`` is called after each step of
+        every optimizer there is, with that optimizer; it never raises.
         """
+        self._stepped = stepped
         watch = weakref.ref(self)
         _remove_hooks_of_the_forgotten()
         _watches.add(self)
@@ -80,8 +85,13 @@ class StepWatch:
         _registered.append((watch, self._hooks))
 
     def choose(self) -> Choice:
-        """How the next save had better be written. In the middle of a step no hook comes before the next change."""
-        return "async" if self._in_step or self._changed_by_hand is not None else self._overlap.choose()
+        """How the next save had better be written."""
+        return self._overlap.choose() if self.guards() else "async"
+
+    def guards(self) -> bool:
+        """Whether a hook comes before the next change. In the middle of a step none does."""
+        self._collect()
+        return not self._in_step and self._changed_by_hand is None
 
     def save_begins(self) -> None:
         """``save`` was called, and none is under way."""
@@ -114,6 +124,8 @@ class StepWatch:
         """Called after each step that did not fail."""
         if self._stepping is not None and self._stepping() is optimizer:
             self._stepping = None
+        if self._stepped is not None:
+            self._stepped(optimizer)
 
     def detach(self) -> None:
         """Copy what is not written yet: when this returns the live state may change."""
@@ -142,7 +154,8 @@ class StepWatch:
         if self._save is not None and self._save.done():
             if self._save.live is not None and self._save.live.torn is not None:
                 self._changed_by_hand = self._save.live.torn
-            self._measure(self._save)
+            if self._save.compared:
+                self._measure(self._save)
             self._save = None
 
     def _measure(self, save: WatchedSave) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import mmap
 import os
@@ -16,6 +17,9 @@ PAGE = 4096
 
 HUGE = 2 << 20
 """Bytes of a huge page."""
+
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE of Linux 5.14, which Python's mmap does not name."""
 
 _WRITABLE = 0x200  # PyBUF_WRITE
 _view_of: Any = ctypes.pythonapi.PyMemoryView_FromMemory
@@ -42,13 +46,16 @@ class Region:
     open(2) forbids direct I/O on private memory that is shared with a child.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, huge: bool = True) -> None:
+        """``huge``: ask for huge pages. Where many are free the first touch takes a third of the time; where the kernel
+        has to make them, by moving other pages, it takes several times as long as with plain ones.
+        """
         length = max(page_aligned(size), PAGE)
         if hasattr(mmap, "MAP_PRIVATE"):
             self._map = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         else:
             self._map = mmap.mmap(-1, length)
-        for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE"):  # huge pages: a third of the time for the first touch
+        for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE") if huge else ("MADV_DONTFORK",):
             _advise(self._map, advice)
         self.view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
@@ -57,6 +64,29 @@ class Region:
     def size(self) -> int:
         """Bytes."""
         return len(self.view)
+
+    def populate(self, start: int, size: int) -> bool:
+        """Give the pages of ``size`` bytes from ``start`` on, a multiple of ``PAGE``, their memory; keep what is there.
+
+        Returns ``False`` where this system cannot do that. Runs without the GIL.
+
+        Raises:
+            MemoryError: there is no more memory.
+        """
+        call = _madvise()
+        if call is None:
+            return False
+        while call(self.address + start, size, _POPULATE_WRITE):
+            code = ctypes.get_errno()
+            if code == errno.EINVAL:  # Linux before 5.14
+                return False
+            if code not in (errno.EINTR, errno.EAGAIN):
+                raise MemoryError(f"no memory for {size} bytes: {os.strerror(code)}")
+        return True
+
+    def clear(self, start: int, size: int) -> None:
+        """Set ``size`` bytes from ``start`` on to zero. Runs without the GIL."""
+        ctypes.memset(self.address + start, 0, size)
 
 
 class MemoryPart(NamedTuple):
@@ -157,7 +187,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     """madvise(2) of Linux; ``None`` elsewhere."""
     if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
-    function: Any = ctypes.CDLL(None).madvise
+    function: Any = ctypes.CDLL(None, use_errno=True).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     found: Callable[[int, int, int], int] = function
     return found

@@ -479,7 +479,7 @@ def _two_ranks(tmp_path: str) -> None:
     old = manager(tmp_path, "lazy")
     old.save(1)
     assert len(torch_optimizer._global_optimizer_pre_hooks) == hooks + 1
-    new = manager(tmp_path, "async")
+    new = manager(tmp_path, "sync")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CheckpointerWarning)
         restored = new.restore_latest()

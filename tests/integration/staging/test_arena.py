@@ -55,8 +55,8 @@ def test_saves_of_the_same_state_use_the_same_memory_and_close_gives_it_back(tmp
     regions: list[weakref.ref[Region]] = []
 
     class Watched(Region):
-        def __init__(self, size: int) -> None:
-            super().__init__(size)
+        def __init__(self, size: int, **options: bool) -> None:
+            super().__init__(size, **options)
             regions.append(weakref.ref(self))
 
     monkeypatch.setattr(arena, "Region", Watched)
@@ -71,7 +71,7 @@ def test_saves_of_the_same_state_use_the_same_memory_and_close_gives_it_back(tmp
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory")])
 def test_a_save_that_finds_no_memory_is_a_typed_error_and_the_next_one_works(tmp_path, monkeypatch, error):
-    def fail(size: int) -> Region:
+    def fail(size: int, **options: bool) -> Region:
         raise error
 
     with CheckpointManager(tmp_path, **make(1 << 20)) as mgr:

@@ -87,9 +87,9 @@ def test_an_arena_grows_and_gives_what_it_had_back_first(filled, monkeypatch):
     before = weakref.ref(filled._region)
     alive = []
 
-    def region(size: int) -> Region:
+    def region(size: int, **options: bool) -> Region:
         alive.append(before())
-        return Region(size)
+        return Region(size, **options)
 
     monkeypatch.setattr(arena, "Region", region)
     filled.reserve(1 << 20)
@@ -100,7 +100,7 @@ def test_an_arena_grows_and_gives_what_it_had_back_first(filled, monkeypatch):
 def test_where_there_is_no_memory_to_grow_a_smaller_save_works_later(filled, monkeypatch):
     filled.reserve(10_000)
 
-    def fail(size: int) -> Region:
+    def fail(size: int, **options: bool) -> Region:
         raise MemoryError
 
     with monkeypatch.context() as patch:
