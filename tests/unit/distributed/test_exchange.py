@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -15,9 +14,8 @@ import pytest
 import torch.distributed as dist
 
 from checkpointer.distributed.exchange import Alone, Ranks
-from checkpointer.distributed.session import Session
-from checkpointer.distributed.store_ranks import StoreRanks
 from checkpointer.errors import CheckpointerError, ConfigError, SaveError
+from tests.support.rank_threads import on_ranks
 
 WHAT = "the save of step 5"
 
@@ -25,23 +23,6 @@ WHAT = "the save of step 5"
 class Word(NamedTuple):
     rank: int
     text: str = ""
-
-
-def on_ranks(size: int, program: Callable[[Ranks], Any], timeout: float = 20, store: Any = None) -> list[Any]:
-    """What each rank's program returns, or the error that it raises."""
-    store = store or dist.HashStore()
-
-    def run(rank: int) -> Any:
-        ranks = (
-            Alone() if size == 1 else StoreRanks(Session(dist.PrefixStore("job", store), rank, size), timeout=timeout)
-        )
-        try:
-            return program(ranks)
-        except (Exception, KeyboardInterrupt) as error:
-            return error
-
-    with ThreadPoolExecutor(size) as threads:
-        return list(threads.map(run, range(size)))
 
 
 # ------------------------------------------------------------------------------------ what is said
