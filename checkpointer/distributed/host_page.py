@@ -36,13 +36,13 @@ class HostPage:
         if not hasattr(os, "memfd_create"):
             return
         name = f"checkpointer-{secrets.token_hex(8)}"
-        try:
+        with contextlib.suppress(
+            OSError
+        ):  # no descriptor left, or forbidden: the others look into the store themselves
             fd = os.memfd_create(name)
-            os.ftruncate(fd, _PAGE)
-        except OSError:  # no descriptor left, or forbidden: the others look into the store themselves
-            return
-        self.address, self._fd = Address(name, fd), fd
-        self._closing = weakref.finalize(self, os.close, fd)
+            self._closing = weakref.finalize(self, os.close, fd)
+            os.write(fd, bytes(_PAGE))  # all of it: later writes need no more memory, and do not fail
+            self.address, self._fd = Address(name, fd), fd
 
     def count(self, channel: str, number: int) -> None:
         """Say that the answer of this number is there."""

@@ -120,6 +120,8 @@ class Session:
         self._guard = threading.Lock()
         self._id = ""
         self._liveness = Liveness({})
+        self.on_one_host = False
+        """Whether all ranks are known to run here, where no network comes between them and their store."""
         self._hosts: dict[int, str] = {}
         self._host_count = size
         self._own_page = HostPage()
@@ -150,11 +152,6 @@ class Session:
             raise
         finally:
             self._board.end()
-
-    @property
-    def on_one_host(self) -> bool:
-        """Whether all ranks are known to run here, where no network comes between them and their store."""
-        return self._liveness.ranks >= frozenset(range(self.size))
 
     def wait(self, store_client: StoreClient, keys: dict[int, str], limit: float, missing: Missing) -> None:
         """Sleep until each rank has said its key.
@@ -287,6 +284,7 @@ class Session:
         self._liveness = Liveness({rank: words.process for rank, words in told.ranks.items()})
         self._hosts = {rank: words.host for rank, words in told.ranks.items()}
         self._host_count = told.hosts
+        self.on_one_host = len(self._liveness.ranks) == self.size
         lowest = min(self._liveness.ranks, default=self.rank)
         if lowest < self.rank:
             self._page = PageReader(told.ranks[lowest].process, told.ranks[lowest].page) or None
