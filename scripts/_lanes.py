@@ -108,7 +108,19 @@ def _needs_of_torch(python: str) -> list[str]:
 
 def describe(python: str) -> str:
     """``Python 3.10.13, torch 2.6.0+cpu, numpy 1.24.0, …``"""
-    names = ("torch", "numpy", "fsspec", "filelock", "safetensors", "xxhash", "pyyaml", "click", "rich", "pytest")
+    names = (
+        "torch",
+        "numpy",
+        "fsspec",
+        "filelock",
+        "safetensors",
+        "xxhash",
+        "msgspec",
+        "pyyaml",
+        "click",
+        "rich",
+        "pytest",
+    )
     versions = {name: _env.installed_version(name, python) or "none" for name in names}
     numbers = ".".join(map(str, _env.version_of(python)))
     return ", ".join([f"Python {numbers}", *(f"{name} {version}" for name, version in versions.items())])

@@ -26,6 +26,11 @@ class Absence:
         self._began = time.monotonic()
         self._next = FIRST_REMINDER
 
+    @property
+    def reminder_due(self) -> bool:
+        """Whether it is time to say who is waited for."""
+        return time.monotonic() - self._began >= self._next
+
     def remind(self, silent: list[int], hosts: Mapping[int, str]) -> None:
         """Log who is waited for: after a minute, then each time that this has taken three times as long."""
         waited = time.monotonic() - self._began

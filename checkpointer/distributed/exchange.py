@@ -24,7 +24,10 @@ class Exchange(Protocol):
     """
 
     def gather(self, value: Value, kind: type[Value]) -> list[Value] | None:
-        """What all ranks have said, by rank, on the coordinator; ``None`` on the others, which wait for nobody."""
+        """What all ranks have said, by rank, on the coordinator; ``None`` on the others, which wait for nobody.
+
+        What they say goes out when they wait for the coordinator, or at the end of the block.
+        """
 
     def broadcast(self, value: Value | None, kind: type[Value]) -> Value:
         """What the coordinator says, on every rank; what others pass is ignored."""

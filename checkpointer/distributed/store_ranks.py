@@ -13,7 +13,7 @@ from checkpointer.distributed.absence import Absence
 from checkpointer.distributed.encoding import decode, encode
 from checkpointer.distributed.errors_on_the_wire import Failure, as_error, failure, joined
 from checkpointer.distributed.exchange import Exchange, Ranks
-from checkpointer.distributed.session import Session
+from checkpointer.distributed.session import Answer, Session
 from checkpointer.distributed.store import StoreClient, in_time
 from checkpointer.errors import CheckpointerError, ConfigError, SaveError
 from checkpointer.system import messages
@@ -58,13 +58,14 @@ class StoreRanks:
         except BaseException as error:
             exchange.fail(error)
             raise
+        exchange.end()
 
     def beside(self, channel: str) -> Ranks:
         return StoreRanks(self.session, timeout=self.timeout, channel=channel)
 
 
 class StoreExchange:
-    """One exchange of one rank. What it says, and what it hears of the coordinator, is numbered from 1."""
+    """One exchange of one rank. What it says, and what it hears from the coordinator, is numbered from 1."""
 
     def __init__(self, ranks: StoreRanks, number: int, what: str) -> None:
         self.what = what
@@ -74,14 +75,19 @@ class StoreExchange:
         self._answers = 0
         self._limit = self._time_from_now()
         """Until when to wait, by ``time.monotonic()``."""
+        self._unsaid: tuple[str, bytes] | None = None
+        """Key and message of this rank that go out when it waits for the answer: two waits would take two threads."""
         self._known: BaseException | None = None
         """What was raised by the exchange itself: the others know of it, or cannot be told."""
 
     def gather(self, value: Value, kind: type[Value]) -> list[Value] | None:
         said = _VALUE + encode(value)
+        self.end()
         self._gathers += 1
-        others = self._by_the_store(self._say, said) if self._ranks.rank else self._by_the_store(self._collect, kind)
-        return None if others is None else [value, *others]
+        if self._ranks.rank:
+            self._unsaid = self._key(self._ranks.rank), said
+            return None
+        return [value, *self._by_the_store(self._collect, kind)]
 
     def broadcast(self, value: Value | None, kind: type[Value]) -> Value:
         if self._ranks.rank:
@@ -107,6 +113,11 @@ class StoreExchange:
         self.arrive()
         self.release()
 
+    def end(self) -> None:
+        """Say what has not been said yet."""
+        if self._unsaid is not None:
+            self._by_the_store(self._say)
+
     def fail(self, error: BaseException) -> None:
         """Tell the others of an error: nobody goes on before all know. What goes wrong here matters less than it."""
         if self._ranks.rank == 0:
@@ -127,13 +138,19 @@ class StoreExchange:
 
     def _fail_as_one(self, error: BaseException) -> None:
         """On any other rank."""
-        self._gathers += 1
-        self._by_the_store(self._say, _FAILURE + encode(failure(error)))
+        if self._unsaid is None:  # else this takes the place of what it wanted to say
+            self._gathers += 1
+        self._unsaid = self._key(self._ranks.rank), _FAILURE + encode(failure(error))
+        self.end()
         if isinstance(error, Exception) and not self._answers:  # else nothing more may have been asked for
             self._answer_heard(object)
 
-    def _say(self, said: bytes) -> None:
-        self._store_client().say(self._key(self._ranks.rank), said)
+    def _say(self) -> StoreClient:
+        store_client, unsaid = self._store_client(), self._unsaid
+        if unsaid is not None:
+            store_client.say(*unsaid)
+            self._unsaid = None
+        return store_client
 
     def _collect(self, kind: type[Value]) -> list[Value]:
         """What the other ranks have said."""
@@ -157,7 +174,7 @@ class StoreExchange:
     def _answer(self, said: bytes, for_each: Sequence[bytes] = ()) -> None:
         """What is decided is done: that nobody can be told any more is an error of the next exchange."""
         self._answers += 1
-        key = self._answer_key
+        key = self._awaited.key
         messages_said = [*((f"{key}/{rank}", data) for rank, data in enumerate(for_each, start=1)), (key, said)]
         self._limit = max(self._limit, time.monotonic() + LAST_WORDS)
         try:
@@ -172,6 +189,7 @@ class StoreExchange:
         store_client = self._store_client()
         for key, data in messages_said:
             self._ranks.answered += store_client.say(key, data)
+        self._ranks.session.answered(self._ranks.channel, self._awaited)
 
     def _answer_heard(self, kind: type[Value]) -> Value:
         """What the coordinator says to this rank."""
@@ -180,12 +198,13 @@ class StoreExchange:
         return self._decoded(said, kind, 0)
 
     def _await_answer(self) -> bytes:
-        store_client, key = self._store_client(), self._answer_key
-        self._ranks.session.wait(store_client, {0: key}, self._limit, self._absence())
-        said = store_client.hear(key)
+        store_client, answer = self._say(), self._awaited
+        session, channel = self._ranks.session, self._ranks.channel
+        session.wait_for_answer(store_client, channel, answer, self._limit, self._absence())
+        said = store_client.hear(answer.key)
         if said[:1] == _FAILURE:
             raise as_error(self._decoded(said, Failure, 0))
-        return store_client.hear(f"{key}/{self._ranks.rank}") if said == _FOR_EACH else said
+        return store_client.hear(f"{answer.key}/{self._ranks.rank}") if said == _FOR_EACH else said
 
     def _decoded(self, data: bytes, kind: type[Value], rank: int) -> Value:
         return decode(data[1:], kind, f"{self.what}: rank {rank} of {self._ranks.size}")
@@ -217,8 +236,9 @@ class StoreExchange:
         return Absence(self.what, ranks.rank, ranks.size, ranks.timeout, training=ranks.channel == TRAINING)
 
     @property
-    def _answer_key(self) -> str:
-        return f"{self._number}/{self._answers}/answer"
+    def _awaited(self) -> Answer:
+        """The coordinator's answer that is the next, or was the last."""
+        return Answer(f"{self._number}/{self._answers}/answer", (self._number << 16) + self._answers)
 
     def _key(self, rank: int) -> str:
         """The key of what a rank says now."""

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import secrets
-import socket
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from checkpointer.format.info import CheckpointInfo
 from checkpointer.repository.lock import WriterLock
 from checkpointer.storage import Storage, is_refusal, refusals_typed
 from checkpointer.system import messages
+from checkpointer.system.host import host_name
 
 logger = logging.getLogger("checkpointer")
 
@@ -198,7 +198,7 @@ class Journal:
         number = 1 + max((int(path.rpartition("/")[2][:8]) for path in files), default=0)
         self._path = f"{paths.JOURNAL}/{min(number, _LAST):08d}-{secrets.token_hex(8)}.jsonl"
         self._written = b""
-        self._batch.insert(0, Head(socket.gethostname(), os.getpid()).to_line())
+        self._batch.insert(0, Head(host_name(), os.getpid()).to_line())
 
     def _say(self, error: Exception) -> None:
         """Once: it fails nothing."""

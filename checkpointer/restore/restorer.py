@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from checkpointer.distributed.exchange import Alone, Ranks
+from checkpointer.distributed.exchange import Alone, Exchange, Ranks
 from checkpointer.distributed.job import Job
 from checkpointer.distributed.read_plan import Reads, needed_chunks
 from checkpointer.environment import differences, environment
@@ -65,6 +66,15 @@ class _Seen(NamedTuple):
     """Whether there is nothing at all, as far as the coordinator sees."""
 
 
+def _agreed(exchange: Exchange, seen: _Seen) -> _Seen:
+    """What all ranks see. Nearly always that is the same: then nobody sends the list."""
+    digests = exchange.gather(hashlib.sha256(repr(seen).encode()).digest()[:16], bytes)
+    if exchange.broadcast(None if digests is None else len(set(digests)) == 1, bool):
+        return seen
+    of_ranks = exchange.gather(seen, _Seen)
+    return exchange.broadcast(None if of_ranks is None else _seen_by_all(of_ranks), _Seen)
+
+
 def _seen_by_all(seen: list[_Seen]) -> _Seen:
     others = [set(one.ids) for one in seen if not one.empty]
     return _Seen([id for id in seen[0].ids if all(id in ids for ids in others)], seen[0].empty)
@@ -117,8 +127,7 @@ class Restorer:
         with self._ranks.exchange(f"looking for a checkpoint in {self._repository.url}") as exchange:
             self.listing = listing = self._repository.list_checkpoints()
             found = self._usable(listing, skipped, finite=finite)
-            seen = exchange.gather(_Seen(list(found.ids), listing.empty), _Seen)
-            agreed = exchange.broadcast(None if seen is None else _seen_by_all(seen), _Seen)
+            agreed = _agreed(exchange, _Seen(list(found.ids), listing.empty))
         return None if agreed.empty else found.of(agreed.ids)
 
     def _usable(self, listing: Listing, skipped: dict[str, Skipped], *, finite: bool) -> Checkpoints:

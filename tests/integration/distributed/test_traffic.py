@@ -16,9 +16,11 @@ from tests.support.ranks import run
 
 
 class Counter:
-    """Every question to the store; looks for the same are one, for they are repeated as long as a rank waits."""
+    """Every question to the store; looks for the same are one, since they are repeated as long as a rank waits."""
 
     def __init__(self) -> None:
+        self.keys = self.bytes = 0
+        """That this rank has put into the store, and that it has put or got; but not how often it asked for a key."""
         asked: set[tuple[str, str, str]] = set()
         ask, make = StoreClient._asked, StoreClient.__init__
 
@@ -32,7 +34,13 @@ class Counter:
                 what = arguments[0][0].rpartition("/")[0]
             if function.__name__ != "delete_key":  # nobody waits for that
                 asked.add((mail.channel, function.__name__, what))  # type: ignore[attr-defined]
-            return ask(mail, function, *arguments)
+            answer = ask(mail, function, *arguments)
+            if function.__name__ == "set":
+                self.keys += 1
+                self.bytes += len(arguments[0]) + len(arguments[1])
+            elif function.__name__ in ("get", "multi_get"):
+                self.bytes += sum(map(len, [answer] if isinstance(answer, bytes) else answer))
+            return answer
 
         StoreClient.__init__, StoreClient._asked = made, asking  # type: ignore[method-assign,assignment]
         self._asked = asked
@@ -43,6 +51,12 @@ class Counter:
         for channel, *_ in self._asked:
             found[channel] = found.get(channel, 0) + 1
         self._asked.clear()
+        return found
+
+    def traffic(self) -> tuple[int, int]:
+        """Keys and bytes since this was last called."""
+        found = self.keys, self.bytes
+        self.keys = self.bytes = 0
         return found
 
 
@@ -78,3 +92,26 @@ def test_a_rank_asks_nobody_while_nothing_is_due_and_as_often_whatever_the_numbe
             assert times[1::2] == [{}] * 4  # no save was due
             assert (first["main"], first["writer"]) == (9, 6)  # opening the run is two exchanges, a save is one
             assert later == [{"main": 3, "writer": 6}] * 4
+
+
+def traffic_of_saves(root: str, tensors: int) -> list[tuple[int, int]]:
+    """Keys and bytes through the store, of this rank, in each of some saves."""
+    counter = Counter()
+    torch.manual_seed(0)
+    model = nn.ParameterList([torch.ones(4) for _ in range(tensors)])
+    found = []
+    with CheckpointManager(root, config={"save": {"every": "1h"}}, model=model) as mgr:
+        mgr.restore_latest()
+        for step in range(4):
+            mgr.save(step, force=True).result()
+            found.append(counter.traffic())
+    return found
+
+
+def test_a_save_takes_three_keys_and_a_kibibyte_of_the_store_from_each_rank(tmp_path):
+    """With what it reports of its own files, whatever the number of ranks; and one key more where time rules ask."""
+    for world in (2, 4):
+        coordinator, *others = run(world, traffic_of_saves, str(tmp_path / str(world)), 1)
+        for saves in others:
+            assert all(keys in (3, 4) and size < 1200 for keys, size in saves[1:]), saves
+        assert all(size < 1200 * world for _, size in coordinator[1:]), coordinator

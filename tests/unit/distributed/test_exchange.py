@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -15,9 +14,8 @@ import pytest
 import torch.distributed as dist
 
 from checkpointer.distributed.exchange import Alone, Ranks
-from checkpointer.distributed.session import Session
-from checkpointer.distributed.store_ranks import StoreRanks
 from checkpointer.errors import CheckpointerError, ConfigError, SaveError
+from tests.support.rank_threads import on_ranks
 
 WHAT = "the save of step 5"
 
@@ -25,23 +23,6 @@ WHAT = "the save of step 5"
 class Word(NamedTuple):
     rank: int
     text: str = ""
-
-
-def on_ranks(size: int, program: Callable[[Ranks], Any], timeout: float = 20, store: Any = None) -> list[Any]:
-    """What each rank's program returns, or the error that it raises."""
-    store = store or dist.HashStore()
-
-    def run(rank: int) -> Any:
-        ranks = (
-            Alone() if size == 1 else StoreRanks(Session(dist.PrefixStore("job", store), rank, size), timeout=timeout)
-        )
-        try:
-            return program(ranks)
-        except (Exception, KeyboardInterrupt) as error:
-            return error
-
-    with ThreadPoolExecutor(size) as threads:
-        return list(threads.map(run, range(size)))
 
 
 # ------------------------------------------------------------------------------------ what is said
@@ -78,10 +59,8 @@ def test_exchanges_and_rounds_are_kept_apart_and_nothing_that_was_heard_stays(si
 
     first, *others = on_ranks(size, program, store=store)
     assert all(found == first for found in others)
-    assert first[:2] == [
-        "; ".join(f"0 0 {rank}" for rank in range(size)),
-        "; ".join(f"1 0 {rank}" for rank in range(size)),
-    ]
+    assert first[:2] == ["; ".join(f"{number} 0 {rank}" for rank in range(size)) for number in range(2)]
+    assert store.num_keys() < 10 + size
 
 
 def test_a_large_message_arrives_in_pieces(monkeypatch):
@@ -139,11 +118,11 @@ def failing(moment: str, rank: int, error: BaseException) -> Callable[[Ranks], A
     return program
 
 
-@pytest.mark.parametrize(
-    ("moment", "rank"), [("before", 0), ("before", 2), ("decide", 0), ("between", 0), ("between", 2)]
-)
+@pytest.mark.parametrize("where", ["before 0", "before 2", "decide 0", "between 0", "between 2"])
 @pytest.mark.parametrize("error", [ConfigError("it"), SaveError("it"), ValueError("it"), KeyboardInterrupt("it")])
-def test_an_error_of_one_rank_is_raised_by_all_and_names_it(moment, rank, error):
+def test_an_error_of_one_rank_is_raised_by_all_and_names_it(where, error):
+    moment, number = where.split()
+    rank = int(number)
     found = on_ranks(3, failing(moment, rank, error))
     assert found[rank] is error
     kind = type(error) if isinstance(error, CheckpointerError) else SaveError
