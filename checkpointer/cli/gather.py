@@ -174,7 +174,7 @@ def _shared(
     repository: Repository, info: CheckpointInfo, checkpoints: Sequence[CheckpointInfo]
 ) -> dict[str, tuple[str, ...]]:
     """The names of the other checkpoints that lie on the same bytes as each file of ``info``, by what is on disk."""
-    on_disk = holders(repository.storage, checkpoints, repository.files_of)
+    on_disk = holders(repository.storage, checkpoints, repository.shared_files)
     mine = {path: bytes_of for (path, id), bytes_of in on_disk.items() if id == info.id}
     found = {
         path: tuple(
