@@ -20,6 +20,7 @@ from checkpointer.format.event import Event
 from checkpointer.format.index import Component, FileRecord
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest, metric_to_json
+from checkpointer.format.trees import spelled_out
 from checkpointer.repository.copies import holders
 from checkpointer.repository.notes import Note
 from checkpointer.repository.repository import Listing, Repository, Unreadable
@@ -357,7 +358,7 @@ def _component_to_json(component: Component) -> Json:
             key: {"dtype": spec.dtype, "shape": list(spec.shape), "size": spec.nbytes, "device": spec.device}
             for key, spec in component.tensors.items()
         },
-        "tree": component.tree,
+        "tree": spelled_out(component.tree, component.tensors),
         "meta": dict(component.meta),
     }
 

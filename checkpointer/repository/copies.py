@@ -20,7 +20,7 @@ SharedFiles = Callable[[CheckpointInfo], Mapping[str, tuple[str, int]]]
 
 
 def on_disk(storage: Storage, checkpoints: Iterable[CheckpointInfo], shared_files: SharedFiles) -> list[CheckpointInfo]:
-    """``checkpoints``, their ``copies`` corrected: a file that shares no bytes any more is a copy of its own.
+    """``checkpoints``, their ``copies`` corrected: bytes that are there once more count for the first that lies on them.
 
     Reads the index of those that share, and asks once for each file that is shared by what it says. Where a storage
     cannot tell (an object store; a file that is gone, or that this user cannot reach), the manifests count.
@@ -28,17 +28,19 @@ def on_disk(storage: Storage, checkpoints: Iterable[CheckpointInfo], shared_file
     checkpoints = list(checkpoints)
     shared = {info.id: shared_files(info) for info in checkpoints}
     by_bytes = _holders(storage, checkpoints, shared)
+    first: dict[tuple[str, str, int], str] = {}
+    for (path, id), (origin, number) in by_bytes.items():
+        first.setdefault((path, origin, number), origin if number == 0 else id)
     corrected: list[CheckpointInfo] = []
     for info in checkpoints:
-        mine = shared.get(info.id, {})
-        apart = {
-            path: size for path, (origin, size) in mine.items() if by_bytes[path, info.id] != (origin, _FIRST_COPY)
-        }
-        corrected.append(_with_own(info, mine, apart) if apart else info)
+        copies = dict(info.copies)
+        for path, (origin, size) in shared.get(info.id, {}).items():
+            holder = first[path, *by_bytes[path, info.id]]
+            if holder != origin:
+                copies[origin] -= size
+                copies[holder] = copies.get(holder, 0) + size
+        corrected.append(replace(info, copies={copy: size for copy, size in copies.items() if size}))
     return corrected
-
-
-_FIRST_COPY = 0
 
 
 def holders(
@@ -73,12 +75,3 @@ def _holders(
                 identities.append(identity)
             found[path, info.id] = (origin, 0 if identity is None else identities.index(identity))
     return found
-
-
-def _with_own(info: CheckpointInfo, shared: Mapping[str, tuple[str, int]], apart: Mapping[str, int]) -> CheckpointInfo:
-    """``info``, with the files ``apart`` counted as its own."""
-    copies = dict(info.copies)
-    for path, size in apart.items():
-        copies[shared[path][0]] -= size
-        copies[info.id] += size
-    return replace(info, copies={copy: size for copy, size in copies.items() if size})

@@ -254,7 +254,6 @@ class Repository:
             self._shared[info.id] = {path: (file.origin, file.size) for path, file in files.items() if file.origin}
         return self._shared[info.id]
 
-
     def open(self, info: CheckpointInfo, reader: ReadingRank = ONE_PROCESS) -> CheckpointReader:
         """Open a listed checkpoint for reading.
 

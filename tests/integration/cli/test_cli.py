@@ -30,7 +30,7 @@ from checkpointer.format.index import Component, TensorSpec
 from checkpointer.format.tree_text import describe_component, leaves
 from checkpointer.version import __version__
 from tests.support.command import runner
-from tests.support.forge import flip, forge_manifest
+from tests.support.forge import Forgery, flip, forge_manifest
 
 ROOT = Path(__file__).resolve().parents[3]
 COLUMNS = ["STEP", "EPOCH", "SEQUENCE", "CREATED", "AGE", "SIZE", "METRICS", "TAGS", "PINNED", "FINITE", "STATUS"]
@@ -286,8 +286,9 @@ def test_show_as_json_adds_manifest_and_components_to_the_row(run_root):
 
 def test_show_says_which_checkpoints_lie_on_the_same_bytes(run_root):
     for step in (200, 300):
-        shared = {"model.safetensors": [document("show", run_root, 100)["id"], step // 100]}
-        forge_manifest(run_root / f"checkpoint-{step}", lambda fields: fields.update(shared=shared))  # noqa: B023  called at once
+        forgery = Forgery(run_root / f"checkpoint-{step}")
+        forgery.files["model.safetensors"]["shared"] = [document("show", run_root, 100)["id"], step // 100]
+        forgery.write_index()
         file = run_root / f"checkpoint-{step}" / "model.safetensors"
         file.unlink()
         file.hardlink_to(run_root / "checkpoint-100" / "model.safetensors")
