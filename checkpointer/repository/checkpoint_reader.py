@@ -136,7 +136,7 @@ class CheckpointReader:
     def check_metadata(self) -> None:
         """Check what is not tensor data: whole small files, and headers of tensor files.
 
-        Of a checkpoint of several ranks these are the files that are known by now; call again once all chunks are chosen.
+        Of a checkpoint of several ranks, of the files that are known by now: call again once all chunks are chosen.
         """
         for path, record in list(self._records.items()):
             if path in self._checked or path in self.manifest.index:
@@ -219,7 +219,7 @@ class CheckpointReader:
 
     @property
     def files(self) -> Mapping[str, FileRecord]:
-        """Every file of the checkpoint but the manifest, as far as it is known: parts that nobody has read add theirs."""
+        """Every file of the checkpoint but the manifest, as far as it is known: each part that is read adds its own."""
         return self._records
 
     def read(self, reads: Iterable[ChunkRead], *, verify: bool) -> None:

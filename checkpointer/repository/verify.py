@@ -140,8 +140,9 @@ def _check_totals(reader: CheckpointReader) -> Iterator[str]:
             shared[record.origin] = shared.get(record.origin, 0) + record.size
     found = (len(files), sum(record.size for record in files.values()), shared)
     if found != (manifest.files, manifest.size, dict(manifest.shared)):
+        said = sum(manifest.shared.values())
         yield (
-            f"the manifest counts {manifest.files} files of {manifest.size} bytes, {sum(manifest.shared.values())} of them "
+            f"the manifest counts {manifest.files} files of {manifest.size} bytes, {said} of them "
             f"shared, and the index lists {found[0]} of {found[1]}, {sum(shared.values())} shared"
         )
 

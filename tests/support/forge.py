@@ -72,12 +72,12 @@ def seal_text(head: str | bytes) -> bytes:
 
 
 class Forgery:
-    """A committed checkpoint of one process whose parts can be replaced; hashes and sizes that cover them are made to fit.
+    """A committed checkpoint of one process whose parts can be replaced; hashes and sizes are made to fit.
 
     ``index`` shows the two files of the index as one object: ``components`` by name, each with ``tensors`` by key, each
-    with ``dtype``, ``shape``, and ``chunks`` of ``offsets``, ``lengths``, ``file``, ``range`` and ``xxh3``; ``files`` has the
-    length and the hash of the header of each tensor file. What is written of it is not checked, only cut to what a column
-    holds. ``files`` lists every file beside the index as the index does.
+    with ``dtype``, ``shape``, and ``chunks`` of ``offsets``, ``lengths``, ``file``, ``range`` and ``xxh3``; ``files``
+    has the length and the hash of the header of each tensor file. What is written of it is not checked, only cut to
+    what a column holds. The attribute ``files`` lists every file beside the index as the index does.
     """
 
     def __init__(self, directory: str | Path) -> None:
