@@ -73,7 +73,7 @@ def check_relative(path: object) -> str:
 
 
 def component_file(component: str) -> str:
-    """Stem of a component's own safetensors files; of ``state`` that would be the shared file, of ``index`` the table."""
+    """Stem of a component's own files; of ``state`` that would be the shared file, of ``index`` the table."""
     return f"component-{component}" if component.lower() in ("state", "index") else component
 
 

@@ -264,11 +264,27 @@ class CheckpointReader:
         """Compare the size of every file: one of several ranks only of those that it knows, and opens, by now."""
         if self._reader.size == 1:
             self.read_parts()
+            self._check_totals()
         for path, record in self._records.items():
             if record.header is None:
                 self._open(path).close()  # there may be many attachments
             else:
                 self._files.check(path)
+
+    def _check_totals(self) -> None:
+        """The manifest counts what the index lists."""
+        manifest = self.manifest
+        shared: dict[str, int] = {}
+        for record in self._records.values():
+            if record.origin is not None:
+                shared[record.origin] = shared.get(record.origin, 0) + record.size
+        size = sum(record.size for record in self._records.values())
+        if (len(self._records), size, shared) != (manifest.files, manifest.size, dict(manifest.shared)):
+            raise CorruptCheckpointError(
+                f"{self._storage.place(self._directory)}: the manifest counts {manifest.files} files of "
+                f"{manifest.size} bytes, {sum(manifest.shared.values())} of them shared, and the index lists {len(self._records)} of "
+                f"{size}, {sum(shared.values())} shared"
+            )
 
     @property
     def has_own_state(self) -> bool:
