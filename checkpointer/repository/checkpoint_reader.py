@@ -280,10 +280,11 @@ class CheckpointReader:
                 shared[record.origin] = shared.get(record.origin, 0) + record.size
         size = sum(record.size for record in self._records.values())
         if (len(self._records), size, shared) != (manifest.files, manifest.size, dict(manifest.shared)):
+            said, found = sum(manifest.shared.values()), sum(shared.values())
             raise CorruptCheckpointError(
                 f"{self._storage.place(self._directory)}: the manifest counts {manifest.files} files of "
-                f"{manifest.size} bytes, {sum(manifest.shared.values())} of them shared, and the index lists {len(self._records)} of "
-                f"{size}, {sum(shared.values())} shared"
+                f"{manifest.size} bytes, {said} of them shared, and the index lists {len(self._records)} of {size}, "
+                f"{found} shared"
             )
 
     @property
