@@ -85,13 +85,15 @@ def removable(storage: Storage, directory: str, manifest: Manifest) -> Removable
 
 
 def remove_listed(storage: Storage, directory: str, listed: Removable) -> None:
-    """Remove what is listed: data first, durably, for without its list it would count as somebody's."""
-    for path in listed.data:
-        storage.remove(f"{directory}/{path}")
-    folders = {f"{directory}/{path}".rpartition("/")[0] for path in (*listed.data, *listed.index)}
-    storage.sync(*filter(storage.exists, sorted(folders)))
-    for path in listed.index:
-        storage.remove(f"{directory}/{path}")
+    """Remove what is listed: data first, then the index, both durably.
+
+    Without its list a file would count as somebody's, and so would the list without the manifest, which goes next.
+    """
+    for paths_of in (listed.data, listed.index):
+        for path in paths_of:
+            storage.remove(f"{directory}/{path}")
+        folders = {f"{directory}/{path}".rpartition("/")[0] for path in paths_of}
+        storage.sync(*filter(storage.exists, sorted(folders)))
 
 
 def read_index(storage: Storage, directory: str, manifest: Manifest) -> Index:

@@ -134,7 +134,7 @@ def make_index(random: Random) -> tuple[bytes, bytes]:
         columns[name] = columns[name][: random.randint(0, len(columns[name]))]
     else:
         key = random.choice(sorted(texts))
-        texts[key] = _either(texts[key].encode(), random).decode("utf-8", "replace")
+        texts[key] = change_bytes(texts[key].encode(), random).decode("utf-8", "replace")
     return text, pack(columns, texts)
 
 

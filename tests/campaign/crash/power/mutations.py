@@ -37,7 +37,7 @@ REDUNDANT: Mapping[str, str] = {
     "which of two names (trash or quarantine, second or plain) a checkpoint has",
     "repository.commit.by_rename._replace": "a removal fsyncs the same directory before anything hangs on it",
     "repository.commit.by_rename.commit": "an inner directory's name, which was fsynced when it was made",
-    "repository.commit.by_rename._delete_listed": "the files of a damaged run, some of which stay anyway",
+    "repository.contents.remove_listed": "the files of a damaged run, some of which stay anyway",
 }
 """Why it may go unnoticed that a function leaves out one fsync, though not that it never asks for any."""
 
