@@ -106,11 +106,6 @@ class Arena:
         """The first ``size`` bytes have been filled."""
         self._touched = max(self._touched, size)
 
-    def has_touched(self, size: int) -> bool:
-        """Whether ``size`` bytes can be filled at the speed of memory, but for ``SPARE`` at most."""
-        touched = self._touched if self._prefault is None else max(self._touched, self._prefault.position)
-        return self.size >= size and touched >= size - SPARE
-
     def fill(self, copies: Iterable[Copy]) -> None:
         """Carry out all ``copies``; when this returns the tensors may change."""
         spans = []
@@ -206,39 +201,6 @@ class Arena:
             unpin(self._region)
         self._pinned = False
         self._region = None
-
-
-class ArenaRest:
-    """What an arena holds beyond its first ``start`` bytes. It does not grow."""
-
-    def __init__(self, arena: Arena, start: int, total: int) -> None:
-        """``total``: bytes of the arena that the next save will need."""
-        self._arena = arena
-        self._start = start
-        self._total = total
-
-    @property
-    def address(self) -> int:
-        """Of the first byte."""
-        return self._arena.address + self._start
-
-    def reserve(self, size: int) -> None:
-        """Make ``size`` bytes ready to be filled.
-
-        Raises:
-            MemoryError: there are fewer.
-        """
-        if self._start + size > self._arena.size:
-            raise MemoryError(f"{size} bytes are wanted where {self._arena.size - self._start} are left")
-        self._arena.stop_touching()
-
-    def fill_from_memory(self, spans: Iterable[tuple[int, int, int]]) -> None:
-        """Copy ``(offset, address, bytes)`` each; then the rest of the arena is touched beside training."""
-        moved = [(self._start + offset, address, size) for offset, address, size in spans]
-        self._arena.fill_from_memory(moved)
-        if moved:
-            self._arena.note_touched(max(offset + size for offset, _, size in moved))
-        self._arena.touch(self._total)
 
 
 def copy_threads() -> int:

@@ -8,7 +8,7 @@ import resource
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -280,42 +280,15 @@ def never_touched(monkeypatch) -> None:
     monkeypatch.setattr(prefault, "free_memory", lambda: 0)
 
 
-@pytest.fixture
-def held(monkeypatch) -> Iterator[threading.Event]:
-    """The writer takes no byte of live memory before this is set."""
-    opened = threading.Event()
-    real = LiveState.take
-
-    def take(state: LiveState, *arguments: Any) -> None:
-        assert opened.wait(60)
-        real(state, *arguments)
-
-    monkeypatch.setattr(LiveState, "take", take)
-    yield opened
-    opened.set()
-
-
-@linux
-def test_a_save_that_comes_sooner_copies_nothing_and_writes_the_state_of_its_call(tmp_path, never_touched, held):
-    run = Run()
-    with run.manager(tmp_path) as mgr:
-        run.step()
-        expected = run.state()
-        assert faults(lambda: mgr.save(1)) < run.pages // 4
-        run.step()
-        held.set()
-        mgr.wait()
-    assert_identical(restored(tmp_path, 1), expected)
-
-
-def test_all_early_saves_and_copies_after_them_hold_the_state_of_their_calls(tmp_path, regions):
+def test_early_saves_are_copies_too_and_hold_the_state_of_their_calls(tmp_path, regions):
     run = Run()
     expected = []
     with run.manager(tmp_path) as mgr:
-        for step in range(first_saves.MOST_EARLY + 3):
+        for step in range(4):
             run.step()
             expected.append(run.state())
             mgr.save(step)
+            run.model["weight"].data.zero_()  # by hand: a copy does not see it
             run.step()
         mgr.wait()
         assert len(regions) == 1, "one copy of the state at most"
@@ -343,57 +316,6 @@ def test_once_memory_is_touched_saves_copy_and_no_hook_is_left(tmp_path, monkeyp
         assert len(hooks) == before
         run.model["weight"].data.zero_()  # by hand: the copy does not see it
         mgr.wait()
-
-
-def test_saves_from_live_memory_end_though_its_memory_is_never_touched(tmp_path, never_touched, monkeypatch):
-    real = LiveState.__init__
-    lives: list[object] = []
-
-    def made(state: LiveState, *arguments: Any) -> None:
-        lives.append(state)
-        real(state, *arguments)
-
-    monkeypatch.setattr(LiveState, "__init__", made)
-    run = Run()
-    run.step()
-    with run.manager(tmp_path) as mgr:
-        for step in range(first_saves.MOST_EARLY + 3):
-            mgr.save(step).result()
-    assert len(lives) == first_saves.MOST_EARLY
-
-
-def test_what_is_changed_by_hand_beside_an_early_save_is_an_error_and_the_next_save_copies(
-    tmp_path, never_touched, held
-):
-    run = Run()
-    run.step()
-    with run.manager(tmp_path) as mgr:
-        mgr.save(1)
-        with torch.no_grad():
-            run.model["weight"].zero_()
-        held.set()
-        with pytest.raises(SaveError, match=r"mgr\.staged\(\)"):
-            mgr.wait()
-        expected = run.state()
-        mgr.save(2)
-        with torch.no_grad():
-            run.model["weight"].fill_(1)
-        mgr.wait()
-    assert_identical(restored(tmp_path, 2), expected)
-
-
-def test_after_staged_an_early_save_needs_live_memory_no_more(tmp_path, never_touched, held):
-    run = Run()
-    run.step()
-    expected = run.state()
-    with run.manager(tmp_path) as mgr:
-        mgr.save(1)
-        mgr.staged()
-        with torch.no_grad():
-            run.model["weight"].zero_()
-        held.set()
-        mgr.wait()
-    assert_identical(restored(tmp_path, 1), expected)
 
 
 def test_a_save_inside_a_step_is_a_copy(tmp_path, never_touched):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from checkpointer.staging import prefault
-from checkpointer.staging.arena import SPARE, Arena
+from checkpointer.staging.arena import Arena
 from checkpointer.staging.prefault import Prefault
 from checkpointer.system import memory
 from checkpointer.system.free_memory import free_memory
@@ -172,17 +172,6 @@ def test_an_arena_that_was_touched_is_used_by_the_save_even_where_that_needs_a_l
     view = touched.reserve(20 * MIB)
     assert touched.address == address
     assert faults_of(view[: 16 * MIB], 1) < 100
-
-
-def test_an_arena_is_ready_only_where_nearly_all_that_is_asked_for_is_touched(quick, touched):
-    assert not touched.has_touched(1)
-    touched.touch(2 * SPARE)
-    assert touched._prefault is not None
-    finished(touched._prefault)
-    assert touched.has_touched(2 * SPARE)
-    assert not touched.has_touched(4 * SPARE)
-    touched.reserve(8 * SPARE)
-    assert not touched.has_touched(2 * SPARE), "the memory is another"
 
 
 def test_free_ends_the_touching_thread(touched, monkeypatch):
