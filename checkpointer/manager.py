@@ -447,7 +447,7 @@ class CheckpointManager:
         return next(reversed(self.checkpoints()), None)
 
     def best(self, monitor: str | None = None, *, mode: MetricMode | None = None) -> CheckpointInfo | None:
-        """The best checkpoint by ``monitor``, or by the first metric under ``keep: best``: of this configuration, else of
+        """The best checkpoint by ``monitor``, or by the first metric under ``keep: best``: of the configuration, else of
         the rules that the newest checkpoint was saved with.
 
         NaN never wins; ties go to the later commit. Warns if the metric was never reported.
@@ -812,7 +812,7 @@ class CheckpointManager:
         manifest = self._repository.newest_manifest()
         saved = None if manifest is None else saved_keep(manifest.rules, f"the checkpoint of step {manifest.step}")
         if saved is not None and saved.problem is not None:
-            messages.warn(f"{saved.problem}. They are ignored; give this manager a configuration of {self._repository.url}")
+            messages.warn(f"{saved.problem}. They are ignored; for rules, give this manager a configuration")
         return (saved and saved.keep) or KeepPolicy()
 
     def _best(self, rule: BestRule) -> CheckpointInfo | None:

@@ -63,8 +63,8 @@ def list_command(*, root: str, stats: bool, as_json: bool, storage_options: Mapp
     else:
         _print_table(render.statistics_table(rows) if stats else render.listing_table(rows, _now()))
         _warn_of_damage(rows)
-    if problem is not None and problem.unusable:
-        complain("warning", problem)
+    if problem is not None:
+        complain("warning", f"{problem}. They are ignored")
     return FINE
 
 
@@ -192,8 +192,8 @@ def prune_command(
         document = {"root": repository.url, "dry_run": dry_run, "rules": rules.to_json(), **gather.plan_to_json(plan)}
         emit_json(document)
     else:
-        emit(render.rules_line(rules))
         _print_table(render.plan_table(plan, _now()))
+        emit(render.rules_line(rules))
         emit(render.plan_summary(plan, dry_run=dry_run))
         _warn_of_damage(left_alone)
     return FINE

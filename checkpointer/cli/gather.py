@@ -18,6 +18,7 @@ from checkpointer.errors import (
     RunLockedError,
     UnreadableCheckpointError,
 )
+from checkpointer.format import paths
 from checkpointer.format.event import Event
 from checkpointer.format.index import Component, FileRecord
 from checkpointer.format.info import CheckpointInfo
@@ -45,11 +46,11 @@ class Row:
     path: str
     info: CheckpointInfo | None
     """``None`` where the manifest cannot be used."""
-    best: tuple[str, ...] = ()
-    """The metrics by which it is the best, where the run's rules are asked for."""
     status: Status = "ok"
     reason: str | None = None
     """Why the status is not ``ok``."""
+    best: tuple[str, ...] = ()
+    """The metrics by which it is the best, where the run's rules are asked for."""
 
     def to_json(self, *, statistics: bool = False) -> Json:
         info = self.info
@@ -205,7 +206,7 @@ def rules_to_prune_by(repository: Repository) -> Rules:
     """
     rules, problem = _saved_rules(repository, _listed(repository).checkpoints)
     if rules is None:
-        reason = problem or f"no checkpoint in {repository.url} that can be read says which rules it was saved with"
+        reason = problem or f"the newest checkpoint in {repository.url} does not say which rules it was saved with"
         raise ConfigError(f"{reason}. Say what stays with --config FILE")
     return rules
 
@@ -214,10 +215,10 @@ def _saved_rules(repository: Repository, checkpoints: Sequence[CheckpointInfo]) 
     newest = repository.newest_manifest(checkpoints)
     if newest is None:
         return None, None
-    name = checkpoint_name(newest.step)
+    name = paths.checkpoint_name(newest.step)
     saved = saved_keep(newest.rules, name)
     if saved.keep is None:
-        return None, saved.problem or f"{name}, the newest checkpoint, does not say which rules it was saved with"
+        return None, saved.problem
     return Rules(saved.keep, name), None
 
 
