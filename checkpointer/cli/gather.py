@@ -23,6 +23,7 @@ from checkpointer.format.event import Event
 from checkpointer.format.index import Component, FileRecord
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest, metric_to_json
+from checkpointer.format.trees import spelled_out
 from checkpointer.repository.copies import holders
 from checkpointer.repository.notes import Note
 from checkpointer.repository.repository import Listing, Repository, Unreadable
@@ -242,7 +243,7 @@ def _shared(
     repository: Repository, info: CheckpointInfo, checkpoints: Sequence[CheckpointInfo]
 ) -> dict[str, tuple[str, ...]]:
     """The names of the other checkpoints that lie on the same bytes as each file of ``info``, by what is on disk."""
-    on_disk = holders(repository.storage, checkpoints, repository.files_of)
+    on_disk = holders(repository.storage, checkpoints, repository.shared_files)
     mine = {path: bytes_of for (path, id), bytes_of in on_disk.items() if id == info.id}
     found = {
         path: tuple(
@@ -425,7 +426,7 @@ def _component_to_json(component: Component) -> Json:
             key: {"dtype": spec.dtype, "shape": list(spec.shape), "size": spec.nbytes, "device": spec.device}
             for key, spec in component.tensors.items()
         },
-        "tree": component.tree,
+        "tree": spelled_out(component.tree, component.tensors),
         "meta": dict(component.meta),
     }
 

@@ -73,8 +73,8 @@ def check_relative(path: object) -> str:
 
 
 def component_file(component: str) -> str:
-    """Stem of a component's own safetensors files; ``state`` would collide with the shared file, ``State`` nearly."""
-    return f"component-{component}" if component.lower() == "state" else component
+    """Stem of a component's own safetensors files; that of ``state`` would be the shared file, of ``index`` the table."""
+    return f"component-{component}" if component.lower() in ("state", "index") else component
 
 
 def tensor_file(component: str, shard: int = 1, shards: int = 1) -> str:

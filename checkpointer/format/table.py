@@ -18,6 +18,7 @@ from checkpointer.errors import CorruptCheckpointError
 from checkpointer.format import paths, strict_json
 from checkpointer.format.columns import Array, Form, pack, place_of, unpack
 from checkpointer.format.index import (
+    FORMAT,
     ITEM_SIZES,
     MAX_CUT_DIMENSIONS,
     MAX_DIMENSIONS,
@@ -581,6 +582,41 @@ PART_FORMS: Mapping[str, Form] = {
     **{f"own_{name}": form for name, form in _COMMON_FORMS.items()},
     "data": Form("U8"),
 }
+
+
+def index_files(index: Index) -> dict[str, bytes]:
+    """The two files that say what an index does, by path."""
+    with collector_paused():
+        plain = [file_to_json(path, record) for path, record in index.files.items() if record.header is None]
+        fields = {"format": FORMAT, "version": VERSION, "components": components_to_json(index.components), "files": plain}
+        return {paths.INDEX: strict_json.dumps(fields).encode("ascii"), paths.TABLE: pack_index(index)}
+
+
+def parse_index(text: bytes, table: bytes, where: str) -> Index:
+    """Read ``index.json`` (``text``) and ``index.safetensors`` (``table``), trusting neither.
+
+    After it returns, every chunk lies inside its file and its tensor, no two overlap, together they cover every
+    tensor and every tensor file exactly, and every shape and dtype accounts for its bytes. So the memory that a restore
+    allocates is bounded by the size of the files, whatever the index claims. That the files have these sizes is checked
+    by whoever opens them.
+
+    Raises:
+        CorruptCheckpointError: anything else.
+        FormatVersionError: an index of a newer version.
+    """
+    for data in (text, table):
+        if len(data) > paths.INDEX_LIMIT:
+            raise CorruptCheckpointError(f"{where} is larger than {paths.INDEX_LIMIT} bytes")
+    with collector_paused():
+        raw = strict_json.mapping(strict_json.loads(text, where), where)
+        try:
+            check_version(raw.get("format"), raw.get("version"), FORMAT, where)
+            files = parse_files(raw.get("files"), "files")
+            if any(record.header is not None for record in files.values()):
+                raise CorruptCheckpointError("a file with a header of tensors stands among those without")
+            return parse_table(table, strict_json.array(raw.get("components"), "components"), files, where)
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{where}: {error}") from error
 
 
 def pack_index(index: Index) -> bytes:

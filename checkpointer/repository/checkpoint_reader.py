@@ -264,8 +264,11 @@ class CheckpointReader:
         """Compare the size of every file: one of several ranks only of those that it knows, and opens, by now."""
         if self._reader.size == 1:
             self.read_parts()
-        for path in self._records:
-            self._files.check(path)
+        for path, record in self._records.items():
+            if record.header is None:
+                self._open(path).close()  # there may be many attachments
+            else:
+                self._files.check(path)
 
     @property
     def has_own_state(self) -> bool:

@@ -11,7 +11,7 @@ import xxhash
 
 from checkpointer.errors import CorruptCheckpointError, UnreadableCheckpointError
 from checkpointer.format import paths
-from checkpointer.format.index import FileRecord, Index, RankPart, parse_index
+from checkpointer.format.index import FileRecord, Index, RankPart
 from checkpointer.format.manifest import Manifest
 from checkpointer.storage import ReadFile, Storage, refusals_typed
 
@@ -96,6 +96,8 @@ def remove_listed(storage: Storage, directory: str, listed: Removable) -> None:
 
 def read_index(storage: Storage, directory: str, manifest: Manifest) -> Index:
     """Read what all ranks share of the index. Raises as :func:`read_contents` does."""
+    from checkpointer.format.table import parse_index
+
     text, table = (
         read_whole(storage, directory, manifest, path, manifest.index[path]) for path in (paths.INDEX, paths.TABLE)
     )

@@ -149,6 +149,11 @@ class Forgery:
         ]
         if data is None and self.counts and all(type(size) is int for size in listed):
             self.manifest.update(files=len(listed), size=sum(listed))
+            self.manifest.pop("shared", None)
+            for entry in self.files.values():
+                if "shared" in entry:
+                    shared = self.manifest.setdefault("shared", {})
+                    shared[entry["shared"][0]] = shared.get(entry["shared"][0], 0) + entry["size"]
         overwrite(self.directory / "manifest.json", seal(self.manifest) if data is None else data)
 
     counts = True
