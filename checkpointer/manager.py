@@ -447,8 +447,9 @@ class CheckpointManager:
         return next(reversed(self.checkpoints()), None)
 
     def best(self, monitor: str | None = None, *, mode: MetricMode | None = None) -> CheckpointInfo | None:
-        """The best checkpoint by ``monitor``, or by the first metric under ``keep: best``: of the configuration, else of
-        the rules that the newest checkpoint was saved with.
+        """The best checkpoint by ``monitor``, or by the first metric under ``keep: best``.
+
+        Without such rules in the configuration, those count that the newest checkpoint was saved with.
 
         NaN never wins; ties go to the later commit. Warns if the metric was never reported.
 
