@@ -34,20 +34,7 @@ from tests.support.command import runner
 from tests.support.forge import Forgery, flip, forge_manifest
 
 ROOT = Path(__file__).resolve().parents[3]
-COLUMNS = [
-    "STEP",
-    "EPOCH",
-    "SEQUENCE",
-    "CREATED",
-    "AGE",
-    "SIZE",
-    "METRICS",
-    "BEST",
-    "TAGS",
-    "PINNED",
-    "FINITE",
-    "STATUS",
-]
+COLUMNS = "STEP EPOCH SEQUENCE CREATED AGE SIZE METRICS BEST TAGS PINNED FINITE STATUS".split()
 KEEP_LAST = "keep:\n  last: 1\n"
 
 
@@ -234,9 +221,8 @@ finally:
     result = child("ls", run_root, code=code)
 
     assert result.returncode == 0
-    assert [os.path.basename(path) for path in result.stderr.split()] == [
-        "manifest.json"
-    ] * 4  # the rules are in the newest
+    opened = [os.path.basename(path) for path in result.stderr.split()]
+    assert opened == ["manifest.json"] * 4  # the newest once more, for the rules
 
 
 def test_no_command_imports_torch_and_a_pipe_needs_neither_rich_nor_fsspec(run_root, config):
