@@ -554,8 +554,8 @@ class CheckpointManager:
         self._check_usable(on_commit_may=dry_run)
         restored_from = self._tip.restored_from
         protect = {restored_from.id} if restored_from else set()
-        reads = self._read_only and self._config.keep.is_empty
-        pruner = Pruner(self._repository, self._saved_keep()) if reads else self._saver.pruner
+        rules_are_saved = dry_run and self._read_only and self._config.keep.is_empty
+        pruner = Pruner(self._repository, self._saved_keep()) if rules_are_saved else self._saver.pruner
         plan = partial(pruner.prune, protect=protect, unreturned=self._saver.unreturned)
         if dry_run:
             return plan(dry_run=True)

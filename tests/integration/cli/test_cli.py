@@ -34,7 +34,8 @@ from tests.support.command import runner
 from tests.support.forge import Forgery, flip, forge_manifest
 
 ROOT = Path(__file__).resolve().parents[3]
-COLUMNS = "STEP EPOCH SEQUENCE CREATED AGE SIZE METRICS BEST TAGS PINNED FINITE STATUS".split()
+COLUMNS = ["STEP", "EPOCH", "SEQUENCE", "CREATED", "AGE", "SIZE"]
+COLUMNS += ["METRICS", "BEST", "TAGS", "PINNED", "FINITE", "STATUS"]
 KEEP_LAST = "keep:\n  last: 1\n"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -40,8 +41,9 @@ def test_whoever_writes_to_a_run_root_gives_it_the_id_of_the_run(tmp_path):
         branch.restore(2)
         branch.save(3)
         branch.save(4)
-    dcp.save({"x": torch.zeros(3)}, storage_writer=SafetensorsWriter(str(root / "checkpoint-5")), no_dist=True)
-    import_checkpoint({"model": nn.Linear(2, 2).state_dict()}, root, step=6)
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save({"x": torch.zeros(3)}, storage_writer=SafetensorsWriter(str(root / "checkpoint-5")))
+    import_checkpoint({"model": nn.Linear(2, 2).state_dict()}, root, step=6, append=True)
     with manager(tmp_path / "other") as other:
         other.save(1)
 
