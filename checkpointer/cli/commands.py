@@ -64,7 +64,7 @@ def list_command(*, root: str, stats: bool, as_json: bool, storage_options: Mapp
         _print_table(render.statistics_table(rows) if stats else render.listing_table(rows, _now()))
         _warn_of_damage(rows)
     if problem is not None:
-        complain("warning", f"{problem}. They are ignored")
+        complain("warning", f"{problem}. They are ignored, so the best checkpoints are not known")
     return FINE
 
 

@@ -190,7 +190,10 @@ def ranked_listing(repository: Repository) -> tuple[list[Row], Rules | None, str
 
     rows = listing(repository)
     infos = [row.info for row in rows if row.info is not None]
-    rules, problem = _saved_rules(repository, infos)
+    try:
+        rules, problem = _saved_rules(repository, infos)
+    except (CheckpointerError, OSError) as error:  # the list is what was asked for
+        rules, problem = None, f"the rules of the run cannot be read: {describe(error)}"
     best: dict[str, list[str]] = {}
     for rule in rules.keep.best if rules else ():
         for info in rank(infos, rule)[:1]:
