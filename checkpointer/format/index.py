@@ -116,10 +116,10 @@ class Index:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     """Every file of the checkpoint but the manifest, the index, and what only a rank's own part knows of."""
     parts: Mapping[int, FileRecord] = field(default_factory=dict)
-    """By rank: size and hash of the file (``paths.rank_index``) that describes what this rank has written, and holds what
-    it has otherwise than rank 0."""
+    """By rank: size and hash of the file (``paths.rank_index``) that describes what this rank has written, and
+    holds what it has otherwise than rank 0."""
     placement: Placement | None = None
-    """Which rank has written which box of each tensor; ``None``: ``chunks`` says where all of them lie. Else the parts do,
+    """Which rank has written which box of each tensor; ``None``: ``chunks`` says where all of them lie. Else parts do,
     and ``chunks`` is empty until somebody reads them (``repository.contents``)."""
 
     @cached_property

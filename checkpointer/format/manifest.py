@@ -206,7 +206,9 @@ def _from_json(raw: Mapping[str, object]) -> Manifest:
         run=_optional_id(raw, "run"),
         rules=strict_json.mapping(raw.get("rules", {}), "rules"),
         replaces=_optional_id(raw, "replaces"),
-        slimmed=tuple(strict_json.string(name, "slimmed") for name in strict_json.array(raw.get("slimmed", []), "slimmed")),
+        slimmed=tuple(
+            strict_json.string(name, "slimmed") for name in strict_json.array(raw.get("slimmed", []), "slimmed")
+        ),
         environment=strict_json.mapping(raw["environment"], "environment"),
         statistics=strict_json.mapping(raw["statistics"], "statistics"),
     )

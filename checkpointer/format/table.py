@@ -109,7 +109,7 @@ class Ragged(NamedTuple):
         return np.diff(self.starts)
 
     def by_length(self, rows: Array | None = None) -> Iterator[tuple[int, Array, Array]]:
-        """For each length that occurs (among ``rows``): that length, the rows that have it, their numbers as a matrix."""
+        """For each length that occurs (among ``rows``): that length, the rows that have it, their numbers."""
         counts = self.counts if rows is None else self.counts[rows]
         for length in np.unique(counts).tolist():
             of_length = np.flatnonzero(counts == length) if rows is None else rows[counts == length]
@@ -588,7 +588,8 @@ def index_files(index: Index) -> dict[str, bytes]:
     """The two files that say what an index does, by path."""
     with collector_paused():
         plain = [file_to_json(path, record) for path, record in index.files.items() if record.header is None]
-        fields = {"format": FORMAT, "version": VERSION, "components": components_to_json(index.components), "files": plain}
+        components = components_to_json(index.components)
+        fields = {"format": FORMAT, "version": VERSION, "components": components, "files": plain}
         return {paths.INDEX: strict_json.dumps(fields).encode("ascii"), paths.TABLE: pack_index(index)}
 
 
@@ -820,8 +821,8 @@ def parameters_meta(groups: Sequence[int], parameters: TensorColumns, first: int
 def pack_part(part: RankPart, data: bytes = b"") -> bytes:
     """The content of ``index-<rank>.safetensors``.
 
-    ``data``: bytes of tensors of its own that lie in this very file. Their chunks have ``""`` for a file, and count from
-    the start of ``data``.
+    ``data``: bytes of tensors of its own that lie in this very file. Their chunks have ``""`` for a file, and count
+    from the start of ``data``.
     """
     tensors = TensorColumns.of(chain.from_iterable(state.tensors.items() for state in part.components.values()))
     stored = {path: record for path, record in part.files.items() if record.header is not None}

@@ -501,7 +501,7 @@ def _over_budget(
 def _until_fits(
     candidates: Iterable[CheckpointInfo], counted: Sequence[CheckpointInfo], max_size: int
 ) -> Iterator[CheckpointInfo]:
-    """Candidates to remove until those ``counted`` fit. Bytes that several share are freed when the last of them goes."""
+    """Candidates to remove until those ``counted`` fit. What several share is freed when the last of them goes."""
     left: dict[Any, Counter[int]] = {}
     for info in counted:
         for copy, taken in _copies(info).items():

@@ -53,7 +53,7 @@ def add_files(files: dict[str, FileRecord], more: Mapping[str, FileRecord], dire
 
 @dataclass(frozen=True)
 class Removable:
-    """The files of a checkpoint that is being removed, relative to its directory. The index goes when the data is gone."""
+    """The files of a checkpoint that is being removed, relative to its directory. The index goes after the data."""
 
     data: tuple[str, ...]
     index: tuple[str, ...]
@@ -64,8 +64,8 @@ class Removable:
 def removable(storage: Storage, directory: str, manifest: Manifest) -> Removable:
     """What the index of a checkpoint lists, as far as it is still there.
 
-    Where a file of the index is gone, a removal was interrupted when all data was gone durably: what is left of the index
-    is listed, and nothing else.
+    Where a file of the index is gone, a removal was interrupted when all data was gone durably: what is left of the
+    index is listed, and nothing else.
 
     Raises:
         UnreadableCheckpointError: the system does not let the index be read.

@@ -1,8 +1,8 @@
 """Which checkpoints lie on the same bytes, by what is on disk.
 
-A manifest says how many bytes were made to share those of which checkpoint. Where a run root has been copied by something
-that knows no hard links (``cp -r``, zip, rsync without ``-H``) they are there twice now, and a budget that counts them
-once is overrun.
+A manifest says how many bytes were made to share those of which checkpoint. Where a run root has been copied by
+something that knows no hard links (``cp -r``, zip, rsync without ``-H``) they are there twice now, and a budget that
+counts them once is overrun.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SharedFiles = Callable[[CheckpointInfo], Mapping[str, tuple[str, int]]]
 
 
 def on_disk(storage: Storage, checkpoints: Iterable[CheckpointInfo], shared_files: SharedFiles) -> list[CheckpointInfo]:
-    """``checkpoints``, their ``copies`` corrected: bytes that are there once more count for the first that lies on them.
+    """``checkpoints``, their ``copies`` corrected: bytes that are there once more count for the first that has them.
 
     Reads the index of those that share, and asks once for each file that is shared by what it says. Where a storage
     cannot tell (an object store; a file that is gone, or that this user cannot reach), the manifests count.
@@ -35,7 +35,7 @@ def on_disk(storage: Storage, checkpoints: Iterable[CheckpointInfo], shared_file
     for info in checkpoints:
         copies = dict(info.copies)
         for path, (origin, size) in shared.get(info.id, {}).items():
-            holder = first[path, *by_bytes[path, info.id]]
+            holder = first[(path, *by_bytes[path, info.id])]
             if holder != origin:
                 copies[origin] -= size
                 copies[holder] = copies.get(holder, 0) + size
