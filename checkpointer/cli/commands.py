@@ -178,8 +178,8 @@ def prune_command(
     Takes the writer's lock, so it is refused while a job trains. Damaged checkpoints are never removed.
 
     \b
-    --json: {"root", "dry_run", "rules": {"source", "keep"}, "keep": [{"step", "id", "path", "size", "reasons"}],
-      "remove": [the same]}
+    --json: {"root", "dry_run", "rules": {"source", "keep"}, "keep": [{"step", "id",
+      "path", "size", "reasons"}], "remove": [the same]}
     """
     from checkpointer.cli import gather, render
     from checkpointer.config.settings import Config

@@ -58,8 +58,8 @@ class Manifest:
     run: str | None = None
     """The id of the run; every checkpoint of a run root has the same."""
     rules: Mapping[str, Json] = field(default_factory=dict)
-    """The ``save`` and ``keep`` rules that were in force, as the configuration spells them. Left out where the file would
-    be too large with them."""
+    """The ``save`` and ``keep`` rules that were in force, as the configuration spells them. Left out where the file
+    would be too large with them."""
     replaces: str | None = None
     """The id that this checkpoint had before some of its components were removed."""
     slimmed: tuple[str, ...] = ()
