@@ -615,7 +615,7 @@ class CheckpointManager:
         self._unsaved.none()  # what is lost is lost by that error, which says so itself
         try:
             self.close()
-        except CheckpointerError as failure:  # the loop's own goes on, and carries this one
+        except (CheckpointerError, CheckpointerWarning) as failure:  # the loop's own goes on, and carries this one
             _chain(error, failure)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
