@@ -30,6 +30,7 @@ from checkpointer.repository.journal import Journal
 from checkpointer.repository.known import NONE_THERE, Checkpoints, Key, Known, KnownManifests, Source
 from checkpointer.repository.known_file import WORTH_WRITING
 from checkpointer.repository.lock import WriterLock
+from checkpointer.repository.newest import RunId, newest_manifest
 from checkpointer.repository.notes import (
     Note,
     add_note,
@@ -100,6 +101,7 @@ class Repository:
         self.journal = Journal(storage, self.lock)
         self._known = KnownManifests(storage, self.lock)
         self._sequences = Sequences(self.lock)
+        self._run = RunId(self)
         self._protocol = protocol_for(storage, self.lock, self.journal)
         self._abandoned: list[Attempt] = []
         """Failed attempts whose files could not be removed yet."""
@@ -238,6 +240,10 @@ class Repository:
             self._known.forget()  # if it is not gone, what is known is wrong: then the next listing is right
             raise CheckpointNotFoundError(f"{info.path} has been removed, or replaced, since it was listed")
         return manifest
+
+    def newest_manifest(self, checkpoints: Sequence[CheckpointInfo] | None = None) -> Manifest | None:
+        """The manifest of the checkpoint committed last, or of the last of ``checkpoints``; ``None`` where none is."""
+        return newest_manifest(self, self.list_checkpoints().checkpoints if checkpoints is None else checkpoints)
 
     def shared_files(self, info: CheckpointInfo) -> Mapping[str, tuple[str, int]]:
         """The files of a checkpoint that share another one's bytes: its id, and how many. Read once: none ever changes.
@@ -409,7 +415,8 @@ class Repository:
         return attempt.reuse(path, f"{name_of(source.info)}/{source.place(path)}", record)
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> CheckpointInfo:
-        """Make an attempt visible and durable: the one commit point."""
+        """Make an attempt visible and durable: the one commit point. Gives it the id of the run."""
+        manifest = replace(manifest, run=self._run.get())
         with self._sequences.doubted_if_it_fails():
             name = self._protocol.commit(attempt, manifest)
         self._sequences.committed(name, manifest.sequence)
