@@ -118,7 +118,8 @@ def _table(found: NDArray[np.uint64], cells: int) -> RankTable | None:
     """The ranks at each cell of each mesh, the mesh of the lowest rank first; ``None`` where a mesh is not complete."""
     ranks, groups, places, _ = found.T
     if not cells:
-        return ranks.astype(np.int32)[None]
+        plain: RankTable = ranks.astype(np.int32)[None]
+        return plain
     if len(found) % cells:
         return None
     _, at, number = np.unique(groups, return_index=True, return_inverse=True)

@@ -21,11 +21,10 @@ from checkpointer.format.index import ITEM_SIZES, TensorSpec
 from checkpointer.format.layouts import BoxColumns, Form, Place, TensorColumns, pieces_of, written_at
 from checkpointer.format.tensor_files import PAGE, ComponentTensors, FileNaming, count_files
 
-
 FEW_RANKS = 16
 WORTH_A_FILE = 64 << 20
-"""Bytes. Beyond ``FEW_RANKS``, this much is given to a rank before another one is used: whoever restores opens the files
-of all that wrote, and thousands of them that hold a step count each take longer than what they save."""
+"""Bytes. Beyond ``FEW_RANKS``, this much is given to a rank before another one is used: whoever restores opens the
+files of all that wrote, and thousands of them that hold a step count each take longer than what they save."""
 
 
 class PlannedTensor(NamedTuple):

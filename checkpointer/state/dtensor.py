@@ -129,13 +129,14 @@ def sharding_of(tensor: torch.Tensor) -> Sharding:
     """
     sharded: Any = tensor
     order = getattr(getattr(sharded, "_spec", None), "shard_order", None)
-    found = _sharding(sharded.device_mesh, sharded.placements, order)
+    found = _sharding(sharded.device_mesh, sharded.placements, order, sharded.device_mesh.get_rank())
     _check_part(sharded, found)
     return found
 
 
 @functools.lru_cache(maxsize=1 << 10)
-def _sharding(mesh: Any, placements: tuple[Any, ...], order: Any) -> Sharding:
+def _sharding(mesh: Any, placements: tuple[Any, ...], order: Any, _rank: int) -> Sharding:
+    """``_rank``: this one; meshes of different ranks may compare as equal."""
     sizes, where = tuple(mesh.mesh.shape), mesh.get_coordinate()
     cuts = _cuts(sizes, placements, {entry.tensor_dim: list(entry.mesh_dims) for entry in order or ()})
     cell = None if where is None else int(np.ravel_multi_index(tuple(where), sizes))
