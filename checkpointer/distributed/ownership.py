@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpointer.distributed.classes import ClassSummary, ComponentSummary, Seat, name_digest, summary_rows
+from checkpointer.distributed.classes import ClassSummary, ComponentSummary, Seat, name_digest, summarize
 from checkpointer.distributed.description import Entry, Section, Sort
 from checkpointer.format.index import ITEM_SIZES, TensorSpec
 from checkpointer.format.layouts import BoxColumns, Form, Place, TensorColumns, pieces_of, written_at
@@ -57,7 +57,7 @@ class ClassPlan:
         """What the describer tells the coordinator."""
         count = Counter(tensor.component for tensor in self.tensors)
         parts = {name: ComponentSummary(kind, name in self.cut, count[name]) for name, kind in self.kinds.items()}
-        return ClassSummary(summary_rows(self.tensors), parts)
+        return summarize(self.tensors, parts)
 
     @cached_property
     def cut(self) -> frozenset[str]:

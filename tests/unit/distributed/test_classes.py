@@ -14,7 +14,8 @@ from checkpointer.distributed.classes import (
     form_classes,
     join,
     name_digest,
-    summary_rows,
+    named,
+    summarize,
     told_clashes,
     told_differences,
     told_ranks,
@@ -106,8 +107,12 @@ def entry(name: str, shape: tuple[int, ...] = (2,), *, declared: bool = False) -
 def summary(
     tensors: Mapping[str, Sequence[Entry]], sort: Sort = "plain", kind: str = "module", *, cut: bool = False
 ) -> ClassSummary:
-    rows = summary_rows((name, sort, one) for name, entries in tensors.items() for one in entries)
-    return ClassSummary(rows, {name: ComponentSummary(kind, cut, len(entries)) for name, entries in tensors.items()})
+    parts = {name: ComponentSummary(kind, cut, len(entries)) for name, entries in tensors.items()}
+    return summarize(((name, sort, one) for name, entries in tensors.items() for one in entries), parts)
+
+
+def beginning(component: str, name: str) -> int:
+    return int.from_bytes(name_digest(component, name)[:8], "little")
 
 
 def test_keys_that_differ_over_the_classes_are_all_saved():
@@ -119,11 +124,15 @@ def test_keys_that_differ_over_the_classes_are_all_saved():
 def test_a_key_of_two_classes_is_refused_with_the_ranks_and_the_key():
     summaries = [summary({"model": [entry("a"), entry("b")]}), summary({"model": [entry("b"), entry("c")]})]
     verdict = join(summaries)
-    assert verdict.clashes == {name_digest("model", "b"): [0, 1]}
+    assert verdict.clashes == {beginning("model", "b"): [0, 1]}
     classes = form_classes([[plain(A)], [plain(B)], [plain(B)]]).classes
-    told = told_clashes(verdict.clashes, classes, {name_digest("model", "b"): "model.b"})
-    assert "1 keys on rank 0 and ranks 1 to 2, for example 'model.b'" in told
+    sections = [[Section("model", "module", "plain", tuple(map(entry, names)))] for names in ("ab", "bc")]
+    answers = {number: named(verdict.clashes, own) for number, own in enumerate(sections)}
+    told = told_clashes(verdict.clashes, classes, answers)
+    assert told is not None
+    assert "1 on rank 0 and ranks 1 to 2, for example 'model.b'" in told
     assert "replicated=" in told
+    assert told_clashes(verdict.clashes, classes, {**answers, 1: {beginning("model", "b"): ["model.other"]}}) is None
 
 
 def test_a_declared_key_is_written_by_the_first_class_alone():
@@ -136,7 +145,7 @@ def test_a_declared_key_is_written_by_the_first_class_alone():
 @pytest.mark.parametrize("other", [entry("embed"), entry("embed", (3,), declared=True)])
 def test_a_key_has_to_be_declared_on_both_sides_and_to_be_the_same_tensor(other):
     verdict = join([summary({"model": [entry("embed", declared=True)]}), summary({"model": [other]})])
-    assert list(verdict.clashes) == [name_digest("model", "embed")]
+    assert verdict.clashes == {beginning("model", "embed"): [0, 1]}
 
 
 def test_what_each_rank_may_have_otherwise_is_written_by_the_first_class_that_has_it():
