@@ -9,7 +9,6 @@ status is 0 where all goals are met.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
 import time
@@ -33,6 +32,7 @@ from checkpointer.distributed.ownership import ClassPlan, assign_owners
 from checkpointer.distributed.samples import Sample, ranks_to_ask
 from checkpointer.format.layouts import Layout, written_by
 from checkpointer.state.protocol import Captured
+from checkpointer.system.gc import collector_paused
 
 LAYOUTS = ("fsdp", "hsdp", "ddp", "pipeline")
 SHARDS = 8
@@ -123,11 +123,11 @@ def timed(work: Callable[[], Any], times: int = 3) -> Seconds:
     """The median of some runs, of this process's processor time."""
     found = []
     value = None
-    for _ in range(times):
-        gc.collect()
-        began = time.process_time()
-        value = work()
-        found.append(time.process_time() - began)
+    with collector_paused():
+        for _ in range(times):
+            began = time.process_time()
+            value = work()
+            found.append(time.process_time() - began)
     return Seconds(statistics.median(found), value)
 
 

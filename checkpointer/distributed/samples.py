@@ -158,7 +158,7 @@ def _tensors(
     captured: Mapping[str, Captured], plan: ClassPlan, numbers: Sequence[int]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for number in numbers:
-        component, _, entry = plan.tensors[number]
+        component, _, entry, _ = plan.tensors[number]
         yield f"{component}.{entry.name}", local_part(captured[component].tensors[entry.key])
 
 

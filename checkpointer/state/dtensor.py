@@ -110,7 +110,7 @@ class Sharding(NamedTuple):
     form: Form
     """Cuts are in the order of tensor dimensions; one into a single piece is left out."""
     mesh: int
-    """A hash of the ranks of the mesh: the same on all of them."""
+    """A hash of the mesh, of its sizes and its ranks: the same on all of them."""
     cell: int | None
     """This rank's cell of the mesh, in row-major order; ``None``: it is outside."""
 
@@ -140,7 +140,7 @@ def _sharding(mesh: Any, placements: tuple[Any, ...], order: Any, _rank: int) ->
     sizes, where = tuple(mesh.mesh.shape), mesh.get_coordinate()
     cuts = _cuts(sizes, placements, {entry.tensor_dim: list(entry.mesh_dims) for entry in order or ()})
     cell = None if where is None else int(np.ravel_multi_index(tuple(where), sizes))
-    ranks = np.array(mesh.mesh.tolist(), np.int64)
+    ranks = np.array([*sizes, *mesh.mesh.reshape(-1).tolist()], np.int64)
     return Sharding(Form(sizes, cuts), xxhash.xxh3_64_intdigest(ranks.tobytes()), cell)
 
 

@@ -178,6 +178,14 @@ def test_meshes_with_the_same_first_rank_are_told_apart():
     assert meshes[0].group != meshes[1].group
 
 
+def test_meshes_of_the_same_ranks_and_other_sizes_are_told_apart():
+    with rank_of(0, 4):
+        line, table = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+        state = {"line": sharded((4,), line, [Shard(0)], (1,)), "table": sharded((4,), table, [Shard(0)] * 2, (1,))}
+        found = [section for section in described(state=state).sections if section.sort == "mesh"]
+    assert [section.mesh for section in found] == [(4,), (2, 2)]
+
+
 def test_a_rank_outside_a_mesh_says_the_same_as_those_inside_of_all_but_the_mesh():
     def work() -> Description:
         mesh = DeviceMesh("cpu", [1, 2])
