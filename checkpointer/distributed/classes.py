@@ -1,8 +1,8 @@
 """Classes of ranks: ranks that have the same tensors, found by digests alone. Pure.
 
 The coordinator forms them from what each rank says of its sections (``distributed/description``). Each rank is told its
-seats, from which it computes what it writes, and what the others of the class write. The lowest rank of a class is its
-describer: it sends names, and only when they have changed.
+seats, from which it computes what it writes, and what the others of the class write. The first rank of a class (of
+plain tensors the lowest; of a mesh, that at its first cell) is its describer: it sends names when they have changed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from checkpointer.distributed.description import Entry, Section
 from checkpointer.errors import UnsupportedStateError
 from checkpointer.format.layouts import RankTable
+
+MOST_DOUBTS = 4
+"""Sections of which ranks say different things that are looked into: one is enough to say what is wrong."""
 
 ADVICE = (
     "A manager saves each tensor once: a key belongs to ranks that hold the same. Stages of a pipeline need keys that "
@@ -85,7 +88,7 @@ class Classes:
     """The classes of one job."""
 
     classes: Sequence[RankClass]
-    """In the order of their lowest ranks."""
+    """In the order of their describers."""
     seats: Sequence[Sequence[Seat]]
     """For each rank, those of its sections, in the order in which it told them."""
     doubts: Sequence[Sequence[int]]
@@ -105,7 +108,7 @@ def form_classes(reports: Sequence[Sequence[SectionReport]]) -> Classes:
     for digest, found in members.items():
         table = _table(np.array(found, np.uint64), cells[digest])
         if table is None:
-            doubts.append(_who_else(digest, reports))
+            doubts += [_who_else(digest, reports)] if len(doubts) < MOST_DOUBTS else []
         else:
             tables.setdefault((cells[digest], len(table), table.tobytes()), []).append(digest)
     if doubts:

@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from checkpointer.distributed.classes import ADVICE, Seat
-from checkpointer.distributed.ownership import ClassPlan
+from checkpointer.distributed.ownership import ClassPlan, PlannedTensor
 from checkpointer.staging.sample import scrambled
 from checkpointer.staging.stager import hash_tensors
 from checkpointer.state.dtensor import local_part
@@ -100,12 +100,12 @@ def details(
     matrices = 0
     for _, plan in plans:
         for _, numbers in _chosen(plan, step, everything=everything):
-            for name, tensor in _tensors(captured, plan, numbers):
-                digest = _digest([_piece(tensor, step)])
-                module = captured[name.partition(".")[0]].kind == "module"
+            for planned, tensor in _tensors(captured, plan, numbers):
+                module = plan.kinds[planned.component] == "module"
                 values = _values(tensor) if module and matrices < MATRICES else ()
                 matrices += bool(values)
-                found[name] = Detail(digest, values)
+                name = f"{planned.component}.{planned.entry.name}"
+                found[name] = Detail(_digest([_piece(tensor, step)]), values)
     return found
 
 
@@ -156,10 +156,10 @@ def _chosen(plan: ClassPlan, step: int, *, everything: bool) -> Iterator[tuple[i
 
 def _tensors(
     captured: Mapping[str, Captured], plan: ClassPlan, numbers: Sequence[int]
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[PlannedTensor, torch.Tensor]]:
     for number in numbers:
-        component, _, entry, _ = plan.tensors[number]
-        yield f"{component}.{entry.name}", local_part(captured[component].tensors[entry.key])
+        planned = plan.tensors[number]
+        yield planned, local_part(captured[planned.component].tensors[planned.entry.key])
 
 
 def _piece(tensor: torch.Tensor, step: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ import xxhash
 
 from checkpointer.errors import UnsupportedStateError
 from checkpointer.format.boxes import Box
-from checkpointer.format.layouts import Cut, Form
+from checkpointer.format.layouts import MAX_CUTS, Cut, Form
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 """Just these, no class derived from them."""
@@ -167,7 +167,13 @@ def _cuts(sizes: tuple[int, ...], placements: tuple[Any, ...], given: Mapping[in
     for tensor_dimension, order in given.items():
         if sorted(order) == sorted(orders.get(tensor_dimension, ())):
             orders[tensor_dimension] = order
-    return tuple(Cut(mesh, axis) for axis in sorted(orders) for mesh in orders[axis] if sizes[mesh] > 1)
+    cuts = tuple(Cut(mesh, axis) for axis in sorted(orders) for mesh in orders[axis] if sizes[mesh] > 1)
+    if len(cuts) > MAX_CUTS:
+        raise UnsupportedStateError(
+            f"a DTensor with placements {placements} is cut along {len(cuts)} dimensions of its mesh, and a checkpoint "
+            f"can tell {MAX_CUTS}: flatten some of them into one (DeviceMesh._flatten)"
+        )
+    return cuts
 
 
 def _position(order: list[int], sizes: tuple[int, ...], factor: int) -> int | None:

@@ -89,6 +89,11 @@ def test_two_ranks_at_one_cell_are_in_doubt():
     assert form_classes([[meshed(A, 1, 0)], [meshed(A, 1, 0)]]).doubts
 
 
+def test_some_doubts_are_enough_where_every_rank_says_something_else():
+    reports = [[meshed(rank.to_bytes(16, "big"), rank // 2, rank % 2)] for rank in range(200)]
+    assert len(form_classes(reports).doubts) == 4
+
+
 def test_ten_thousand_ranks_are_put_together_without_looking_at_pairs():
     """Twice the ranks take about twice the calls, counted by the length of what is made."""
     reports = [[plain(A), meshed(B, rank // 8, rank % 8, 8)] for rank in range(10_000)]

@@ -225,6 +225,13 @@ def test_a_dtensor_whose_part_is_no_box_is_refused_by_name(places, held, told):
             described(state=state)
 
 
+def test_more_cuts_than_a_checkpoint_can_tell_are_refused():
+    with rank_of(0, 32):
+        mesh = DeviceMesh("cpu", torch.arange(32).reshape(2, 2, 2, 2, 2), _init_backend=False)
+        with pytest.raises(UnsupportedStateError, match=r"state\..*w.*is cut along 5 dimensions"):
+            described(state={"w": sharded((32,), mesh, [Shard(0)] * 5, (1,))})
+
+
 @pytest.mark.parametrize("rank,length,told", [(0, 3, True), (1, 3, True), (18, 1, False)])
 def test_a_part_that_torch_places_elsewhere_than_fsdp_holds_it_is_refused(rank, length, told):
     """49 rows, cut by 4 and then by 5: rank 18 holds one row by either arithmetic, and not the same one."""
