@@ -165,16 +165,14 @@ def _tensors(
 def _piece(tensor: torch.Tensor, step: int) -> torch.Tensor:
     """A few elements in a row, other ones at each step, as bytes on the tensor's device."""
     count = tensor.numel()
-    if not count or not tensor.ndim:
-        part = tensor.reshape(-1)
+    first = scrambled(step) % max(count - ELEMENTS + 1, 1)
+    length = min(count, ELEMENTS)
+    if tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+        part = tensor.as_strided((length,), (1,), tensor.storage_offset() + first)
     else:
-        where = np.unravel_index(scrambled(step) % count, tensor.shape)
-        first = min(int(where[-1]), max(tensor.shape[-1] - ELEMENTS, 0))
-        row = tensor[tuple(int(index) for index in where[:-1])]
-        part = row[first : first + ELEMENTS]
-    if part.is_complex() or part.is_neg():
-        part = part.resolve_conj().resolve_neg()
-    return part.contiguous().view(torch.uint8)
+        where = torch.arange(first, first + length, device=tensor.device)
+        part = tensor[torch.unravel_index(where, tensor.shape)].resolve_conj().resolve_neg()
+    return part.reshape(-1).view(torch.uint8)
 
 
 def _digest(pieces: Sequence[torch.Tensor]) -> bytes:

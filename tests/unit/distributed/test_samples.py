@@ -119,6 +119,7 @@ def test_replicas_of_one_shard_are_compared_and_different_shards_are_not():
         torch.zeros(0, 3),
         torch.ones(3, dtype=torch.bool),
         torch.randn(4, 4, dtype=torch.complex64).conj(),
+        torch.tensor(1 + 2j).conj(),
         torch.randn(4, 4, dtype=torch.complex64).conj().imag,
         torch.randn(40, 7).T,
         torch.randn(3, 64).to(torch.float8_e4m3fn),
