@@ -1,15 +1,15 @@
 """Classes of ranks: ranks that have the same tensors, found by digests alone. Pure.
 
 The coordinator forms them from what each rank says of its sections (``distributed/description``). Each rank is told its
-seats, from which it computes what it writes, and what the others of the class write. The lowest rank of a class is its
-describer: it sends names, and only when they have changed.
+seats, from which it computes what it writes, and what the others of the class write. The first rank of a class (of
+plain tensors the lowest; of a mesh, that at its first cell) is its describer: it sends names when they have changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import xxhash
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from checkpointer.distributed.description import Entry, Section
 from checkpointer.errors import UnsupportedStateError
 from checkpointer.format.layouts import RankTable
+
+MOST_DOUBTS = 4
+"""Sections of which ranks say different things that are looked into: one is enough to say what is wrong."""
 
 ADVICE = (
     "A manager saves each tensor once: a key belongs to ranks that hold the same. Stages of a pipeline need keys that "
@@ -85,7 +88,7 @@ class Classes:
     """The classes of one job."""
 
     classes: Sequence[RankClass]
-    """In the order of their lowest ranks."""
+    """In the order of their describers."""
     seats: Sequence[Sequence[Seat]]
     """For each rank, those of its sections, in the order in which it told them."""
     doubts: Sequence[Sequence[int]]
@@ -105,7 +108,7 @@ def form_classes(reports: Sequence[Sequence[SectionReport]]) -> Classes:
     for digest, found in members.items():
         table = _table(np.array(found, np.uint64), cells[digest])
         if table is None:
-            doubts.append(_who_else(digest, reports))
+            doubts += [_who_else(digest, reports)] if len(doubts) < MOST_DOUBTS else []
         else:
             tables.setdefault((cells[digest], len(table), table.tobytes()), []).append(digest)
     if doubts:
@@ -118,8 +121,8 @@ def _table(found: NDArray[np.uint64], cells: int) -> RankTable | None:
     """The ranks at each cell of each mesh, the mesh of the lowest rank first; ``None`` where a mesh is not complete."""
     ranks, groups, places, _ = found.T
     if not cells:
-        only: RankTable = ranks.astype(np.int32)[None]
-        return only
+        plain: RankTable = ranks.astype(np.int32)[None]
+        return plain
     if len(found) % cells:
         return None
     _, at, number = np.unique(groups, return_index=True, return_inverse=True)
@@ -170,11 +173,9 @@ def _who_else(digest: bytes, reports: Sequence[Sequence[SectionReport]]) -> list
 
 # ------------------------------------------------------------------------------------ keys of several classes
 
-EXCLUSIVE, DECLARED, OWN = range(3)
+Hashes = NDArray[np.uint64]
+Kind: TypeAlias = Literal["exclusive", "declared", "own"]
 """A key of one class alone; one that is declared to be the same in several; what each rank may have otherwise."""
-
-Rows = NDArray[np.void]
-ROW = np.dtype([("name", "V16"), ("spec", "<u8"), ("sort", "u1")])
 
 
 class ComponentSummary(NamedTuple):
@@ -186,31 +187,53 @@ class ComponentSummary(NamedTuple):
     tensors: int
 
 
+class Special(NamedTuple):
+    """A tensor that several classes may have."""
+
+    name: bytes
+    """As :func:`name_digest` has it."""
+    spec: int
+    """A hash of dtype and shape."""
+    kind: Kind
+
+
 @dataclass(frozen=True, eq=False)
 class ClassSummary:
     """What the describer of a class tells the coordinator, once a change."""
 
-    rows: Rows
-    """One for each tensor."""
+    exclusive: Hashes
+    """Of each tensor that this class alone should have, the beginning of the digest of its name."""
+    special: Sequence[Special]
+    """All others."""
     components: Mapping[str, ComponentSummary]
 
+    @property
+    def nbytes(self) -> int:
+        """About what it takes in a message, beside the components."""
+        return self.exclusive.nbytes + 36 * len(self.special)
 
-def summary_rows(tensors: Iterable[tuple[str, str, Entry]]) -> Rows:
-    """Of (component, sort of its section, entry)."""
-    rows = [
-        (
-            name_digest(component, entry.name),
-            xxhash.xxh3_64_intdigest(f"{entry.dtype} {entry.shape}".encode("ascii")),
-            OWN if sort == "own" else DECLARED if entry.declared else EXCLUSIVE,
-        )
-        for component, sort, entry in tensors
-    ]
-    return np.array(rows, ROW)
+
+def summarize(tensors: Iterable[tuple[str, str, Entry]], components: Mapping[str, ComponentSummary]) -> ClassSummary:
+    """``tensors``: component, sort of the section, entry."""
+    exclusive: list[int] = []
+    special: list[Special] = []
+    for component, sort, entry in tensors:
+        name = name_digest(component, entry.name)
+        if sort == "own" or entry.declared:
+            spec = xxhash.xxh3_64_intdigest(f"{entry.dtype} {entry.shape}".encode("ascii"))
+            special.append(Special(name, spec, "own" if sort == "own" else "declared"))
+        else:
+            exclusive.append(_beginning(name))
+    return ClassSummary(np.array(exclusive, np.uint64), special, components)
 
 
 def name_digest(component: str, name: str) -> bytes:
     """Names a tensor among those of all classes."""
     return xxhash.xxh3_128_digest(f"{component}\0{name}".encode("utf-8", "surrogatepass"))
+
+
+def _beginning(name: bytes) -> int:
+    return int.from_bytes(name[:8], "little")
 
 
 @dataclass(frozen=True)
@@ -222,8 +245,9 @@ class Verdict:
     tensors lie in files that are numbered over the ranks of the class, as Hugging Face's tools know them."""
     elsewhere: Mapping[int, frozenset[bytes]]
     """For some classes, names of tensors that a class before them writes."""
-    clashes: Mapping[bytes, Sequence[int]] = field(default_factory=dict)
-    """Names that stand in several classes, with these: their describers are asked what they are."""
+    clashes: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """Beginnings of digests of names that several classes have, with these. Their describers are asked for the names:
+    :func:`named`; different ones may begin alike."""
 
 
 def join(summaries: Sequence[ClassSummary]) -> Verdict:
@@ -234,16 +258,41 @@ def join(summaries: Sequence[ClassSummary]) -> Verdict:
     """
     _check_kinds(summaries)
     elsewhere: dict[int, set[bytes]] = {}
-    clashes: dict[bytes, list[int]] = {}
-    for name, found in _repeated([summary.rows for summary in summaries]).items():
-        sorts, specs = {sort for _, sort, _ in found}, {spec for _, _, spec in found}
-        numbers = [number for number, _, _ in found]
-        if sorts == {OWN} or (sorts == {DECLARED} and len(specs) == 1):
-            for number in numbers[1:]:
-                elsewhere.setdefault(number, set()).add(name)
-        else:
-            clashes[name] = numbers
+    clashes: dict[int, list[int]] = {}
+    claims = _claims(summaries)
+    for name, found in _special(summaries).items():
+        numbers = sorted(found)
+        kinds, specs = {one.kind for one in found.values()}, {one.spec for one in found.values()}
+        alike = kinds == {"own"} or (kinds == {"declared"} and len(specs) == 1)
+        others = claims.pop(_beginning(name), [])
+        if others or (not alike and len(numbers) > 1):
+            clashes[_beginning(name)] = sorted({*numbers, *others})
+        for number in numbers[1:] if alike else ():
+            elsewhere.setdefault(number, set()).add(name)
+    clashes.update((hash_, numbers) for hash_, numbers in claims.items() if len(numbers) > 1)
     return Verdict(_by_rank(summaries), {number: frozenset(found) for number, found in elsewhere.items()}, clashes)
+
+
+def _special(summaries: Sequence[ClassSummary]) -> dict[bytes, dict[int, Special]]:
+    """By name, and then by class."""
+    found: dict[bytes, dict[int, Special]] = {}
+    for number, summary in enumerate(summaries):
+        for one in summary.special:
+            found.setdefault(one.name, {})[number] = one
+    return found
+
+
+def _claims(summaries: Sequence[ClassSummary]) -> dict[int, list[int]]:
+    """Classes that should have a tensor alone, by hash: where there are several, or a special one begins alike."""
+    numbers = np.repeat(np.arange(len(summaries)), [len(summary.exclusive) for summary in summaries])
+    every = np.concatenate([np.empty(0, np.uint64), *(summary.exclusive for summary in summaries)])
+    special = np.array([_beginning(one.name) for summary in summaries for one in summary.special], np.uint64)
+    values, count = np.unique(every, return_counts=True)
+    wanted = np.isin(every, np.concatenate([values[count > 1], special]))
+    found: dict[int, list[int]] = {}
+    for hash_, number in zip(every[wanted].tolist(), numbers[wanted].tolist(), strict=True):
+        found.setdefault(hash_, []).append(number)
+    return found
 
 
 def _by_rank(summaries: Sequence[ClassSummary]) -> frozenset[str]:
@@ -257,21 +306,6 @@ def _by_rank(summaries: Sequence[ClassSummary]) -> frozenset[str]:
     return frozenset(cut | {name for name, classes in count.items() if classes > 1})
 
 
-def _repeated(rows: Sequence[Rows]) -> dict[bytes, list[tuple[int, int, int]]]:
-    """Names that several classes have: class, sort and spec of each."""
-    numbers = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
-    every = np.concatenate([np.empty(0, ROW), *rows])
-    halves = np.ascontiguousarray(every["name"]).view(np.uint64).reshape(-1, 2)
-    order = np.lexsort((numbers, halves[:, 1], halves[:, 0]))
-    same = (halves[order][1:] == halves[order][:-1]).all(axis=1)
-    chosen = order[np.concatenate([same, [False]]) | np.concatenate([[False], same])] if len(order) else order
-    found: dict[bytes, list[tuple[int, int, int]]] = {}
-    for place in chosen.tolist():
-        row = every[place]
-        found.setdefault(row["name"].tobytes(), []).append((int(numbers[place]), int(row["sort"]), int(row["spec"])))
-    return found
-
-
 def _check_kinds(summaries: Sequence[ClassSummary]) -> None:
     known: dict[str, str] = {}
     for summary in summaries:
@@ -283,19 +317,36 @@ def _check_kinds(summaries: Sequence[ClassSummary]) -> None:
                 )
 
 
+def named(clashes: Iterable[int], sections: Iterable[Section]) -> dict[int, list[str]]:
+    """What the clashes are called in the sections of a describer, for the coordinator."""
+    wanted, found = set(clashes), dict[int, list[str]]()
+    for section in sections:
+        for entry in section.entries:
+            hash_ = _beginning(name_digest(section.component, entry.name))
+            if hash_ in wanted:
+                found.setdefault(hash_, []).append(f"{section.component}.{entry.name}")
+    return found
+
+
 def told_clashes(
-    clashes: Mapping[bytes, Sequence[int]], classes: Sequence[RankClass], names: Mapping[bytes, str]
-) -> str:
-    """What to say of names that several classes have. ``names``: of some of them."""
-    by_classes: dict[tuple[int, ...], list[bytes]] = {}
-    for name, numbers in clashes.items():
-        by_classes.setdefault(tuple(dict.fromkeys(numbers)), []).append(name)
+    clashes: Mapping[int, Sequence[int]], classes: Sequence[RankClass], names: Mapping[int, Mapping[int, Sequence[str]]]
+) -> str | None:
+    """What to say of names that several classes have; ``None``: only their hashes are equal.
+
+    ``names``: by class, what its describer has answered.
+    """
+    by_classes: dict[tuple[int, ...], list[str]] = {}
+    for hash_, numbers in clashes.items():
+        answers = [set(names.get(number, {}).get(hash_, ())) for number in numbers]
+        for name in sorted(set().union(*answers)):
+            having = tuple(number for number, answer in zip(numbers, answers, strict=True) if name in answer)
+            if len(having) > 1:
+                by_classes.setdefault(having, []).append(name)
     told = []
-    for numbers, keys in list(by_classes.items())[:4]:
-        who = " and ".join(told_ranks(classes[number].ranks.ravel().tolist()) for number in numbers[:2])
-        shown = ", ".join(repr(names[key]) for key in keys if key in names)
-        told.append(f"{len(keys)} keys on {who}, for example {shown}")
-    return f"ranks that do not hold the same modules have keys in common: {'; '.join(told)}. {ADVICE}"
+    for having, keys in list(by_classes.items())[:4]:
+        who = " and ".join(told_ranks(classes[number].ranks.ravel().tolist()) for number in having[:2])
+        told.append(f"{len(keys)} on {who}, for example {', '.join(map(repr, keys[:3]))}")
+    return f"ranks that hold different modules have keys in common ({'; '.join(told)}). {ADVICE}" if told else None
 
 
 def told_differences(ranks: Sequence[int], described: Sequence[Sequence[Section]]) -> str:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpointer.distributed.classes import ClassSummary, ComponentSummary, Seat, name_digest, summary_rows
+from checkpointer.distributed.classes import ClassSummary, ComponentSummary, Seat, name_digest, summarize
 from checkpointer.distributed.description import Entry, Section, Sort
 from checkpointer.format.index import ITEM_SIZES, TensorSpec
 from checkpointer.format.layouts import BoxColumns, Form, Place, TensorColumns, pieces_of, written_at
@@ -23,8 +23,8 @@ from checkpointer.format.tensor_files import PAGE, ComponentTensors, FileNaming,
 
 FEW_RANKS = 16
 WORTH_A_FILE = 64 << 20
-"""Bytes. Beyond ``FEW_RANKS``, this much is given to a rank before another one is used: a restore opens the files
-of all that wrote, and thousands of them that hold a step count each take longer than what they save."""
+"""Bytes. Beyond ``FEW_RANKS``, this much is given to a rank before another one is used: whoever restores opens the
+files of all that wrote, and thousands of them that hold a step count each take longer than what they save."""
 
 
 class PlannedTensor(NamedTuple):
@@ -33,6 +33,8 @@ class PlannedTensor(NamedTuple):
     component: str
     sort: Sort
     entry: Entry
+    mesh: tuple[int, ...]
+    """The sizes of its mesh; empty where there is none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,7 @@ class ClassPlan:
         """What the describer tells the coordinator."""
         count = Counter(tensor.component for tensor in self.tensors)
         parts = {name: ComponentSummary(kind, name in self.cut, count[name]) for name, kind in self.kinds.items()}
-        return ClassSummary(summary_rows(self.tensors), parts)
+        return summarize((tensor[:3] for tensor in self.tensors), parts)
 
     @cached_property
     def cut(self) -> frozenset[str]:
@@ -117,15 +119,16 @@ def assign_owners(sections: Sequence[Section], seat: Seat, elsewhere: Collection
         elsewhere: names, as :func:`name_digest` has them, of tensors that a class before this one writes.
     """
     found = [
-        PlannedTensor(section.component, section.sort, entry)
+        PlannedTensor(section.component, section.sort, entry, section.mesh)
         for section in sections
         for entry in section.entries
         if not elsewhere or name_digest(section.component, entry.name) not in elsewhere
     ]
     tensors = sorted(found, key=lambda tensor: (tensor.component, tensor.entry.name))
-    mesh = next((section.mesh for section in sections if section.mesh), (seat.cells,))
     numbers: dict[Form, int] = {}
-    layout = [numbers.setdefault(Form(mesh, tensor.entry.cuts), len(numbers)) for tensor in tensors]
+    layout = [
+        numbers.setdefault(Form(tensor.mesh or (seat.cells,), tensor.entry.cuts), len(numbers)) for tensor in tensors
+    ]
     forms = list(numbers)
     copies = [seat.groups * form.cells // form.shards for form in forms]
     owner = _owners(tensors, layout, copies)

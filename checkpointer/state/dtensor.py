@@ -17,7 +17,7 @@ import xxhash
 
 from checkpointer.errors import UnsupportedStateError
 from checkpointer.format.boxes import Box
-from checkpointer.format.layouts import Cut, Form
+from checkpointer.format.layouts import MAX_CUTS, Cut, Form
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 """Just these, no class derived from them."""
@@ -116,7 +116,7 @@ class Sharding(NamedTuple):
     form: Form
     """Cuts are in the order of tensor dimensions; one into a single piece is left out."""
     mesh: int
-    """A hash of the ranks of the mesh: the same on all of them."""
+    """A hash of the mesh, of its sizes and its ranks: the same on all of them."""
     cell: int | None
     """This rank's cell of the mesh, in row-major order; ``None``: it is outside."""
 
@@ -135,17 +135,18 @@ def sharding_of(tensor: torch.Tensor) -> Sharding:
     """
     sharded: Any = tensor
     order = getattr(getattr(sharded, "_spec", None), "shard_order", None)
-    found = _sharding(sharded.device_mesh, sharded.placements, order)
+    found = _sharding(sharded.device_mesh, sharded.placements, order, sharded.device_mesh.get_rank())
     _check_part(sharded, found)
     return found
 
 
 @functools.lru_cache(maxsize=1 << 10)
-def _sharding(mesh: Any, placements: tuple[Any, ...], order: Any) -> Sharding:
+def _sharding(mesh: Any, placements: tuple[Any, ...], order: Any, _rank: int) -> Sharding:
+    """``_rank``: this one; meshes of different ranks may compare as equal."""
     sizes, where = tuple(mesh.mesh.shape), mesh.get_coordinate()
     cuts = _cuts(sizes, placements, {entry.tensor_dim: list(entry.mesh_dims) for entry in order or ()})
     cell = None if where is None else int(np.ravel_multi_index(tuple(where), sizes))
-    ranks = np.array(mesh.mesh.tolist(), np.int64)
+    ranks = np.array([*sizes, *mesh.mesh.reshape(-1).tolist()], np.int64)
     return Sharding(Form(sizes, cuts), xxhash.xxh3_64_intdigest(ranks.tobytes()), cell)
 
 
@@ -172,7 +173,13 @@ def _cuts(sizes: tuple[int, ...], placements: tuple[Any, ...], given: Mapping[in
     for tensor_dimension, order in given.items():
         if sorted(order) == sorted(orders.get(tensor_dimension, ())):
             orders[tensor_dimension] = order
-    return tuple(Cut(mesh, axis) for axis in sorted(orders) for mesh in orders[axis] if sizes[mesh] > 1)
+    cuts = tuple(Cut(mesh, axis) for axis in sorted(orders) for mesh in orders[axis] if sizes[mesh] > 1)
+    if len(cuts) > MAX_CUTS:
+        raise UnsupportedStateError(
+            f"a DTensor with placements {placements} is cut along {len(cuts)} dimensions of its mesh, and a checkpoint "
+            f"can tell {MAX_CUTS}: flatten some of them into one (DeviceMesh._flatten)"
+        )
+    return cuts
 
 
 def _position(order: list[int], sizes: tuple[int, ...], factor: int) -> int | None:

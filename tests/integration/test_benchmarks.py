@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as program
-from benchmarks import environment, goals, lazy_check, memory, pagecache, plot, report
+from benchmarks import environment, goals, lazy_check, memory, pagecache, plot, report, scale
 from benchmarks.buffers import Buffer, Reference
 from benchmarks.ceilings import Ceilings
 from benchmarks.contenders import (
@@ -335,3 +335,27 @@ def test_the_check_of_lazy_mode_is_timed_with_and_without(tmp_path, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `save`")]
     assert [row.split("|")[1].strip() for row in rows] == ["`save`, with the sample", "`save`, without"] * 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", scale.LAYOUTS)
+def test_the_plans_of_many_ranks_are_counted_and_held_against_the_goals(layout, capsys):
+    status = scale.main(["--ranks", "8,16", "--tensors", "40", "--layout", layout])
+    printed = capsys.readouterr().out
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith(("| 8 ", "| 16 "))]
+    assert [int(row[0]) for row in rows] == [8, 16]
+    assert [int(row[1]) for row in rows] == [{"ddp": 1, "pipeline": 17}.get(layout, 2)] * 2
+    assert status == int("- missed" in printed)
+    assert printed.splitlines()[-1].endswith("of 5 goals are met with up to 16 ranks")
+
+
+def test_a_goal_that_is_missed_is_named():
+    fast = scale.Row(8, 1, 1e-3, 1e-3, 1e-3, 1e-3, 100.0, 50.0, 1e-3, 1.0)
+    slow = fast._replace(ranks=10_000, coordinator=1.5, rank=1.0, bytes_a_rank=5000.0)
+    assert all(met for _, met in scale.goals("fsdp", [fast, fast._replace(ranks=10_000)]))
+    missed = [goal for goal, met in scale.goals("fsdp", [fast, slow]) if not met]
+    assert missed == [
+        "fsdp, 10000 ranks: coordinator within 1 s",
+        "fsdp, 10000 ranks: coordinator within 100 µs a rank",
+        "fsdp, 10000 ranks: at most 1 KiB a rank through the store",
+        "fsdp: another rank takes no longer with 10000 ranks than with 8",
+    ]

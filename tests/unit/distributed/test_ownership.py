@@ -65,7 +65,7 @@ def boxes(plan: ClassPlan, seat: Seat) -> Iterator[tuple[str, str, Box]]:
     found = plan.written_at(seat.group, seat.cell)
     spans = itertools.pairwise(found.starts.tolist())
     for number, (begin, end) in zip(found.tensors.tolist(), spans, strict=True):
-        component, _, entry = plan.tensors[number]
+        component, _, entry, _ = plan.tensors[number]
         yield component, entry.name, Box(tuple(found.offsets[begin:end]), tuple(found.lengths[begin:end]))
 
 
