@@ -292,7 +292,7 @@ class ChunkColumns:
         """From objects: for each tensor its number and chunks. Not checked."""
         rows = [(number, chunk) for number, parts in chunks for chunk in parts]
         shapes = [tensors.shape.row(number) for number, _ in rows]
-        boxed = [row for row, (_, chunk) in enumerate(rows) if chunk.lengths != shapes[row]]
+        boxed = [row for row, (_, chunk) in enumerate(rows) if chunk.lengths != shapes[row] or any(chunk.offsets)]
         hashes = bytes.fromhex("".join(chunk.xxh3 for _, chunk in rows))
         return cls(
             tensor=np.array([number for number, _ in rows], np.int64),
