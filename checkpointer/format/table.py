@@ -377,19 +377,23 @@ class ChunkColumns:
         hashes = [digits[at : at + 32] for at in range(0, len(digits), 32)]
         return list(zip(self.file.tolist(), self.begin.tolist(), self.end.tolist(), hashes, strict=True))
 
-    def check_files(self, files: Sequence[FileRecord], paths: Sequence[str], data: tuple[int, int]) -> None:
+    def check_files(
+        self, files: Sequence[FileRecord], paths: Sequence[str], data: tuple[int, int] | None = None
+    ) -> None:
         """Header and chunks fill every tensor file, and chunks the column ``data``, without a gap and an overlap.
 
-        ``data``: where that column begins and ends in the table's own file.
+        ``data``: where that column begins and ends in the table's own file; ``None``: it has no such column.
 
         Raises:
             CorruptCheckpointError: a byte is claimed twice, or by nobody.
         """
-        begins = np.array([file.header[0] if file.header else 0 for file in files] + [data[0]], np.int64)
-        ends = np.array([file.size if file.header else 0 for file in files] + [data[1]], np.int64)
-        place = np.where(self.file == THIS_FILE, len(files), self.file)
-        if (place > len(files)).any():
+        first_byte, end_byte = data or (0, 0)
+        begins = np.array([file.header[0] if file.header else 0 for file in files] + [first_byte], np.int64)
+        ends = np.array([file.size if file.header else 0 for file in files] + [end_byte], np.int64)
+        inside = (self.file == THIS_FILE) & (data is not None)
+        if ((self.file >= len(files)) & ~inside).any():  # one without bytes would pass what follows
             raise CorruptCheckpointError("a chunk lies in a file that the table does not list")
+        place = np.where(inside, len(files), self.file)
         names = [*paths, "the table itself"]
         order = np.lexsort((self.end, self.begin, place))
         place, begin, end = place[order], self.begin[order], self.end[order]
@@ -691,7 +695,7 @@ def parse_table(data: bytes, components: Sequence[object], plain: Mapping[str, F
         raise CorruptCheckpointError("a file is listed with tensors, and without")
     if any(record.header is None for record in files.values()):
         raise CorruptCheckpointError("a tensor file has no header")
-    chunks.check_files(list(files.values()), list(files), (0, 0))
+    chunks.check_files(list(files.values()), list(files))
     all_files, parts = {**plain, **files}, _parse_parts(columns)
     if "layouts" in metadata:
         if len(chunks.tensor):
