@@ -886,11 +886,20 @@ def _parse_part(data: bytes, rank: int, index: Index, where: str) -> RankPart:
     chunks.check_tiling(tensors)
     shared = _columns_of_index(index)
     written = _written(columns, rank, index, shared)
-    begin = columns["data"].ctypes.data - np.frombuffer(data, np.uint8).ctypes.data if len(columns["data"]) else 0
-    inside = (begin, begin + len(columns["data"]))
+    inside = _place_of_data(data, columns["data"], chunks)
     _joined(chunks, written).check_files(list(files.values()), list(files), inside)
     rows = Rows(shared, written, list(files), path)
     return RankPart(found, Chunks(_views(found), chunks, list(files), path), files, rows)
+
+
+def _place_of_data(data: bytes, column: Array, chunks: ChunkColumns) -> tuple[int, int]:
+    """Where in ``data`` its column ``data`` begins and ends; one without bytes is where all its chunks begin."""
+    if len(column):
+        begin = column.ctypes.data - np.frombuffer(data, np.uint8).ctypes.data
+        return begin, begin + len(column)
+    begins = chunks.begin[chunks.file == THIS_FILE]
+    begin = min(int(begins.min()), len(data)) if len(begins) else 0
+    return begin, begin
 
 
 def _columns_of_index(index: Index) -> TensorColumns:

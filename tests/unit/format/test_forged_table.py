@@ -66,3 +66,16 @@ def test_a_chunk_of_a_part_in_a_file_that_is_not_listed_is_refused(spec, file):
     data = forged(a_part(spec), setting("own_chunk_file", file))
     with pytest.raises(CorruptCheckpointError, match="does not list"):
         parse_part(data, 1, an_index(BYTES), "the part")
+
+
+def test_a_part_whose_own_tensors_have_no_bytes_is_read():
+    part = parse_part(a_part(EMPTY), 1, an_index(BYTES), "the part")
+    (chunk,) = part.chunks["m", "a"]
+    assert (chunk.lengths, chunk.begin, chunk.file) == ((0, 3), chunk.end, "index-00001.safetensors")
+
+
+@pytest.mark.parametrize("begin", [-1, 2**62])
+def test_a_chunk_without_bytes_lies_inside_its_part(begin):
+    data = forged(a_part(EMPTY), setting("own_chunk_begin", begin))
+    with pytest.raises(CorruptCheckpointError):
+        parse_part(data, 1, an_index(BYTES), "the part")
