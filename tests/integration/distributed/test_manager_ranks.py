@@ -127,6 +127,23 @@ def test_training_goes_on_bit_for_bit_on_every_rank(tmp_path, kind):
     assert [info.step for info in infos(tmp_path / "broken")] == list(range(STEPS + 1))
 
 
+def leftovers(root: str) -> list[Any]:
+    """What each rank has of its own is a name, and a tensor without elements; its random numbers are those of all."""
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(1)
+    state = {"of": rank(), "samples": torch.empty(0, 3)}
+    with CheckpointManager(root, state=state) as mgr:
+        mgr.save(0)
+        state.clear()
+        mgr.restore(0)
+    return [state["of"], state["samples"].shape]
+
+
+def test_what_a_rank_has_of_its_own_may_be_a_tensor_without_elements(tmp_path):
+    assert run(2, leftovers, str(tmp_path)) == [[0, (0, 3)], [1, (0, 3)]]
+    verified(tmp_path)
+
+
 # ------------------------------------------------------------------------------------ restoring at any layout
 
 
