@@ -202,12 +202,15 @@ def parse_files(raw: object, what: str) -> dict[str, FileRecord]:
     """The inverse of :func:`file_to_json` for a list of them.
 
     Raises:
-        CorruptCheckpointError: not such a list; a path that leaves the checkpoint, or stands twice.
+        CorruptCheckpointError: not such a list; a path that leaves the checkpoint, stands twice, or is that of a file
+            of the index or of the manifest.
     """
     found: dict[str, FileRecord] = {}
     for item in strict_json.array(raw, what):
         entry = strict_json.mapping(item, what)
         path = paths.check_relative(entry.get("path"))
+        if path.lower() == paths.MANIFEST or paths.is_of_index(path.lower()):
+            raise CorruptCheckpointError(f"{what} lists {path!r}, which the manifest or the table of parts does")
         if path in found:
             raise CorruptCheckpointError(f"{what} lists {path[:100]!r} twice")
         found[path] = _parse_file(path, entry)

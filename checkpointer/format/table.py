@@ -746,8 +746,9 @@ def _parse_parts(columns: Mapping[str, Array]) -> dict[int, FileRecord]:
 
 def _checked_metadata(metadata: Mapping[str, str], where: str) -> dict[str, FileRecord]:
     """The tensor files, once format and version are known."""
-    version = metadata.get("version", "")
-    check_version(metadata.get("format"), int(version) if version.isdecimal() else version, TABLE_FORMAT, where)
+    text = metadata.get("version", "")
+    version = strict_json.loads(text.encode("ascii", "replace"), "version") if text else None
+    check_version(metadata.get("format"), version, TABLE_FORMAT, where)
     return parse_files(strict_json.loads(metadata.get("files", "[]").encode("utf-8", "replace"), "files"), "files")
 
 

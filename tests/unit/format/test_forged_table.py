@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from checkpointer.errors import CorruptCheckpointError
+from checkpointer.errors import CorruptCheckpointError, FormatVersionError
 from checkpointer.format.columns import pack
 from checkpointer.format.index import Chunk, Component, FileRecord, Index, RankPart, TensorSpec
 from checkpointer.format.table import THIS_FILE, index_files, pack_part, parse_index, parse_part
@@ -79,3 +80,25 @@ def test_a_chunk_without_bytes_lies_inside_its_part(begin):
     data = forged(a_part(EMPTY), setting("own_chunk_begin", begin))
     with pytest.raises(CorruptCheckpointError):
         parse_part(data, 1, an_index(BYTES), "the part")
+
+
+@pytest.mark.parametrize("version", ["", "0", "-1", "1.0", "one", "\u0661", "[[1]]", "9" * 5000, "NaN", "\ud800"])
+def test_a_version_that_is_no_number_is_damage(version):
+    with pytest.raises(CorruptCheckpointError):
+        read(an_index(BYTES), lambda _, texts: texts.update(version=version))
+
+
+def test_a_table_of_a_newer_version_is_not_damaged():
+    with pytest.raises(FormatVersionError, match="version 2"):
+        read(an_index(BYTES), lambda _, texts: texts.update(version="2"))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.json", "index.safetensors", "index-00001.safetensors", "Index.json"])
+def test_no_list_of_files_names_what_is_listed_elsewhere(name):
+    """A removal would take it for data, which goes first; and which size and hash of it count would be open."""
+    stored = an_index(BYTES)
+    with pytest.raises(CorruptCheckpointError, match=name):
+        read(stored, lambda _, texts: texts.update(files=texts["files"].replace("m.safetensors", name)))
+    plain = replace(stored, files={**stored.files, name: FileRecord(1, "0" * 32)})
+    with pytest.raises(CorruptCheckpointError, match=name):
+        read(plain, lambda *_: None)
