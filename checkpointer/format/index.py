@@ -311,7 +311,8 @@ class Chunks(Mapping[tuple[str, str], "tuple[Chunk, ...]"]):
         """The files that a component's tensors lie in."""
         tensors = self._tensors[component]
         first, last = self.starts[tensors.first], self.starts[tensors.first + tensors.count]
-        return {self.file_names[number] for number in set(self.columns.file[first:last].tolist())}
+        names = [*self.file_names, self.this_file]  # a table has no other number beyond its files than its own
+        return {names[min(number, len(self.file_names))] for number in set(self.columns.file[first:last].tolist())}
 
     @cached_property
     def starts(self) -> list[int]:
