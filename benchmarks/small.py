@@ -159,11 +159,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=256, help="256 makes 1 MB of parameters")
     parser.add_argument("--dir", type=Path, default=None, help="on the file system to measure")
     options = parser.parse_args(arguments)
-    logging.getLogger("checkpointer").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(dir=options.dir, prefix="bench-small-") as folder:
-        bench = Bench(Path(folder), options.checkpoints, options.width)
-        for _ in range(options.rounds):
-            bench.round()
+    logger = logging.getLogger("checkpointer")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with tempfile.TemporaryDirectory(dir=options.dir, prefix="bench-small-") as folder:
+            bench = Bench(Path(folder), options.checkpoints, options.width)
+            for _ in range(options.rounds):
+                bench.round()
+    finally:
+        logger.setLevel(level)
     text, holds = report(bench.samples)
     print(text)
     return 0 if holds else 1

@@ -49,7 +49,7 @@ STAGES = (
     Stage("copy", "no memory for a copy", modes=("async", "lazy")),
     Stage("write", "No space left|ENOSPC", fault=disk("ENOSPC", "write", "*model*.safetensors")),
     Stage("fsync", "EIO", fault=disk("fsync", "write", "*optimizer*.safetensors")),
-    Stage("report", "EIO", fault=disk("EIO", "write", "*/index-{rank}.json"), ranks=(1,)),
+    Stage("report", "EIO", fault=disk("EIO", "write", "*/index-0000{rank}.safetensors"), ranks=(1,)),
     Stage("begin", "EIO", fault=disk("EIO", "make_directory", ".checkpointer/tmp/*"), ranks=(0,)),
     Stage("index", "ENOSPC", fault=disk("short write", "write", "*/index.json"), ranks=(0,)),
     Stage("manifest", "EIO", fault=disk("EIO", "write", "*/manifest.json"), ranks=(0,)),

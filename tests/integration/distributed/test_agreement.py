@@ -253,7 +253,7 @@ def written_twice(root: str) -> None:
 @pytest.mark.filterwarnings("ignore:skipping a damaged")
 def test_a_checkpoint_that_is_damaged_for_one_rank_is_passed_over_by_all(tmp_path):
     run(2, written_twice, str(tmp_path))
-    own = tmp_path / "checkpoint-2" / "index-1.json"
+    own = tmp_path / "checkpoint-2" / "index-00001.safetensors"
     own.write_bytes(own.read_bytes().replace(b"rng", b"rnh", 1))
     assert run(2, corrupt, str(tmp_path)) == [[1, [2]], [1, [2]]]
 
