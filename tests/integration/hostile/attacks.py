@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from tests.support.forge import Forgery, overwrite, seal, seal_text
+from tests.support.forge import digest as digest_of
 
 Attack: TypeAlias = Callable[[Path, Path], None]
 ATTACKS: dict[str, Attack] = {}
@@ -117,6 +118,77 @@ def a_chunk_that_begins_before_its_file(directory: Path, victim: Path) -> None:
 @attack
 def a_chunk_in_the_table_itself(directory: Path, victim: Path) -> None:
     _table(directory, lambda columns, _: columns["chunk_file"].__setitem__(0, 2**32 - 1))
+
+
+@attack
+def a_chunk_in_the_file_after_the_last(directory: Path, victim: Path) -> None:
+    def change(columns: dict[str, Any], texts: dict[str, str]) -> None:
+        columns["chunk_file"][-1] = len(json.loads(texts["files"]))
+
+    _table(directory, change)
+
+
+@attack
+def strides_of_tensors_that_have_none(directory: Path, victim: Path) -> None:
+    _table(directory, lambda columns, _: columns.update(strided=np.array([0], np.uint32), strides=np.array([2**62])))
+
+
+@attack
+def a_key_that_stands_twice_in_the_table(directory: Path, victim: Path) -> None:
+    def change(columns: dict[str, Any], _: dict[str, str]) -> None:
+        """Keys of equal length become one text."""
+        lengths, starts = columns["key_lengths"].tolist(), np.cumsum(columns["key_lengths"]) - columns["key_lengths"]
+        first, second, *_ = (number for number, length in enumerate(lengths) if length == len(WEIGHT))
+        for place in range(len(WEIGHT)):
+            columns["keys"][starts[second] + place] = columns["keys"][starts[first] + place]
+
+    _table(directory, change)
+
+
+@attack
+def a_version_of_five_thousand_digits(directory: Path, victim: Path) -> None:
+    _table(directory, lambda _, texts: texts.update(version="9" * 5000))
+
+
+@attack
+def a_table_that_lists_the_manifest(directory: Path, victim: Path) -> None:
+    _table(directory, lambda _, texts: texts.update(files=texts["files"].replace(MODEL, "manifest.json")))
+
+
+@attack
+def a_list_of_files_that_names_the_index(directory: Path, victim: Path) -> None:
+    forgery = Forgery(directory)
+    size, digest = forgery.manifest["index"]["index.safetensors"]
+    forgery.files["index.safetensors"] = {"path": "index.safetensors", "size": size, "xxh3": digest}
+    forgery.write_index()
+
+
+@attack
+def a_header_of_a_table_without_end(directory: Path, victim: Path) -> None:
+    forgery = Forgery(directory)
+    forgery.write("index.safetensors", b"\xff" * 8 + forgery.read("index.safetensors")[8:])
+    forgery.write_manifest()
+
+
+@attack
+def parameters_of_an_optimizer_that_are_not_there(directory: Path, victim: Path) -> None:
+    forgery = Forgery(directory)
+    forgery.index["components"]["optimizer"]["parameters"] = [2**62, 2**62]
+    forgery.write_index()
+
+
+@attack
+def a_part_that_is_another_file(directory: Path, victim: Path) -> None:
+    """A part with a hash that fits, whose content is no table."""
+    forgery = Forgery(directory)
+    text = b"no table"
+    (directory / "index-00001.safetensors").write_bytes(text)
+    digest = np.frombuffer(bytes.fromhex(digest_of(text)), np.uint8).reshape(1, 16)
+    parts = {"part": np.array([1], np.uint32), "part_size": np.array([len(text)]), "part_hash": digest}
+    forgery.counts = False
+    forgery.manifest["files"] += 1
+    forgery.manifest["size"] += len(text)
+    forgery.write_table(lambda columns, _: columns.update(parts))
 
 
 @attack

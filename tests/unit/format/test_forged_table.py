@@ -116,7 +116,7 @@ def test_no_list_of_files_names_what_is_listed_elsewhere(name):
 
 
 def several() -> Index:
-    """Two files, three components; a tensor in two boxes, one with strides, one without elements, one without dimensions."""
+    """Two files, three components; of tensors one in two boxes, one with strides, one empty, one of no dimension."""
     a, b = "a.safetensors", "b.safetensors"
     model = {"w": TensorSpec("float32", (2, 3)), "\u00e9": TensorSpec("uint8", (0, 4)), "n": TensorSpec("int64", ())}
     moment = TensorSpec("bfloat16", (2, 3, 1, 2), (1, 2, 7, 6), "cuda:0")
