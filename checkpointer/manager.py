@@ -289,8 +289,7 @@ class CheckpointManager:
     def staged(self) -> None:
         """Wait until the save in flight needs live memory no more: then parameters may be changed by hand.
 
-        Only ``lazy`` mode, and ``async`` mode in the first steps of a large run, read live memory after ``save`` has
-        returned, and only until the next ``Optimizer.step``.
+        Only ``lazy`` mode reads live memory after ``save`` has returned, and only until the next ``Optimizer.step``.
         """
         self._check_usable()
         with self._turn():

@@ -1,7 +1,7 @@
-"""The first saves in ``async`` mode, whose memory nobody has touched yet: a copy into it takes many times as long.
+"""The first save in ``async`` mode, whose memory nobody has touched yet: a copy into it takes many times as long.
 
-As soon as it is known how large the state is, its memory is touched beside training. A save that comes sooner is
-written from live memory, where a hook before the optimizer's step guards that, and is a copy otherwise.
+As soon as it is known how large the state is, its memory is touched beside training. A save that comes sooner touches
+what is left itself, while training waits.
 """
 
 from __future__ import annotations
@@ -10,22 +10,17 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 
-from checkpointer.staging.live import Stepped
-from checkpointer.staging.stager import NOTHING, Staged, Stager
+from checkpointer.staging.stager import NOTHING, Stager
 from checkpointer.staging.step_hook import StepWatch
-from checkpointer.state.protocol import Captured
 from checkpointer.state.state_size import holds_gpu_tensors, state_size
 from checkpointer.system import messages
 
 WORTH = 128 << 20
 """Bytes of state from which on its memory is touched ahead of a save. Less takes some hundredths of a second."""
-
-MOST_EARLY = 3
-"""Saves that are written from live memory at most, however little of the memory for copies has been touched."""
 
 logger = logging.getLogger("checkpointer")
 
@@ -33,28 +28,20 @@ logger = logging.getLogger("checkpointer")
 class FirstSaves:
     """Belongs to one manager, until its first copy. Its hooks know it only as long as somebody else does."""
 
-    def __init__(
-        self,
-        stager: Stager,
-        watch: StepWatch,
-        components: Iterable[object],
-        changes: Callable[[], Stepped],
-    ) -> None:
-        """``watch`` guards live memory; ``changes`` says what of it."""
+    def __init__(self, stager: Stager, watch: StepWatch, components: Iterable[object]) -> None:
+        """``stager`` has the memory; ``watch`` tells of the steps that make state."""
         self._stager = stager
         self._watch = watch
         self._components = tuple(components)
-        self._changes = changes
         found = [part for part in self._components if isinstance(part, torch.optim.Optimizer)]
         self._without_step = weakref.WeakSet(found)
         self.reusable = NOTHING
-        """What the next save need not copy."""
+        """What the first save need not copy."""
         self._turn = threading.Lock()
         """Optimizers of other threads may step while a save begins."""
         self._pid = os.getpid()
         """A forked child has none of the memory, and saves nothing."""
         self._known = False
-        self._early = 0
         self._closed = False
         itself = weakref.ref(self)
 
@@ -92,20 +79,6 @@ class FirstSaves:
         if size >= WORTH:
             self._stager.expect(size, on_gpu=holds_gpu_tensors(self._components))
 
-    def stage(self, captured: Mapping[str, Captured], seed: int) -> Staged | None:
-        """Refer to live memory, where that blocks training for less than a copy; ``None`` where it does not."""
-        with self._turn:
-            self._known = True
-        if self._early >= MOST_EARLY or not self._watch.guards() or _on_gpu(captured):
-            return None
-        if not self._stager.is_cold(captured, self.reusable, least=WORTH):
-            return None
-        changes = self._changes()
-        if not changes:
-            return None
-        self._early += 1
-        return self._stager.lazily(captured, changes, self.reusable, seed, instead_of_copies=True)
-
     def close(self) -> None:
         """Take the hooks away. The memory belongs to the stager."""
         with self._turn:
@@ -117,8 +90,3 @@ def _is_one_of_many() -> bool:
     """Whether other ranks write a part of the state, which is known only once they have agreed."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _on_gpu(captured: Mapping[str, Captured]) -> bool:
-    """There the copies' memory is registered first, which touches it."""
-    return any(tensor.is_cuda for part in captured.values() for tensor in part.tensors.values())

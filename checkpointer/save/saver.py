@@ -114,7 +114,7 @@ class Saver:
     def prepare(self, components: Iterable[object]) -> None:
         """Expect saves of ``components``: ``async`` mode wants memory for them."""
         if self._config.write.mode == "async":
-            self._first = FirstSaves(self._stager, self._steps, components, self._stepped)
+            self._first = FirstSaves(self._stager, self._steps, components)
 
     def nothing_due(self) -> None:
         """A step has passed without a save: time to prepare the first one. Never raises."""
@@ -192,10 +192,6 @@ class Saver:
             if changes:
                 return self._stager.lazily(captured, changes, reusable, seed=step)
         if self._first is not None:
-            self._first.reusable = reusable
-            staged = self._first.stage(captured, seed=step)
-            if staged is not None:
-                return staged
             self._first.close()
             self._first = None
         return self._stager.copies(captured, reusable)
@@ -246,10 +242,9 @@ class Saver:
             self._write(save)
             self._background = self._in_background(self._follow_up, save)
             return
-        live, lazy = snapshot.staged.live, snapshot.mode == "lazy"
-        if lazy or live:  # first: were this interrupted behind it, a step would change what is being written
-            size = sum(file.data_size for file, _ in snapshot.staged.files)
-            self._steps.watch(WatchedSave("lazy" if live else "async", live, size, save.future.done, compared=lazy))
+        if snapshot.mode == "lazy":  # first: were this interrupted behind it, a step would change what is being written
+            live, size = snapshot.staged.live, sum(file.data_size for file, _ in snapshot.staged.files)
+            self._steps.watch(WatchedSave("lazy" if live else "async", live, size, save.future.done))
         self._background = self._in_background(self._write_and_follow_up, save)
 
     def raise_errors(self, *, begun: bool = False) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from checkpointer.errors import SaveError
 from checkpointer.format.tensor_files import Slot
-from checkpointer.staging.arena import Arena, ArenaRest, Copy
+from checkpointer.staging.arena import Arena, Copy
 from checkpointer.staging.digest import Digest
 from checkpointer.staging.gpu import Transfers, is_row_major
 from checkpointer.staging.sample import Sample
@@ -71,9 +71,7 @@ class LiveState:
     copied, and its first bytes elsewhere.
     """
 
-    def __init__(
-        self, arena: Arena | ArenaRest, tensors: Sequence[LiveTensor], on_gpu: LiveOnGpu, sample: Sample
-    ) -> None:
+    def __init__(self, arena: Arena, tensors: Sequence[LiveTensor], on_gpu: LiveOnGpu, sample: Sample) -> None:
         """``tensors`` come in the order in which the writer takes them. ``sample`` numbers them, then those on GPUs."""
         self._arena = arena
         self._tensors = tensors
@@ -254,9 +252,9 @@ class LiveOnGpu:
 def _torn_message(name: str) -> str:
     return (
         f"{name} was changed while it was being written, and not by Optimizer.step: what was written is neither the "
-        "state at the save call nor the one after, so it was not committed. In lazy mode, and after the first saves in "
-        "async mode, call mgr.staged() before you change parameters by hand (weight clipping, p.data, NumPy views). "
-        "From its next save on this run copies state when save is called, as with write: {mode: async}"
+        "state at the save call nor the one after, so it was not committed. In lazy mode call mgr.staged() before you "
+        "change parameters by hand (weight clipping, p.data, NumPy views), or use write: {mode: async}, as this run "
+        "does from its next save on"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
@@ -15,7 +15,7 @@ from checkpointer.errors import SaveError
 from checkpointer.format.index import Component, FileRecord
 from checkpointer.format.tensor_files import ComponentTensors, TensorFile, plan_files
 from checkpointer.policy.reuse import ReuseSource, candidate
-from checkpointer.staging.arena import Arena, ArenaRest, Copy, copy_threads, is_flat
+from checkpointer.staging.arena import Arena, Copy, copy_threads, is_flat
 from checkpointer.staging.digest import Digest
 from checkpointer.staging.gpu import Noted, copy_bytes_out, is_row_major, note_on_device, pin, unpin
 from checkpointer.staging.live import LazyFile, LiveOnGpu, LiveState, LiveTensor, Stepped
@@ -153,7 +153,6 @@ class Stager:
             if file.path in starts
             for slot in file.slots
         )
-        self._arena.note_touched(size)
         images = {
             file.path: _Image(memory[starts[file.path] : starts[file.path] + file.data_size])
             for file in self._files
@@ -169,24 +168,12 @@ class Stager:
         """
         self._arena.touch(size, pinned=on_gpu)
 
-    def is_cold(self, captured: Mapping[str, Captured], reusable: Reusable = NOTHING, *, least: int = 0) -> bool:
-        """Whether ``copies`` would have to touch memory first: of ``least`` bytes and more, that takes a while."""
-        size = self._expected(captured, reusable)
-        return size >= least and not self._arena.has_touched(size)
-
     def lazily(
-        self,
-        captured: Mapping[str, Captured],
-        changes: Stepped,
-        reusable: Reusable = NOTHING,
-        seed: int = 0,
-        *,
-        instead_of_copies: bool = False,
+        self, captured: Mapping[str, Captured], changes: Stepped, reusable: Reusable = NOTHING, seed: int = 0
     ) -> Staged:
         """Refer to live memory for what only ``changes`` with a step, and copy everything else.
 
         ``seed`` decides what is noted of live memory, to see that nobody changes it otherwise: another one each time.
-        ``instead_of_copies``: a later save is by ``copies``. Its memory serves here too, and goes on being touched.
         """
         shared = self._shared(captured, reusable)
         plan = _LazyPlan(changes)
@@ -197,19 +184,11 @@ class Stager:
             plan.note_on_gpu(seed)
         except torch.OutOfMemoryError:  # not for a few MiB: what is copied in the call needs no sample
             return self.copies(captured, reusable)
-        rest: Arena | ArenaRest = self._rest
-        if instead_of_copies:
-            needed = self._needed(without=shared)
-            self._arena.reserve(max(needed, plan.size + sum(live.size for live in plan.live)))
-            rest = ArenaRest(self._arena, plan.size, needed)
         self._arena.reserve(plan.size, pinned=_on_gpu(captured))
         running = self._arena.begin(plan.beside, plan.copies)
-        if instead_of_copies:
-            self._arena.note_touched(plan.size)
-            self._arena.touch(needed)
         noted = self._sampler.take(plan.live, seed)
         sample = Sample([*noted, *plan.noted_on_gpu(self._arena.address)])
-        state = LiveState(rest, plan.live, LiveOnGpu(plan.on_gpu, running), sample)
+        state = LiveState(self._rest, plan.live, LiveOnGpu(plan.on_gpu, running), sample)
         files = {
             path: LazyFile(state, slots, plan.places[path], self._arena.address, self._ring)
             for path, slots in plan.slots.items()
@@ -245,16 +224,6 @@ class Stager:
         }
         if parts != self._parts:
             self._parts, self._files = parts, plan_files(parts)
-
-    def _expected(self, captured: Mapping[str, Captured], reusable: Reusable) -> int:
-        """Bytes that ``copies`` will need, where every file that may be shared is."""
-        self._plan(captured)
-        records = ((file, candidate(file, reusable.source, reusable.limit).record) for file in self._files)
-        return self._needed(without={file.path for file, record in records if record is not None})
-
-    def _needed(self, without: Collection[str]) -> int:
-        """Bytes of the arena that copies of all files need, but for those of these paths."""
-        return sum(page_aligned(file.data_size) for file in self._files if file.path not in without)
 
     def _shared(self, captured: Mapping[str, Captured], reusable: Reusable) -> dict[str, ReusedFile]:
         """Plan, and find the files that need not be written. Only candidates are hashed."""

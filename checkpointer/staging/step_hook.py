@@ -34,12 +34,10 @@ class WatchedSave(NamedTuple):
     size: int
     """Bytes of its tensors."""
     done: Callable[[], bool]
-    compared: bool = True
-    """Whether what it costs decides how later saves are written."""
 
 
 class StepWatch:
-    """Belongs to the training thread, as the steps do. One for each manager in ``lazy`` mode."""
+    """Belongs to the training thread, as the steps do. One for each manager."""
 
     def __init__(self) -> None:
         self._stepped: Callable[[Any], None] | None = None
@@ -85,13 +83,8 @@ class StepWatch:
         _registered.append((watch, self._hooks))
 
     def choose(self) -> Choice:
-        """How the next save had better be written."""
-        return self._overlap.choose() if self.guards() else "async"
-
-    def guards(self) -> bool:
-        """Whether a hook comes before the next change. In the middle of a step none does."""
-        self._collect()
-        return not self._in_step and self._changed_by_hand is None
+        """How the next save had better be written. In the middle of a step no hook comes before the next change."""
+        return "async" if self._in_step or self._changed_by_hand is not None else self._overlap.choose()
 
     def save_begins(self) -> None:
         """``save`` was called, and none is under way."""
@@ -154,8 +147,7 @@ class StepWatch:
         if self._save is not None and self._save.done():
             if self._save.live is not None and self._save.live.torn is not None:
                 self._changed_by_hand = self._save.live.torn
-            if self._save.compared:
-                self._measure(self._save)
+            self._measure(self._save)
             self._save = None
 
     def _measure(self, save: WatchedSave) -> None:

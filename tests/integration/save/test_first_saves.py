@@ -1,4 +1,4 @@
-"""The first saves in async mode: their memory is touched beside training, or they are written from live memory."""
+"""The first save in async mode: its memory is touched beside training; one that comes sooner is a copy as well."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from torch.optim import optimizer as torch_optimizer
 
 from checkpointer import CheckpointManager
 from checkpointer.errors import SaveError
-from checkpointer.save import first_saves
+from checkpointer.save import first_saves, saver
 from checkpointer.staging import arena, prefault
-from checkpointer.staging.live import LiveState
 from checkpointer.system.memory import PAGE, Region
 from tests.support.compare import assert_identical
 
@@ -271,7 +270,7 @@ def test_state_that_has_grown_since_is_saved_in_larger_memory(tmp_path, regions)
     assert_identical(state["tensor"], torch.full((4 * MIB,), 2.0))
 
 
-# --------------------------------------------------------------------------------------- saves that come before that
+# ---------------------------------------------------------------------------------------- a save that comes before that
 
 
 @pytest.fixture
@@ -282,122 +281,65 @@ def never_touched(monkeypatch) -> None:
 
 @pytest.fixture
 def held(monkeypatch) -> Iterator[threading.Event]:
-    """The writer takes no byte of live memory before this is set."""
+    """The writer begins no file before this is set."""
     opened = threading.Event()
-    real = LiveState.take
+    real = saver.write_checkpoint
 
-    def take(state: LiveState, *arguments: Any) -> None:
+    def write(*arguments: Any) -> Any:
         assert opened.wait(60)
-        real(state, *arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(LiveState, "take", take)
+    monkeypatch.setattr(saver, "write_checkpoint", write)
     yield opened
     opened.set()
 
 
-@linux
-def test_a_save_that_comes_sooner_copies_nothing_and_writes_the_state_of_its_call(tmp_path, never_touched, held):
+@pytest.mark.parametrize("saves", [1, 4])
+def test_what_is_changed_by_hand_right_after_an_early_save_does_not_reach_it(tmp_path, never_touched, held, saves):
+    """Only ``lazy`` mode asks for ``mgr.staged()``: ``async`` mode has copied the state when ``save`` returns."""
     run = Run()
-    with run.manager(tmp_path) as mgr:
-        run.step()
-        expected = run.state()
-        assert faults(lambda: mgr.save(1)) < run.pages // 4
-        run.step()
-        held.set()
-        mgr.wait()
-    assert_identical(restored(tmp_path, 1), expected)
-
-
-def test_all_early_saves_and_copies_after_them_hold_the_state_of_their_calls(tmp_path, regions):
-    run = Run()
+    run.step()
     expected = []
     with run.manager(tmp_path) as mgr:
-        for step in range(first_saves.MOST_EARLY + 3):
-            run.step()
+        for step in range(saves):
+            held.clear()
             expected.append(run.state())
-            mgr.save(step)
-            run.step()
-        mgr.wait()
-        assert len(regions) == 1, "one copy of the state at most"
+            handle = mgr.save(step)
+            for tensor in (run.model["weight"], *run.optimizer.state[run.model["weight"]].values()):
+                tensor.data.fill_(step)
+            held.set()
+            handle.result()
     for step, state in enumerate(expected):
         assert_identical(restored(tmp_path, step), state)
 
 
-def test_once_memory_is_touched_saves_copy_and_no_hook_is_left(tmp_path, monkeypatch):
+def test_a_save_in_the_middle_of_touching_holds_the_state_of_its_call_in_that_memory(tmp_path, regions, monkeypatch):
+    monkeypatch.setattr(prefault, "PAUSE", 1e6)
     run = Run()
-    lives: list[object] = []
-    real = LiveState.__init__
-
-    def made(state: LiveState, *arguments: Any) -> None:
-        lives.append(state)
-        real(state, *arguments)
-
-    monkeypatch.setattr(LiveState, "__init__", made)
-    hooks = torch_optimizer._global_optimizer_pre_hooks
-    before = len(hooks)
     with run.manager(tmp_path) as mgr:
         run.step()
-        until_touched()
-        mgr.save(1)
-        assert not lives
-        assert len(hooks) == before
-        run.model["weight"].data.zero_()  # by hand: the copy does not see it
-        mgr.wait()
-
-
-def test_saves_from_live_memory_end_though_its_memory_is_never_touched(tmp_path, never_touched, monkeypatch):
-    real = LiveState.__init__
-    lives: list[object] = []
-
-    def made(state: LiveState, *arguments: Any) -> None:
-        lives.append(state)
-        real(state, *arguments)
-
-    monkeypatch.setattr(LiveState, "__init__", made)
-    run = Run()
-    run.step()
-    with run.manager(tmp_path) as mgr:
-        for step in range(first_saves.MOST_EARLY + 3):
-            mgr.save(step).result()
-    assert len(lives) == first_saves.MOST_EARLY
-
-
-def test_what_is_changed_by_hand_beside_an_early_save_is_an_error_and_the_next_save_copies(
-    tmp_path, never_touched, held
-):
-    run = Run()
-    run.step()
-    with run.manager(tmp_path) as mgr:
-        mgr.save(1)
-        with torch.no_grad():
-            run.model["weight"].zero_()
-        held.set()
-        with pytest.raises(SaveError, match=r"mgr\.staged\(\)"):
-            mgr.wait()
+        assert touching()
         expected = run.state()
-        mgr.save(2)
-        with torch.no_grad():
-            run.model["weight"].fill_(1)
-        mgr.wait()
-    assert_identical(restored(tmp_path, 2), expected)
-
-
-def test_after_staged_an_early_save_needs_live_memory_no_more(tmp_path, never_touched, held):
-    run = Run()
-    run.step()
-    expected = run.state()
-    with run.manager(tmp_path) as mgr:
         mgr.save(1)
-        mgr.staged()
-        with torch.no_grad():
-            run.model["weight"].zero_()
-        held.set()
+        run.step()
         mgr.wait()
+        assert not touching()
+        assert len(regions) == 1, "one copy of the state at most"
     assert_identical(restored(tmp_path, 1), expected)
 
 
-def test_a_save_inside_a_step_is_a_copy(tmp_path, never_touched):
-    """No hook would come before the change that the step makes."""
+def test_after_the_first_save_no_hook_is_left(tmp_path):
+    hooks = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
+    before = [len(some) for some in hooks]
+    run = Run()
+    with run.manager(tmp_path) as mgr:
+        run.step()
+        assert [len(some) for some in hooks] != before
+        mgr.save(1)
+        assert [len(some) for some in hooks] == before
+
+
+def test_a_save_inside_a_step_holds_the_state_before_it(tmp_path, never_touched):
     run = Run()
     run.step()
     expected: list[dict[str, torch.Tensor]] = []
@@ -422,16 +364,14 @@ def test_an_early_save_and_later_copies_take_the_state_once(tmp_path):
     run = Run(width=16 << 20)  # 192 MiB of state
     run.step()
     size = run.pages * PAGE
+    gc.collect()
+    before = resident()
+    peak = 0
     with run.manager(tmp_path) as mgr:
-        mgr.save(0)
-        mgr.wait()
-        gc.collect()
-        before = resident()
-        peak = 0
-        for step in range(1, 5):
-            mgr.save(step)
+        for step in range(4):
             run.step()
+            mgr.save(step)
             peak = max(peak, resident())
             mgr.wait()
             peak = max(peak, resident())
-        assert peak - before < size + (64 << 20)
+    assert size // 2 < peak - before < size + (64 << 20)
