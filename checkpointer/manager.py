@@ -23,6 +23,7 @@ from checkpointer.config.arguments import (
     check_tags,
 )
 from checkpointer.config.metrics import check_metrics
+from checkpointer.config.rules import rules_of, saved_keep
 from checkpointer.config.settings import Config, Mode, load_config
 from checkpointer.distributed.job import Job
 from checkpointer.environment import begin_git_lookup, environment
@@ -37,8 +38,9 @@ from checkpointer.format.event import Event
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.policy.monitoring import Mode as MetricMode
 from checkpointer.policy.monitoring import listed, nearest_name
-from checkpointer.policy.retention import BestRule, RetentionPlan, best_rule, rank
+from checkpointer.policy.retention import BestRule, KeepPolicy, RetentionPlan, best_rule, rank
 from checkpointer.repository.notes import Note
+from checkpointer.repository.prune import Pruner
 from checkpointer.repository.repository import Listing, Repository
 from checkpointer.repository.verify import VerifyReport
 from checkpointer.repository.watch import watch
@@ -410,7 +412,7 @@ class CheckpointManager:
     ) -> Restored:
         """Restore the best checkpoint by ``monitor``, or by the first configured metric.
 
-        ``mode`` as for ``best``, the other options as for ``restore``.
+        ``monitor`` and ``mode`` as for ``best``, the other options as for ``restore``.
 
         Raises:
             CheckpointNotFoundError: no checkpoint has reported the metric.
@@ -425,9 +427,9 @@ class CheckpointManager:
             map_location=map_location,
             verify=verify,
         )
-        rule = best_rule(self._config.keep.best, monitor, mode)
         with self._turn():
             self._open_for_restoring()
+            rule = best_rule(self._config.keep.best, monitor, mode, lambda: self._saved_keep().best)
             info = self._best(rule)
             if info is None:
                 raise CheckpointNotFoundError(f"no checkpoint in {self._repository.url} has a finite {rule.monitor}")
@@ -444,19 +446,22 @@ class CheckpointManager:
         return next(reversed(self.checkpoints()), None)
 
     def best(self, monitor: str | None = None, *, mode: MetricMode | None = None) -> CheckpointInfo | None:
-        """The best checkpoint by ``monitor``, or by the first metric configured under ``keep: best``.
+        """The best checkpoint by ``monitor``, or by the first metric under ``keep: best``.
+
+        Without such rules in the configuration, those count that the newest checkpoint was saved with.
 
         NaN never wins; ties go to the later commit. Warns if the metric was never reported.
 
         Args:
             monitor: name of a metric.
-            mode: ``"min"`` where lower is better, ``"max"`` where higher is. Default: the configured one, else what
-                the name says (``val_loss``, ``eval/accuracy``).
+            mode: ``"min"`` where lower is better, ``"max"`` where higher is. Default: the configured one, else that of
+                the rules that the newest checkpoint was saved with, else what the name says (``val_loss``,
+                ``eval/accuracy``).
 
         Raises:
             ConfigError: nothing says whether lower or higher is better.
         """
-        return self._best(best_rule(self._config.keep.best, monitor, mode))
+        return self._best(best_rule(self._config.keep.best, monitor, mode, lambda: self._saved_keep().best))
 
     def history(self) -> list[Event]:
         """What has happened to the run, in order: commits with their cost, removals with their reasons, restores,
@@ -541,11 +546,16 @@ class CheckpointManager:
         return VerifyReport((self._repository.verify(self._repository.find(check_step(step))),))
 
     def prune(self, *, dry_run: bool = False) -> RetentionPlan:
-        """Apply retention now; ``dry_run`` only says what it would do, and why. Every rank calls it; one removes."""
+        """Apply retention now; ``dry_run`` only says what it would do, and why. Every rank calls it; one removes.
+
+        A ``read_only`` manager without ``keep`` rules goes by those that the newest checkpoint was saved with.
+        """
         self._check_usable(on_commit_may=dry_run)
         restored_from = self._tip.restored_from
         protect = {restored_from.id} if restored_from else set()
-        plan = partial(self._saver.pruner.prune, protect=protect, unreturned=self._saver.unreturned)
+        rules_are_saved = dry_run and self._read_only and self._config.keep.is_empty
+        pruner = Pruner(self._repository, self._saved_keep()) if rules_are_saved else self._saver.pruner
+        plan = partial(pruner.prune, protect=protect, unreturned=self._saver.unreturned)
         if dry_run:
             return plan(dry_run=True)
         with self._turn():
@@ -604,7 +614,7 @@ class CheckpointManager:
         self._unsaved.none()  # what is lost is lost by that error, which says so itself
         try:
             self.close()
-        except (CheckpointerError) as failure:  # the loop's own goes on, and carries this one
+        except (CheckpointerError, CheckpointerWarning) as failure:  # the loop's own goes on, and carries this one
             _chain(error, failure)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -670,6 +680,7 @@ class CheckpointManager:
             **extras[0]._asdict(),
             parent=self._tip.info.id if self._tip.info else None,
             environment=environment(),
+            rules=rules_of(self._config),
             mode=mode,
             rank_plan=rank_plan,
             wait_seconds=settled - began,
@@ -795,6 +806,14 @@ class CheckpointManager:
         self._repository.manifest(info)
         self._repository.note(info, note)
         self._repository.manifest(info)
+
+    def _saved_keep(self) -> KeepPolicy:
+        """The rules that the newest checkpoint was saved with; none where it holds none, or none that can be used."""
+        manifest = self._repository.newest_manifest()
+        saved = None if manifest is None else saved_keep(manifest.rules, f"the checkpoint of step {manifest.step}")
+        if saved is not None and saved.problem is not None:
+            messages.warn(f"{saved.problem}. They are ignored; for rules, give this manager a configuration")
+        return (saved and saved.keep) or KeepPolicy()
 
     def _best(self, rule: BestRule) -> CheckpointInfo | None:
         checkpoints = self.checkpoints()

@@ -142,6 +142,7 @@ def progress() -> dict[str, Any]:
     return {
         "none": None,
         "bools": [True, False],
+        "counted": list(range(3, 23)),
         "ints": [0, -1, 2**63 - 1, 1 - 2**63, 2**63, -(2**70)],
         "floats": [0.1, -0.0, 5e-324, sys.float_info.max, float("inf"), float("-inf"), float("nan"), _payload_nan()],
         "complex": [1.5 - 2.5j, complex(float("nan"), -0.0)],

@@ -33,15 +33,18 @@ for _command in (consolidate_command, diff_command, doctor_command, export_comma
 def list_command(*, root: str, stats: bool, as_json: bool, storage_options: Mapping[str, object]) -> int:
     """List all checkpoints in commit order; damaged ones too.
 
-    Those whose manifest cannot be read have no order: they come last.
+    Those whose manifest cannot be read have no order: they come last. "best" names the metrics by which one is the
+    best, of the rules that the newest one was saved with (keep: best).
 
     --stats: seconds that the call waited for the previous save, that it held training (stall), that writing took, and
     fsync in it; bytes written, and bytes shared with an earlier checkpoint.
 
     \b
-    --json: {"root", "checkpoints": [{"step", "epoch", "sequence", "id", "parent",
-      "created", "size", "metrics", "tags", "pinned", "finite", "note", "path",
-      "status", "reason"}]}
+    --json: {"root", "rules": {"source", "keep"}, "best": {metric: id},
+      "checkpoints": [{"step", "epoch", "sequence", "id", "parent", "created",
+      "size", "metrics", "tags", "pinned", "finite", "note", "path", "status",
+      "reason"}]}
+    "rules" are those that the newest was saved with ("source" names it), or null.
     Times are ISO 8601 in UTC, sizes bytes, metrics numbers or "nan", "inf", "-inf".
     "status" is "ok", "damaged", "unreadable" for what this user may not read, or
     "unsupported" for a newer format; only
@@ -51,12 +54,17 @@ def list_command(*, root: str, stats: bool, as_json: bool, storage_options: Mapp
     from checkpointer.cli import gather, render
 
     with gather.opened(root, storage_options) as repository:
-        rows = gather.listing(repository)
+        rows, rules, problem = gather.ranked_listing(repository)
     if as_json:
-        emit_json({"root": repository.url, "checkpoints": [row.to_json(statistics=stats) for row in rows]})
+        best = {metric: row.info.id for row in rows if row.info for metric in row.best}
+        known = {"rules": rules.to_json() if rules else None, "best": best}
+        checkpoints = [row.to_json(statistics=stats) for row in rows]
+        emit_json({"root": repository.url, **known, "checkpoints": checkpoints})
     else:
         _print_table(render.statistics_table(rows) if stats else render.listing_table(rows, _now()))
         _warn_of_damage(rows)
+    if problem is not None:
+        complain("warning", f"{problem}. They are ignored, so the best checkpoints are not known")
     return FINE
 
 
@@ -68,8 +76,9 @@ def show_command(*, root: str, step: int | None, as_json: bool, storage_options:
     """Show what one checkpoint holds: its manifest, files, tensors and plain values. Default: the newest.
 
     \b
-    --json: as one of the checkpoints of "ls", and "world_size", "environment",
-      "statistics", "files": {path: {"size", "xxh3", "shared_with"}},
+    --json: as one of the checkpoints of "ls", and "run", "rules", "foreign",
+      "replaces", "slimmed" (these four where they are there), "world_size",
+      "environment", "statistics", "files": {path: {"size", "xxh3", "shared_with"}},
       "components": {name: {"kind", "size", "tensors": {key: {"dtype", "shape",
       "size", "device"}}, "tree", "meta"}}
     "tree" and "meta" are the stored state as FORMAT.md describes it.
@@ -156,30 +165,35 @@ def verify_command(*, root: str, step: int | None, as_json: bool, storage_option
 
 @cli.command("prune", short_help="Apply retention now, or say what it would do.")
 @click.argument("root")
-@click.option("--config", required=True, metavar="FILE", help="The run's configuration (YAML): keep: says what stays.")
+@click.option("--config", metavar="FILE", help="A configuration (YAML): its keep: says what stays.")
 @click.option("--dry-run", is_flag=True, help="Only print the plan; needs no lock.")
 @common
 def prune_command(
-    *, root: str, config: str, dry_run: bool, as_json: bool, storage_options: Mapping[str, object]
+    *, root: str, config: str | None, dry_run: bool, as_json: bool, storage_options: Mapping[str, object]
 ) -> int:
     """Apply retention now: print which checkpoints stay and which go, with the reasons, and remove the latter.
+
+    The rules are those of FILE, else those that the newest checkpoint was saved with; they are printed, too.
 
     Takes the writer's lock, so it is refused while a job trains. Damaged checkpoints are never removed.
 
     \b
-    --json: {"root", "dry_run", "keep": [{"step", "id", "path", "size", "reasons"}],
-      "remove": [the same]}
+    --json: {"root", "dry_run", "rules": {"source", "keep"}, "keep": [{"step", "id",
+      "path", "size", "reasons"}], "remove": [the same]}
     """
     from checkpointer.cli import gather, render
     from checkpointer.config.settings import Config
 
-    policy = Config.from_yaml(config)
-    with gather.opened(root, storage_options, durable=policy.write.durable) as repository:
-        plan, left_alone = gather.pruned(repository, policy.keep, dry_run=dry_run)
+    given = None if config is None else Config.from_yaml(config)
+    with gather.opened(root, storage_options, durable=given is None or given.write.durable) as repository:
+        rules = gather.rules_to_prune_by(repository) if given is None else gather.Rules(given.keep, str(config))
+        plan, left_alone = gather.pruned(repository, rules.keep, dry_run=dry_run)
     if as_json:
-        emit_json({"root": repository.url, "dry_run": dry_run, **gather.plan_to_json(plan)})
+        document = {"root": repository.url, "dry_run": dry_run, "rules": rules.to_json(), **gather.plan_to_json(plan)}
+        emit_json(document)
     else:
         _print_table(render.plan_table(plan, _now()))
+        emit(render.rules_line(rules))
         emit(render.plan_summary(plan, dry_run=dry_run))
         _warn_of_damage(left_alone)
     return FINE

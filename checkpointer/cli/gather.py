@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
+from checkpointer.config.rules import rules_of, saved_keep
+from checkpointer.config.settings import Config
 from checkpointer.errors import (
     CheckpointerError,
     CheckpointNotFoundError,
@@ -16,10 +18,12 @@ from checkpointer.errors import (
     RunLockedError,
     UnreadableCheckpointError,
 )
+from checkpointer.format import paths
 from checkpointer.format.event import Event
 from checkpointer.format.index import Component, FileRecord
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest, metric_to_json
+from checkpointer.format.trees import spelled_out
 from checkpointer.repository.copies import holders
 from checkpointer.repository.notes import Note
 from checkpointer.repository.repository import Listing, Repository, Unreadable
@@ -46,6 +50,8 @@ class Row:
     status: Status = "ok"
     reason: str | None = None
     """Why the status is not ``ok``."""
+    best: tuple[str, ...] = ()
+    """The metrics by which it is the best, where the run's rules are asked for."""
 
     def to_json(self, *, statistics: bool = False) -> Json:
         info = self.info
@@ -87,6 +93,8 @@ class Details:
     def to_json(self) -> Json:
         return {
             **self.row.to_json(),
+            "run": self.manifest.run,
+            **_members_there(self.manifest),
             "world_size": self.manifest.world_size,
             "environment": dict(self.manifest.environment),
             "statistics": dict(self.manifest.statistics),
@@ -96,6 +104,28 @@ class Details:
             },
             "components": {name: _component_to_json(part) for name, part in self.components.items()},
         }
+
+
+def _members_there(manifest: Manifest) -> Json:
+    """Members that most manifests do without, where they are there."""
+    members: Json = {
+        "rules": dict(manifest.rules),
+        "foreign": manifest.foreign,
+        "replaces": manifest.replaces,
+        "slimmed": list(manifest.slimmed),
+    }
+    return {name: value for name, value in members.items() if value}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The ``keep`` rules of a run, and who says so."""
+
+    keep: KeepPolicy
+    source: str
+
+    def to_json(self) -> Json:
+        return {"source": self.source, "keep": rules_of(Config(keep=self.keep))["keep"]}
 
 
 @dataclass(frozen=True)
@@ -154,6 +184,48 @@ def listing(repository: Repository) -> list[Row]:
     return _rows(_listed(repository))
 
 
+def ranked_listing(repository: Repository) -> tuple[list[Row], Rules | None, str | None]:
+    """As ``listing``, the best of them by the rules of the newest one; these, or why they cannot be used."""
+    from checkpointer.policy.retention import rank
+
+    rows = listing(repository)
+    infos = [row.info for row in rows if row.info is not None]
+    try:
+        rules, problem = _saved_rules(repository, infos)
+    except (CheckpointerError, OSError) as error:  # the list is what was asked for
+        rules, problem = None, f"the rules of the run cannot be read: {describe(error)}"
+    best: dict[str, list[str]] = {}
+    for rule in rules.keep.best if rules else ():
+        for info in rank(infos, rule)[:1]:
+            best.setdefault(info.id, []).append(rule.monitor)
+    return [replace(row, best=tuple(best.get(row.info.id, ()))) if row.info else row for row in rows], rules, problem
+
+
+def rules_to_prune_by(repository: Repository) -> Rules:
+    """Those that the newest checkpoint was saved with.
+
+    Raises:
+        CheckpointNotFoundError: there is no checkpoint, or no run root.
+        ConfigError: it holds none, or none that can be used.
+    """
+    rules, problem = _saved_rules(repository, _listed(repository).checkpoints)
+    if rules is None:
+        reason = problem or f"the newest checkpoint in {repository.url} does not say which rules it was saved with"
+        raise ConfigError(f"{reason}. Say what stays with --config FILE")
+    return rules
+
+
+def _saved_rules(repository: Repository, checkpoints: Sequence[CheckpointInfo]) -> tuple[Rules | None, str | None]:
+    newest = repository.newest_manifest(checkpoints)
+    if newest is None:
+        return None, None
+    name = paths.checkpoint_name(newest.step)
+    saved = saved_keep(newest.rules, name)
+    if saved.keep is None:
+        return None, saved.problem
+    return Rules(saved.keep, name), None
+
+
 def details(repository: Repository, step: int | None) -> Details:
     """The checkpoint of ``step``, or the newest readable one. Damage behind the manifest is told in ``problem``."""
     found = _listed(repository)
@@ -174,7 +246,7 @@ def _shared(
     repository: Repository, info: CheckpointInfo, checkpoints: Sequence[CheckpointInfo]
 ) -> dict[str, tuple[str, ...]]:
     """The names of the other checkpoints that lie on the same bytes as each file of ``info``, by what is on disk."""
-    on_disk = holders(repository.storage, checkpoints, repository.files_of)
+    on_disk = holders(repository.storage, checkpoints, repository.shared_files)
     mine = {path: bytes_of for (path, id), bytes_of in on_disk.items() if id == info.id}
     found = {
         path: tuple(
@@ -357,7 +429,7 @@ def _component_to_json(component: Component) -> Json:
             key: {"dtype": spec.dtype, "shape": list(spec.shape), "size": spec.nbytes, "device": spec.device}
             for key, spec in component.tensors.items()
         },
-        "tree": component.tree,
+        "tree": spelled_out(component.tree, component.tensors),
         "meta": dict(component.meta),
     }
 

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Literal
 
 from checkpointer.cli.output import clean, color_system, one_line
+from checkpointer.config.rules import keep_text
 from checkpointer.policy.cost import SaveCost
 from checkpointer.policy.values import roughly
 from checkpointer.repository.verify import extra_text
@@ -16,7 +17,7 @@ from checkpointer.repository.verify import extra_text
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from checkpointer.cli.gather import Checked, Details, Row
+    from checkpointer.cli.gather import Checked, Details, Row, Rules
     from checkpointer.format.event import Event
     from checkpointer.format.index import TensorSpec
     from checkpointer.format.tree_text import Node
@@ -78,6 +79,7 @@ def listing_table(rows: Iterable[Row], now: datetime) -> Table:
         Column("age", "right"),
         Column("size", "right"),
         Column("metrics", fold=True),
+        Column("best", fold=True),
         Column("tags", fold=True),
         Column("pinned"),
         Column("finite"),
@@ -89,7 +91,7 @@ def listing_table(rows: Iterable[Row], now: datetime) -> Table:
 def _listing_cells(row: Row, now: datetime) -> list[str | tuple[str, ...]]:
     info = row.info
     if info is None:
-        return [str(row.step), *[NOTHING] * 9, row.status]
+        return [str(row.step), *[NOTHING] * 10, row.status]
     return [
         str(info.step),
         NOTHING if info.epoch is None else str(info.epoch),
@@ -98,6 +100,7 @@ def _listing_cells(row: Row, now: datetime) -> list[str | tuple[str, ...]]:
         age(now - info.created),
         human_size(info.size),
         tuple(f"{name}={value:.6g}" for name, value in info.metrics.items()) or NOTHING,
+        row.best or NOTHING,
         info.tags or NOTHING,
         "yes" if info.pinned else NOTHING,
         NOTHING if info.finite is None else yes_no(value=info.finite),
@@ -149,6 +152,12 @@ def plan_table(plan: RetentionPlan, now: datetime) -> Table:
         columns,
         [[verb, str(info.step), age(now - info.created), human_size(info.size), why] for verb, info, why in verdicts],
     )
+
+
+def rules_line(rules: Rules) -> str:
+    """Which rules a plan goes by, and who says so."""
+    nothing = " (nothing is set, so everything stays)" if rules.keep.is_empty else ""
+    return clean(f"by the rules of {rules.source}: {keep_text(rules.keep)}{nothing}")
 
 
 def plan_summary(plan: RetentionPlan, *, dry_run: bool) -> str:
@@ -252,6 +261,7 @@ def facts(details: Details, now: datetime) -> list[tuple[str, str]]:
         ("sequence", str(info.sequence)),
         ("id", info.id),
         ("parent", info.parent or NOTHING),
+        ("run", manifest.run or NOTHING),
         ("created", f"{utc(info.created)} ({age(now - info.created)} ago)"),
         ("size", f"{human_size(manifest.size)} in {manifest.files} files"),
         ("metrics", ", ".join(f"{name}={value!r}" for name, value in info.metrics.items()) or NOTHING),

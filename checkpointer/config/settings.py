@@ -163,7 +163,7 @@ class Config:
         """YAML text with every key, durations and sizes with units, that reads back as an equal configuration."""
         import yaml  # late, as in from_yaml
 
-        return str(yaml.safe_dump(_plain("", self), sort_keys=False, allow_unicode=True))
+        return str(yaml.safe_dump(plain("", self), sort_keys=False, allow_unicode=True))
 
 
 _SECTIONS: Mapping[str, type] = {
@@ -203,12 +203,12 @@ def _section(policy: type[_Policy], name: str, value: object) -> _Policy:
         raise error.under(name) from None
 
 
-def _plain(name: str, value: Any) -> Any:
+def plain(name: str, value: Any) -> Any:
     """``value`` as YAML holds it."""
     if is_dataclass(value):
-        return {item.name: _plain(item.name, getattr(value, item.name)) for item in fields(value)}
+        return {item.name: plain(item.name, getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, tuple):
-        return [_plain(name, item) for item in value] or None
+        return [plain(name, item) for item in value] or None
     if isinstance(value, timedelta):
         return format_duration(value)
     if name == "max_size" and value is not None:

@@ -7,13 +7,14 @@ lists that hold tensors or dicts; any other value stays whole.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import NamedTuple, TypeAlias
 
 from checkpointer.dcp.checkpoint_id import MODEL, OBJECTS, is_plugin_made, paths_of
 from checkpointer.errors import CorruptCheckpointError
 from checkpointer.format.index import Component, Index, Json
+from checkpointer.format.trees import spelled_out
 from checkpointer.state.tree.decode import decode
 
 Path: TypeAlias = tuple[str | int, ...]
@@ -60,6 +61,7 @@ class Contents:
             CorruptCheckpointError: a tree is not well formed.
         """
         found = cls()
+        index = replace(index, components={name: _spelled_out(part) for name, part in index.components.items()})
         entries = _saved_by_dcp(index) if is_plugin_made(index) else _components(index)
         for path, held, name in entries:
             if isinstance(held, TensorAt) and held.key not in index.components[held.component].tensors:
@@ -74,6 +76,10 @@ class Contents:
     def find(self, name: str) -> Held:
         """What is called ``name``."""
         return self.listed[name] if name in self.listed else self.also[name]
+
+
+def _spelled_out(component: Component) -> Component:
+    return replace(component, tree=spelled_out(component.tree, component.tensors))
 
 
 def _saved_by_dcp(index: Index) -> Iterator[tuple[Path, Held, str]]:

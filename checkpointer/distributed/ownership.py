@@ -23,7 +23,7 @@ from checkpointer.format.tensor_files import PAGE, ComponentTensors, FileNaming,
 
 FEW_RANKS = 16
 WORTH_A_FILE = 64 << 20
-"""Bytes. Beyond ``FEW_RANKS``, this much is given to a rank before another one is used: whoever restores opens the files
+"""Bytes. Beyond ``FEW_RANKS``, this much is given to a rank before another one is used: a restore opens the files
 of all that wrote, and thousands of them that hold a step count each take longer than what they save."""
 
 

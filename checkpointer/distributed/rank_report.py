@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from checkpointer.distributed.save_plan import OWN
 from checkpointer.format import paths
-from checkpointer.format.index import Chunk, Component, FileRecord, Index, parse_index
+from checkpointer.format.index import Chunk, Component, FileRecord, Index
+from checkpointer.format.table import index_files, parse_index
 from checkpointer.format.tensor_files import joined_shard_indexes
 from checkpointer.repository.commit import Attempt
 
@@ -96,7 +97,7 @@ def write_index(attempt: Attempt, index: Index, *, joined: bool) -> None:
     plain = {path: record for path, record in attempt.files.items() if record.header is None}
     known = {paths.rank_index(rank) for rank in index.parts}
     files = {**{path: record for path, record in plain.items() if path not in known}, **index.files}
-    data = replace(index, files=files).to_files()
+    data = index_files(replace(index, files=files))
     if joined:
         parse_index(data[paths.INDEX], data[paths.TABLE], "the index of all ranks")
     for path, content in data.items():

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from checkpointer.errors import CorruptCheckpointError, FormatVersionError
 from checkpointer.format import paths, strict_json
-from checkpointer.system.gc import collector_paused
 
 if TYPE_CHECKING:  # NumPy takes longer to load than `checkpointer ls` takes in all
     from checkpointer.format.columns import Array
@@ -117,30 +116,16 @@ class Index:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     """Every file of the checkpoint but the manifest, the index, and what only a rank's own part knows of."""
     parts: Mapping[int, FileRecord] = field(default_factory=dict)
-    """By rank: size and hash of the file (``paths.rank_index``) that describes what this rank has written, and holds what
-    it has otherwise than rank 0."""
+    """By rank: size and hash of the file (``paths.rank_index``) that describes what this rank has written, and
+    holds what it has otherwise than rank 0."""
     placement: Placement | None = None
-    """Which rank has written which box of each tensor; ``None``: ``chunks`` says where all of them lie. Else the parts do,
+    """Which rank has written which box of each tensor; ``None``: ``chunks`` says where all of them lie. Else parts do,
     and ``chunks`` is empty until somebody reads them (``repository.contents``)."""
 
     @cached_property
     def headers(self) -> dict[str, tuple[int, str]]:
         """Length in bytes and xxh3-128 of the header of each tensor file."""
         return {path: record.header for path, record in self.files.items() if record.header is not None}
-
-    def to_files(self) -> dict[str, bytes]:
-        """The two files that say it, by path."""
-        from checkpointer.format import table
-
-        with collector_paused():
-            plain = [file_to_json(path, record) for path, record in self.files.items() if record.header is None]
-            fields = {
-                "format": FORMAT,
-                "version": VERSION,
-                "components": components_to_json(self.components),
-                "files": plain,
-            }
-            return {paths.INDEX: strict_json.dumps(fields).encode("ascii"), paths.TABLE: table.pack_index(self)}
 
 
 @dataclass(frozen=True)
@@ -166,35 +151,6 @@ class RankPart:
     """The tensor files that it has written and that only this part lists."""
     written: Mapping[int, Chunk] = field(default_factory=dict)
     """Where the boxes lie that it has written of tensors of the index, by the tensor's number there."""
-
-
-def parse_index(text: bytes, table: bytes, where: str) -> Index:
-    """Read ``index.json`` (``text``) and ``index.safetensors`` (``table``), trusting neither.
-
-    After it returns, every chunk lies inside its file and its tensor, no two overlap, together they cover every
-    tensor and every tensor file exactly, and every shape and dtype accounts for its bytes. So the memory that a restore
-    allocates is bounded by the size of the files, whatever the index claims. That the files have these sizes is checked
-    by whoever opens them.
-
-    Raises:
-        CorruptCheckpointError: anything else.
-        FormatVersionError: an index of a newer version.
-    """
-    from checkpointer.format import table as tables
-
-    for data in (text, table):
-        if len(data) > paths.INDEX_LIMIT:
-            raise CorruptCheckpointError(f"{where} is larger than {paths.INDEX_LIMIT} bytes")
-    with collector_paused():
-        raw = strict_json.mapping(strict_json.loads(text, where), where)
-        try:
-            check_version(raw.get("format"), raw.get("version"), FORMAT, where)
-            files = parse_files(raw.get("files"), "files")
-            if any(record.header is not None for record in files.values()):
-                raise CorruptCheckpointError("a file with a header of tensors stands among those without")
-            return tables.parse_table(table, strict_json.array(raw.get("components"), "components"), files, where)
-        except CorruptCheckpointError as error:
-            raise CorruptCheckpointError(f"{where}: {error}") from error
 
 
 def check_version(name: object, version: object, expected: str, where: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import TypedDict
 
@@ -58,7 +58,8 @@ class Manifest:
     run: str | None = None
     """The id of the run; every checkpoint of a run root has the same."""
     rules: Mapping[str, Json] = field(default_factory=dict)
-    """The ``save`` and ``keep`` rules that were in force, as the configuration spells them."""
+    """The ``save`` and ``keep`` rules that were in force, as the configuration spells them. Left out where the file
+    would be too large with them."""
     replaces: str | None = None
     """The id that this checkpoint had before some of its components were removed."""
     slimmed: tuple[str, ...] = ()
@@ -127,6 +128,8 @@ class Manifest:
             "statistics": dict(self.statistics),
         }
         data = strict_json.seal(fields)
+        if len(data) > paths.MANIFEST_LIMIT and self.rules:
+            return replace(self, rules={}).to_bytes()  # no save may fail for what only commands ask for
         if len(data) > paths.MANIFEST_LIMIT:
             raise SaveError(
                 f"the manifest would take {len(data)} bytes, at most {paths.MANIFEST_LIMIT} are allowed: "
@@ -203,7 +206,9 @@ def _from_json(raw: Mapping[str, object]) -> Manifest:
         run=_optional_id(raw, "run"),
         rules=strict_json.mapping(raw.get("rules", {}), "rules"),
         replaces=_optional_id(raw, "replaces"),
-        slimmed=tuple(strict_json.string(name, "slimmed") for name in strict_json.array(raw.get("slimmed", []), "slimmed")),
+        slimmed=tuple(
+            strict_json.string(name, "slimmed") for name in strict_json.array(raw.get("slimmed", []), "slimmed")
+        ),
         environment=strict_json.mapping(raw["environment"], "environment"),
         statistics=strict_json.mapping(raw["statistics"], "statistics"),
     )

@@ -73,8 +73,8 @@ def check_relative(path: object) -> str:
 
 
 def component_file(component: str) -> str:
-    """Stem of a component's own safetensors files; ``state`` would collide with the shared file, ``State`` nearly."""
-    return f"component-{component}" if component.lower() == "state" else component
+    """Stem of a component's own files; of ``state`` that would be the shared file, of ``index`` the table."""
+    return f"component-{component}" if component.lower() in ("state", "index") else component
 
 
 def tensor_file(component: str, shard: int = 1, shards: int = 1) -> str:
@@ -108,7 +108,7 @@ def is_of_index(name: str) -> bool:
 
 def is_reserved(path: str) -> bool:
     """Whether a file of this name belongs to the checkpoint itself, so that nobody else may write it."""
-    return path == MANIFEST or path.startswith(("index.", "index-", f"{ATTACHMENTS}/")) or path == ATTACHMENTS
+    return path in (MANIFEST, ATTACHMENTS) or path.startswith(("index.", "index-", f"{ATTACHMENTS}/"))
 
 
 def shard_index(component: str) -> str:

@@ -18,6 +18,7 @@ from checkpointer.errors import CorruptCheckpointError
 from checkpointer.format import paths, strict_json
 from checkpointer.format.columns import Array, Form, pack, place_of, unpack
 from checkpointer.format.index import (
+    FORMAT,
     ITEM_SIZES,
     MAX_CUT_DIMENSIONS,
     MAX_DIMENSIONS,
@@ -108,7 +109,7 @@ class Ragged(NamedTuple):
         return np.diff(self.starts)
 
     def by_length(self, rows: Array | None = None) -> Iterator[tuple[int, Array, Array]]:
-        """For each length that occurs (among ``rows``): that length, the rows that have it, their numbers as a matrix."""
+        """For each length that occurs (among ``rows``): that length, the rows that have it, their numbers."""
         counts = self.counts if rows is None else self.counts[rows]
         for length in np.unique(counts).tolist():
             of_length = np.flatnonzero(counts == length) if rows is None else rows[counts == length]
@@ -583,6 +584,42 @@ PART_FORMS: Mapping[str, Form] = {
 }
 
 
+def index_files(index: Index) -> dict[str, bytes]:
+    """The two files that say what an index does, by path."""
+    with collector_paused():
+        plain = [file_to_json(path, record) for path, record in index.files.items() if record.header is None]
+        components = components_to_json(index.components)
+        fields = {"format": FORMAT, "version": VERSION, "components": components, "files": plain}
+        return {paths.INDEX: strict_json.dumps(fields).encode("ascii"), paths.TABLE: pack_index(index)}
+
+
+def parse_index(text: bytes, table: bytes, where: str) -> Index:
+    """Read ``index.json`` (``text``) and ``index.safetensors`` (``table``), trusting neither.
+
+    After it returns, every chunk lies inside its file and its tensor, no two overlap, together they cover every
+    tensor and every tensor file exactly, and every shape and dtype accounts for its bytes. So the memory that a restore
+    allocates is bounded by the size of the files, whatever the index claims. That the files have these sizes is checked
+    by whoever opens them.
+
+    Raises:
+        CorruptCheckpointError: anything else.
+        FormatVersionError: an index of a newer version.
+    """
+    for data in (text, table):
+        if len(data) > paths.INDEX_LIMIT:
+            raise CorruptCheckpointError(f"{where} is larger than {paths.INDEX_LIMIT} bytes")
+    with collector_paused():
+        raw = strict_json.mapping(strict_json.loads(text, where), where)
+        try:
+            check_version(raw.get("format"), raw.get("version"), FORMAT, where)
+            files = parse_files(raw.get("files"), "files")
+            if any(record.header is not None for record in files.values()):
+                raise CorruptCheckpointError("a file with a header of tensors stands among those without")
+            return parse_table(table, strict_json.array(raw.get("components"), "components"), files, where)
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{where}: {error}") from error
+
+
 def pack_index(index: Index) -> bytes:
     """The content of ``index.safetensors``."""
     tensors = TensorColumns.of(chain.from_iterable(part.tensors.items() for part in index.components.values()))
@@ -784,8 +821,8 @@ def parameters_meta(groups: Sequence[int], parameters: TensorColumns, first: int
 def pack_part(part: RankPart, data: bytes = b"") -> bytes:
     """The content of ``index-<rank>.safetensors``.
 
-    ``data``: bytes of tensors of its own that lie in this very file. Their chunks have ``""`` for a file, and count from
-    the start of ``data``.
+    ``data``: bytes of tensors of its own that lie in this very file. Their chunks have ``""`` for a file, and count
+    from the start of ``data``.
     """
     tensors = TensorColumns.of(chain.from_iterable(state.tensors.items() for state in part.components.values()))
     stored = {path: record for path, record in part.files.items() if record.header is not None}

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from checkpointer.format.index import Component, TensorSpec
+from checkpointer.errors import CorruptCheckpointError
+from checkpointer.format.index import Component, Json, TensorSpec
+from checkpointer.format.trees import spelled_out
 
 _PLAIN_KEY = re.compile(r"[\w./:-]+")
 _STRUCT = {"b1": "?", "i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "u4": "I", "i8": "q", "u8": "Q"}
@@ -58,12 +60,20 @@ def describe_component(component: Component) -> tuple[Node, ...]:
     else:
         own = []
     try:
-        root = outliner.build("value", component.tree)
+        root = outliner.build("value", _spelled_out(component))
     except RecursionError:
         root = Node("value", "(nested too deeply to show)")
     rest = [outliner.tensor(_key(name), name) for name in component.tensors if name not in outliner.seen]
     values = root.children or (() if component.tree in ({}, []) else (root,))
     return (*own, *values, *rest)
+
+
+def _spelled_out(component: Component) -> Json:
+    """Its tree with an entry for each tensor; as it is where it is malformed."""
+    try:
+        return spelled_out(component.tree, component.tensors)
+    except CorruptCheckpointError:
+        return component.tree
 
 
 def leaves(nodes: Iterable[Node], prefix: str = "") -> Iterable[tuple[str, Node]]:

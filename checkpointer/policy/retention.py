@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias
@@ -128,6 +128,11 @@ class KeepPolicy:
             object.__setattr__(self, name, value)
 
     @property
+    def is_empty(self) -> bool:
+        """True if nothing is set, not even ``max_size``."""
+        return not (self.has_rules or self.max_size)
+
+    @property
     def has_rules(self) -> bool:
         """True if any rule is set. ``max_size`` alone is none."""
         return bool(self.last or self.best or self.every_n_steps or self.every or self.within)
@@ -194,17 +199,25 @@ def rank(checkpoints: Iterable[CheckpointInfo], rule: BestRule) -> list[Checkpoi
     return [info for info, _ in _ranked(_in_commit_order(checkpoints), rule)]
 
 
-def best_rule(rules: Sequence[BestRule], monitor: str | None, mode: Mode | None) -> BestRule:
+def best_rule(
+    rules: Sequence[BestRule],
+    monitor: str | None,
+    mode: Mode | None,
+    saved: Callable[[], Sequence[BestRule]] = tuple,
+) -> BestRule:
     """The rule to find the best checkpoint by: ``monitor``, or the first metric of the configured ``rules``.
 
-    The mode is the one given, else the configured one, else what the name says.
+    The mode is the one given, else the configured one, else what the name says. Where that leaves something open,
+    ``saved`` gives the rules that the run was last saved with: they come after the configured ones, before the name.
 
     Raises:
         ConfigError: there is no metric, or nothing says whether lower or higher is better.
     """
-    if monitor is None and not rules:
+    configured = _rule_for(monitor, rules)
+    if configured is None and (monitor is None or mode is None):
+        configured = _rule_for(monitor, saved())
+    if monitor is None and configured is None:
         raise ConfigError("name a metric: best('val_loss'), or configure keep: best")
-    configured = next((rule for rule in rules if monitor in (None, rule.monitor)), None)
     name = configured.monitor if configured else monitor
     if not isinstance(name, str):
         raise ConfigError(f"the name of a metric must be a string, got {shown(name)}")
@@ -215,6 +228,10 @@ def best_rule(rules: Sequence[BestRule], monitor: str | None, mode: Mode | None)
             f"example best({name!r}, mode='max'), or configure keep: best"
         )
     return BestRule(monitor=name, mode=resolved)
+
+
+def _rule_for(monitor: str | None, rules: Sequence[BestRule]) -> BestRule | None:
+    return next((rule for rule in rules if monitor in (None, rule.monitor)), None)
 
 
 # One pass
@@ -484,7 +501,7 @@ def _over_budget(
 def _until_fits(
     candidates: Iterable[CheckpointInfo], counted: Sequence[CheckpointInfo], max_size: int
 ) -> Iterator[CheckpointInfo]:
-    """Candidates to remove until those ``counted`` fit. Bytes that several share are freed when the last of them goes."""
+    """Candidates to remove until those ``counted`` fit. What several share is freed when the last of them goes."""
     left: dict[Any, Counter[int]] = {}
     for info in counted:
         for copy, taken in _copies(info).items():

@@ -136,7 +136,7 @@ class CheckpointReader:
     def check_metadata(self) -> None:
         """Check what is not tensor data: whole small files, and headers of tensor files.
 
-        Of a checkpoint of several ranks these are the files that are known by now; call again once all chunks are chosen.
+        Of a checkpoint of several ranks, of the files that are known by now: call again once all chunks are chosen.
         """
         for path, record in list(self._records.items()):
             if path in self._checked or path in self.manifest.index:
@@ -219,7 +219,7 @@ class CheckpointReader:
 
     @property
     def files(self) -> Mapping[str, FileRecord]:
-        """Every file of the checkpoint but the manifest, as far as it is known: parts that nobody has read add theirs."""
+        """Every file of the checkpoint but the manifest, as far as it is known: each part that is read adds its own."""
         return self._records
 
     def read(self, reads: Iterable[ChunkRead], *, verify: bool) -> None:
@@ -264,8 +264,28 @@ class CheckpointReader:
         """Compare the size of every file: one of several ranks only of those that it knows, and opens, by now."""
         if self._reader.size == 1:
             self.read_parts()
-        for path in self._records:
-            self._files.check(path)
+            self._check_totals()
+        for path, record in self._records.items():
+            if record.header is None:
+                self._open(path).close()  # there may be many attachments
+            else:
+                self._files.check(path)
+
+    def _check_totals(self) -> None:
+        """The manifest counts what the index lists."""
+        manifest = self.manifest
+        shared: dict[str, int] = {}
+        for record in self._records.values():
+            if record.origin is not None:
+                shared[record.origin] = shared.get(record.origin, 0) + record.size
+        size = sum(record.size for record in self._records.values())
+        if (len(self._records), size, shared) != (manifest.files, manifest.size, dict(manifest.shared)):
+            said, found = sum(manifest.shared.values()), sum(shared.values())
+            raise CorruptCheckpointError(
+                f"{self._storage.place(self._directory)}: the manifest counts {manifest.files} files of "
+                f"{manifest.size} bytes, {said} of them shared, and the index lists {len(self._records)} of {size}, "
+                f"{found} shared"
+            )
 
     @property
     def has_own_state(self) -> bool:

@@ -11,7 +11,7 @@ import xxhash
 
 from checkpointer.errors import CorruptCheckpointError, UnreadableCheckpointError
 from checkpointer.format import paths
-from checkpointer.format.index import FileRecord, Index, RankPart, parse_index
+from checkpointer.format.index import FileRecord, Index, RankPart
 from checkpointer.format.manifest import Manifest
 from checkpointer.storage import ReadFile, Storage, refusals_typed
 
@@ -53,7 +53,7 @@ def add_files(files: dict[str, FileRecord], more: Mapping[str, FileRecord], dire
 
 @dataclass(frozen=True)
 class Removable:
-    """The files of a checkpoint that is being removed, relative to its directory. The index goes when the data is gone."""
+    """The files of a checkpoint that is being removed, relative to its directory. The index goes after the data."""
 
     data: tuple[str, ...]
     index: tuple[str, ...]
@@ -64,8 +64,8 @@ class Removable:
 def removable(storage: Storage, directory: str, manifest: Manifest) -> Removable:
     """What the index of a checkpoint lists, as far as it is still there.
 
-    Where a file of the index is gone, a removal was interrupted when all data was gone durably: what is left of the index
-    is listed, and nothing else.
+    Where a file of the index is gone, a removal was interrupted when all data was gone durably: what is left of the
+    index is listed, and nothing else.
 
     Raises:
         UnreadableCheckpointError: the system does not let the index be read.
@@ -85,17 +85,21 @@ def removable(storage: Storage, directory: str, manifest: Manifest) -> Removable
 
 
 def remove_listed(storage: Storage, directory: str, listed: Removable) -> None:
-    """Remove what is listed: data first, durably, for without its list it would count as somebody's."""
-    for path in listed.data:
-        storage.remove(f"{directory}/{path}")
-    folders = {f"{directory}/{path}".rpartition("/")[0] for path in (*listed.data, *listed.index)}
-    storage.sync(*filter(storage.exists, sorted(folders)))
-    for path in listed.index:
-        storage.remove(f"{directory}/{path}")
+    """Remove what is listed: data first, then the index, both durably.
+
+    Without its list a file would count as somebody's, and so would the list without the manifest, which goes next.
+    """
+    for paths_of in (listed.data, listed.index):
+        for path in paths_of:
+            storage.remove(f"{directory}/{path}")
+        folders = {f"{directory}/{path}".rpartition("/")[0] for path in paths_of}
+        storage.sync(*filter(storage.exists, sorted(folders)))
 
 
 def read_index(storage: Storage, directory: str, manifest: Manifest) -> Index:
     """Read what all ranks share of the index. Raises as :func:`read_contents` does."""
+    from checkpointer.format.table import parse_index
+
     text, table = (
         read_whole(storage, directory, manifest, path, manifest.index[path]) for path in (paths.INDEX, paths.TABLE)
     )

@@ -1,8 +1,8 @@
 """Which checkpoints lie on the same bytes, by what is on disk.
 
-A manifest says how many bytes were made to share those of which checkpoint. Where a run root has been copied by something
-that knows no hard links (``cp -r``, zip, rsync without ``-H``) they are there twice now, and a budget that counts them
-once is overrun.
+A manifest says how many bytes were made to share those of which checkpoint. Where a run root has been copied by
+something that knows no hard links (``cp -r``, zip, rsync without ``-H``) they are there twice now, and a budget that
+counts them once is overrun.
 """
 
 from __future__ import annotations
@@ -11,48 +11,58 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from checkpointer.format.index import FileRecord
 from checkpointer.format.info import CheckpointInfo
 from checkpointer.repository.repository import name_of
 from checkpointer.storage import Storage
 
-FilesOf = Callable[[CheckpointInfo], Mapping[str, FileRecord]]
-"""Gives the files of a checkpoint, and nothing where its index cannot be read."""
+SharedFiles = Callable[[CheckpointInfo], Mapping[str, tuple[str, int]]]
+"""Gives the files of a checkpoint that share another one's bytes, see :meth:`Repository.shared_files`."""
 
 
-def on_disk(storage: Storage, checkpoints: Iterable[CheckpointInfo], files_of: FilesOf) -> list[CheckpointInfo]:
-    """``checkpoints``, their ``copies`` corrected: a file that shares no bytes any more is a copy of its own.
+def on_disk(storage: Storage, checkpoints: Iterable[CheckpointInfo], shared_files: SharedFiles) -> list[CheckpointInfo]:
+    """``checkpoints``, their ``copies`` corrected: bytes that are there once more count for the first that has them.
 
     Reads the index of those that share, and asks once for each file that is shared by what it says. Where a storage
     cannot tell (an object store; a file that is gone, or that this user cannot reach), the manifests count.
     """
     checkpoints = list(checkpoints)
-    by_bytes = holders(storage, checkpoints, files_of)
+    shared = {info.id: shared_files(info) for info in checkpoints}
+    by_bytes = _holders(storage, checkpoints, shared)
+    first: dict[tuple[str, str, int], str] = {}
+    for (path, id), (origin, number) in by_bytes.items():
+        first.setdefault((path, origin, number), origin if number == 0 else id)
     corrected: list[CheckpointInfo] = []
     for info in checkpoints:
-        mine = shared_files(files_of(info)) if len(info.copies) > 1 else {}
-        apart = {
-            path: size for path, (origin, size) in mine.items() if by_bytes[path, info.id] != (origin, _FIRST_COPY)
-        }
-        corrected.append(_with_own(info, mine, apart) if apart else info)
+        copies = dict(info.copies)
+        for path, (origin, size) in shared.get(info.id, {}).items():
+            holder = first[(path, *by_bytes[path, info.id])]
+            if holder != origin:
+                copies[origin] -= size
+                copies[holder] = copies.get(holder, 0) + size
+        corrected.append(replace(info, copies={copy: size for copy, size in copies.items() if size}))
     return corrected
 
 
-_FIRST_COPY = 0
-
-
 def holders(
-    storage: Storage, checkpoints: Iterable[CheckpointInfo], files_of: FilesOf
+    storage: Storage, checkpoints: Iterable[CheckpointInfo], shared_files: SharedFiles
 ) -> dict[tuple[str, str], tuple[str, int]]:
     """For each file that is shared by what indexes say, by path and id of the checkpoint: the bytes that it lies on.
 
     They are named by the id of the checkpoint whose save wrote them, and the number of the copy: 0 is the one that the
     first of them lies on, in commit order.
     """
+    checkpoints = list(checkpoints)
+    shared = {info.id: shared_files(info) for info in checkpoints}
+    return _holders(storage, checkpoints, shared)
+
+
+def _holders(
+    storage: Storage, checkpoints: Iterable[CheckpointInfo], shared: Mapping[str, Mapping[str, tuple[str, int]]]
+) -> dict[tuple[str, str], tuple[str, int]]:
     sharing: dict[tuple[str, str], list[CheckpointInfo]] = defaultdict(list)
     by_id = {info.id: info for info in checkpoints}
     for info in by_id.values():
-        for path, (origin, _) in (shared_files(files_of(info)) if len(info.copies) > 1 else {}).items():
+        for path, (origin, _) in shared.get(info.id, {}).items():
             if not sharing[origin, path] and origin in by_id:
                 sharing[origin, path].append(by_id[origin])
             sharing[origin, path].append(info)
@@ -65,17 +75,3 @@ def holders(
                 identities.append(identity)
             found[path, info.id] = (origin, 0 if identity is None else identities.index(identity))
     return found
-
-
-def shared_files(files: Mapping[str, FileRecord]) -> dict[str, tuple[str, int]]:
-    """The files that share another checkpoint's bytes: its id, and their number."""
-    return {path: (record.origin, record.size) for path, record in files.items() if record.origin is not None}
-
-
-def _with_own(info: CheckpointInfo, shared: Mapping[str, tuple[str, int]], apart: Mapping[str, int]) -> CheckpointInfo:
-    """``info``, with the files ``apart`` counted as its own."""
-    copies = dict(info.copies)
-    for path, size in apart.items():
-        copies[shared[path][0]] -= size
-        copies[info.id] += size
-    return replace(info, copies={copy: size for copy, size in copies.items() if size})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from checkpointer.storage import ReadFile
 
-MOST_OPEN = 256
+MOST_OPEN = 100
 """Files that stay open while nobody reads them; the usual limit of a process is 1024."""
 
 

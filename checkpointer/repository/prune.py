@@ -67,7 +67,7 @@ class Pruner:
         tries it again.
         """
         repository = self._repository
-        listed = on_disk(repository.storage, repository.list_checkpoints().checkpoints, repository.files_of)
+        listed = on_disk(repository.storage, repository.list_checkpoints().checkpoints, repository.shared_files)
         refused = {info.id: self._repository.refused[info.id] for info in listed if info.id in self._repository.refused}
         checkpoints = [info for info in listed if info.id not in refused]
         now = datetime.now(timezone.utc)

@@ -30,6 +30,7 @@ from checkpointer.repository.journal import Journal
 from checkpointer.repository.known import NONE_THERE, Checkpoints, Key, Known, KnownManifests, Source
 from checkpointer.repository.known_file import WORTH_WRITING
 from checkpointer.repository.lock import WriterLock
+from checkpointer.repository.newest import RunId, newest_manifest
 from checkpointer.repository.notes import (
     Note,
     add_note,
@@ -95,12 +96,12 @@ class Repository:
         """``must_exist``: for those who only read: a run root that is not there is an error, and not an empty run."""
         self.storage = storage
         self._must_exist = must_exist
-        self._contents: dict[str, Mapping[str, FileRecord]] = {}
-        """The files of checkpoints that share bytes, by id."""
+        self._shared: dict[str, dict[str, tuple[str, int]]] = {}
         self.lock = WriterLock(storage.url, storage.lock_path, lambda: storage.make_directory(paths.PRIVATE))
         self.journal = Journal(storage, self.lock)
         self._known = KnownManifests(storage, self.lock)
         self._sequences = Sequences(self.lock)
+        self._run = RunId(self)
         self._protocol = protocol_for(storage, self.lock, self.journal)
         self._abandoned: list[Attempt] = []
         """Failed attempts whose files could not be removed yet."""
@@ -240,14 +241,24 @@ class Repository:
             raise CheckpointNotFoundError(f"{info.path} has been removed, or replaced, since it was listed")
         return manifest
 
-    def files_of(self, info: CheckpointInfo) -> Mapping[str, FileRecord]:
-        """The files of a checkpoint by its index, which is read once: checkpoints never change. Empty if it cannot be."""
-        if info.id not in self._contents:
+    def newest_manifest(self, checkpoints: Sequence[CheckpointInfo] | None = None) -> Manifest | None:
+        """The manifest of the checkpoint committed last, or of the last of ``checkpoints``; ``None`` where none is."""
+        return newest_manifest(self, self.list_checkpoints().checkpoints if checkpoints is None else checkpoints)
+
+    def shared_files(self, info: CheckpointInfo) -> Mapping[str, tuple[str, int]]:
+        """The files of a checkpoint that share another one's bytes: its id, and how many. Read once: none ever changes.
+
+        Empty if its index cannot be read: whoever needs its bytes says so.
+        """
+        if len(info.copies) < 2:
+            return {}
+        if info.id not in self._shared:
             try:
-                self._contents[info.id] = read_contents(self.storage, name_of(info), self.manifest(info)).files
-            except (CheckpointerError, OSError):  # damaged, removed or refused: whoever needs its bytes says so
+                files = read_contents(self.storage, name_of(info), self.manifest(info)).files
+            except (CheckpointerError, OSError):
                 return {}
-        return self._contents[info.id]
+            self._shared[info.id] = {path: (file.origin, file.size) for path, file in files.items() if file.origin}
+        return self._shared[info.id]
 
     def open(self, info: CheckpointInfo, reader: ReadingRank = ONE_PROCESS) -> CheckpointReader:
         """Open a listed checkpoint for reading.
@@ -404,7 +415,8 @@ class Repository:
         return attempt.reuse(path, f"{name_of(source.info)}/{source.place(path)}", record)
 
     def commit(self, attempt: Attempt, manifest: Manifest) -> CheckpointInfo:
-        """Make an attempt visible and durable: the one commit point."""
+        """Make an attempt visible and durable: the one commit point. Gives it the id of the run."""
+        manifest = replace(manifest, run=self._run.get())
         with self._sequences.doubted_if_it_fails():
             name = self._protocol.commit(attempt, manifest)
         self._sequences.committed(name, manifest.sequence)
@@ -422,6 +434,7 @@ class Repository:
 
     def remove(self, info: CheckpointInfo) -> bool:
         """Remove a checkpoint; ``False`` if it was pinned meanwhile, and stays."""
+        self._shared.pop(info.id, None)
         try:
             manifest = self.manifest(info)
         except CheckpointNotFoundError:

@@ -38,6 +38,8 @@ class Snapshot:
     attachments: Mapping[str, bytes]
     parent: str | None
     environment: Mapping[str, Json]
+    rules: Mapping[str, Json] = field(default_factory=dict)
+    """The ``save`` and ``keep`` rules in force, for the manifest."""
     mode: str = "sync"
     rank_plan: RankPlan = field(default_factory=lambda: RankPlan(Alone(), {}, {}, {}))
     """Which part of the save this process writes; all of it where there is one."""

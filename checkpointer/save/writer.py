@@ -359,6 +359,7 @@ def _manifest(
         world_size=ranks,
         data=attempt.data,
         **attempt.totals(),
+        rules=snapshot.rules,
         environment=snapshot.environment,
         statistics=_statistics(snapshot, attempt, seconds),
     )

@@ -70,7 +70,7 @@ class _Watch:
         def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001  as torch calls it
             found = watch()
             if found is not None:
-                found.step()
+                found.step(closure=any(part is not None for part in (*args[1:], kwargs.get("closure"))))
 
         # A compiled step is not to trace it; torch.compiler.disable would import the compiler right now.
         _hooks.append((watch, optimizer.register_step_pre_hook(_disable_dynamo(before_step))))
@@ -80,8 +80,9 @@ class _Watch:
         fresh = found is not None and self._used is not None and self._used() is not found
         self._at_save = weakref.ref(found) if found is not None and fresh else None
 
-    def step(self) -> None:
-        found = self._gradient()
+    def step(self, *, closure: bool) -> None:
+        """Before a step; with a ``closure`` it makes the gradients that it uses."""
+        found = None if closure else self._gradient()
         if self._at_save is not None and found is not None and self._at_save() is found:
             self.lost = True
         self._at_save = None

@@ -72,12 +72,12 @@ def seal_text(head: str | bytes) -> bytes:
 
 
 class Forgery:
-    """A committed checkpoint of one process whose parts can be replaced; hashes and sizes that cover them are made to fit.
+    """A committed checkpoint of one process whose parts can be replaced; hashes and sizes are made to fit.
 
     ``index`` shows the two files of the index as one object: ``components`` by name, each with ``tensors`` by key, each
-    with ``dtype``, ``shape``, and ``chunks`` of ``offsets``, ``lengths``, ``file``, ``range`` and ``xxh3``; ``files`` has the
-    length and the hash of the header of each tensor file. What is written of it is not checked, only cut to what a column
-    holds. ``files`` lists every file beside the index as the index does.
+    with ``dtype``, ``shape``, and ``chunks`` of ``offsets``, ``lengths``, ``file``, ``range`` and ``xxh3``; ``files``
+    has the length and the hash of the header of each tensor file. What is written of it is not checked, only cut to
+    what a column holds. The attribute ``files`` lists every file beside the index as the index does.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -143,12 +143,15 @@ class Forgery:
 
     def write_manifest(self, data: bytes | None = None) -> None:
         """Write the manifest as it is now, or other bytes in its place."""
-        listed = [
-            *(entry["size"] for entry in self.files.values()),
-            *(item[0] for item in self.manifest["index"].values()),
-        ]
+        index = self.manifest["index"].values() if self.counts else ()
+        listed = [*(entry["size"] for entry in self.files.values()), *(item[0] for item in index)]
         if data is None and self.counts and all(type(size) is int for size in listed):
             self.manifest.update(files=len(listed), size=sum(listed))
+            self.manifest.pop("shared", None)
+            for entry in self.files.values():
+                if "shared" in entry:
+                    shared = self.manifest.setdefault("shared", {})
+                    shared[entry["shared"][0]] = shared.get(entry["shared"][0], 0) + entry["size"]
         overwrite(self.directory / "manifest.json", seal(self.manifest) if data is None else data)
 
     counts = True
@@ -276,18 +279,19 @@ class _Columns:
 def forge_manifest(directory: str | Path, change: Callable[[dict[str, Json]], object]) -> None:
     """Apply ``change`` to the manifest's fields and seal it again; a dict that it returns takes their place."""
     forgery = Forgery(directory)
+    forgery.counts = False
     replaced = change(forgery.manifest)
     forgery.write_manifest(seal(replaced) if isinstance(replaced, dict) else None)
 
 
 def forge_index(directory: str | Path, change: Callable[[dict[str, Json]], object] | bytes) -> None:
-    """Apply ``change`` to the index, or write other bytes in its place, and make the manifest agree with it."""
+    """Apply ``change`` to the index, or write other bytes for ``index.json``, and make the manifest agree with it."""
     forgery = Forgery(directory)
     if isinstance(change, bytes):
         forgery.write_index(change)
         return
-    replaced = change(forgery.index)
-    forgery.write_index(json.dumps(replaced).encode() if isinstance(replaced, dict) else None)
+    change(forgery.index)
+    forgery.write_index()
 
 
 def files_of(directory: str | Path) -> list[str]:

@@ -39,7 +39,7 @@ from checkpointer.repository.commit.removal import (
     recover_in_place,
     remove_in_place,
 )
-from checkpointer.repository.contents import removable, remove_listed
+from checkpointer.repository.contents import Removable, removable, remove_listed
 from checkpointer.repository.journal import Journal
 from checkpointer.repository.lock import WriterLock
 from checkpointer.repository.notes import remove_notes
@@ -279,7 +279,7 @@ class RenameCommit:
                 self.quarantine(directory)
                 remove_notes(self._storage, manifest.id)
                 return True
-            remove_listed(self._storage, directory, listed)
+            self._delete_listed(directory, listed)
         left = leftovers(self._storage, directory, () if manifest is None else (paths.MANIFEST,))
         if left.foreign:
             directory = self.quarantine(directory)  # before the manifest goes: without one, all in tmp would be ours
@@ -301,6 +301,9 @@ class RenameCommit:
         if waits and left.open:
             self.waiting.add(directory.rpartition("/")[2])
             log_open(self._storage, directory, left.open)
+
+    def _delete_listed(self, directory: str, listed: Removable) -> None:
+        remove_listed(self._storage, directory, listed)
 
     def _bring_back(self, directory: str, manifest: Manifest) -> None:
         name = paths.checkpoint_name(manifest.step)

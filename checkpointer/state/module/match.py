@@ -190,12 +190,23 @@ def _describe(spec: TensorSpec) -> str:
 
 def _check_ties(found: Match) -> None:
     """Two stored tensors for one live one: whichever came last would win in silence."""
-    owners: dict[tuple[object, ...], tuple[str, str]] = {}
+    by_address: dict[int, list[tuple[str, str, torch.Tensor]]] = {}
     for key, entry in found.pairs.items():
         value = found.live[key]
         if entry.stored is None or key in found.extra or not isinstance(value, torch.Tensor) or is_lazy(value):
             continue
-        memory = memory_key(value.detach()) if is_plain(value) and value.numel() else (id(value),)
-        other, stored = owners.setdefault(memory, (key, entry.stored))
-        if stored != entry.stored:
+        plain = is_plain(value) and value.numel()
+        by_address.setdefault(value.data_ptr() if plain else -id(value), []).append((key, entry.stored, value))
+    for group in by_address.values():
+        if len(group) > 1:  # few are
+            _check_tied(found, group)
+
+
+def _check_tied(found: Match, group: list[tuple[str, str, torch.Tensor]]) -> None:
+    """The same, of (key, stored key, live tensor) whose memory begins at one address."""
+    owners: dict[tuple[object, ...], tuple[str, str]] = {}
+    for key, stored, value in group:
+        memory = memory_key(value) if is_plain(value) and value.numel() else (id(value),)
+        other, first = owners.setdefault(memory, (key, stored))
+        if first != stored:
             found.problems.append(f"{other!r} and {key!r} are one tensor here and were saved as two")

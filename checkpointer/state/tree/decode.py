@@ -22,9 +22,10 @@ from torch import nn
 
 from checkpointer.errors import CheckpointerError, CorruptCheckpointError, IncompatibleStateError
 from checkpointer.format.index import Json, TensorSpec
+from checkpointer.format.trees import MOST_COUNTED
 from checkpointer.state import tensors as tensor_data
 from checkpointer.state.tree.codecs import codec_named, tensor_class
-from checkpointer.state.tree.encode import FACTORIES, MAX_DEPTH, MOST_COUNTED, TORCH_NUMPY, show_part
+from checkpointer.state.tree.encode import FACTORIES, MAX_DEPTH, TORCH_NUMPY, show_part
 from checkpointer.state.tree.leaves import (
     LEAF_DECODERS,
     decode_float,

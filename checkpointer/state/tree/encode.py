@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from checkpointer.errors import UnsupportedStateError
 from checkpointer.format.index import Json
+from checkpointer.format.trees import MOST_COUNTED
 from checkpointer.state import tensors
 from checkpointer.state.dtensor import PLAIN_TYPES, address, is_sharded
 from checkpointer.state.tree import leaves
@@ -31,8 +32,6 @@ WORTH_A_TAG = 16
 """Tensors or numbers of a dict or list from which on the tree says all of them in one word."""
 KEY_PART = 120
 """Characters of a dict's key that the keys of tensors below it hold."""
-MOST_COUNTED = 1_000_000
-"""Numbers that one tree may stand for in that way, so that a forged one cannot use up memory."""
 #: The default factories that a defaultdict may have, by name.
 FACTORIES: Mapping[str, Callable[[], Any]] = {
     factory.__name__: factory

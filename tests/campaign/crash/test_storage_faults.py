@@ -19,6 +19,7 @@ from checkpointer import CheckpointManager
 from checkpointer.errors import CheckpointerError
 from checkpointer.format import paths
 from checkpointer.format.manifest import parse_manifest
+from checkpointer.repository.contents import read_contents
 from checkpointer.repository.repository import Repository
 from checkpointer.storage import open_storage
 from checkpointer.testing import Fault, Kind, faulty
@@ -62,7 +63,8 @@ def expected_files(root: Root) -> set[str]:
         if paths.parse_checkpoint_name(entry.name) is not None:
             path = f"{entry.name}/{paths.MANIFEST}"
             manifest = parse_manifest(storage.read(path, paths.MANIFEST_LIMIT), path)
-            accounted |= {path, *(f"{entry.name}/{manifest.place(name)}" for name in manifest.files)}
+            files = read_contents(storage, entry.name, manifest).files
+            accounted |= {path, *(f"{entry.name}/{manifest.place(name)}" for name in files)}
     return accounted
 
 

@@ -19,7 +19,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from checkpointer import CheckpointManager
+from checkpointer.distributed.rank_report import RankReport
 from checkpointer.distributed.store import StoreClient
+from checkpointer.distributed.store_ranks import StoreExchange
 from checkpointer.repository.commit.by_rename import RenameCommit
 from checkpointer.repository.repository import Repository
 from checkpointer.storage import Buffer, LocalStorage, open_storage
@@ -105,16 +107,35 @@ class Events:
         """From now on."""
         for name in OPERATIONS:
             setattr(LocalStorage, name, self._operation(name))
+        for name, word in (("_say", "word"), ("_publish", "answer")):
+            setattr(StoreExchange, name, self._message(name, word))
+        for name, word in (("gather", "word"), ("broadcast", "answer")):
+            setattr(StoreExchange, name, remembering(getattr(StoreExchange, name), word))
         say = StoreClient.say
 
-        def saying(mail: StoreClient, key: str, value: dict[str, Any]) -> list[str]:
-            told = _message(key, value)
-            self.come(f"before {told}")
-            keys = say(mail, key, value)
-            self.come(f"after {told}")
+        def saying(client: StoreClient, key: str, data: bytes) -> list[str]:
+            if re.fullmatch(r"\d+/.*", key):  # in an exchange, which tells more of it
+                return say(client, key, data)
+            self.come("before the words of a session")
+            keys = say(client, key, data)
+            self.come("after the words of a session")
             return keys
 
         StoreClient.say = saying  # type: ignore[method-assign]
+
+    def _message(self, name: str, word: str) -> Callable[..., Any]:
+        real = getattr(StoreExchange, name)
+
+        def call(exchange: StoreExchange, *arguments: Any) -> Any:
+            if name == "_say" and exchange._unsaid is None:
+                return real(exchange, *arguments)
+            told = f"the {word}: {getattr(exchange, word, 'failure')}"
+            self.come(f"before {told}")
+            found = real(exchange, *arguments)
+            self.come(f"after {told}")
+            return found
+
+        return call
 
     def _operation(self, name: str) -> Callable[..., Any]:
         real = getattr(LocalStorage, name)
@@ -135,15 +156,17 @@ def _general(path: str) -> str:
     return re.sub(r"\d+", "N", re.sub(r"[0-9a-f]{32}", "ID", path)) or "the root"
 
 
-def _message(key: str, value: dict[str, Any]) -> str:
-    """What a rank says."""
-    said = value.get("value")
-    answer = "answer" if key.endswith("reply") else "word"
-    if isinstance(said, dict):
-        for kind, member in (("offer", "digests"), ("division", "own"), ("report", "headers"), ("commit", "manifest")):
-            if member in said:
-                return f"the {answer}: {kind}"
-    return f"the {answer}: {'attempt' if isinstance(said, (str, int)) else 'other'}"
+def remembering(real: Callable[..., Any], word: str) -> Callable[..., Any]:
+    """The same, for an exchange that knows what kind of value it says."""
+
+    def call(exchange: StoreExchange, value: Any, kind: type[Any]) -> Any:
+        setattr(exchange, word, KINDS.get(kind.__name__, kind.__name__.strip("_").lower()))
+        return real(exchange, value, kind)
+
+    return call
+
+
+KINDS = {"RankReport": "report", "_Outcome": "commit"}
 
 
 # ------------------------------------------------------------------------------------ jobs
@@ -240,9 +263,6 @@ def report_early() -> None:
 
 def commit_without_reports() -> None:
     """The coordinator does not wait for the others: it takes what they have reported of the save before."""
-    from checkpointer.distributed.rank_report import RankReport
-    from checkpointer.distributed.store_ranks import StoreExchange
-
     collect = StoreExchange._collect
     last: list[Any] = []
 

@@ -25,8 +25,10 @@ import torch
 
 from checkpointer import CheckpointManager, Config
 from checkpointer.errors import CheckpointerError, ConfigError, CorruptCheckpointError
-from checkpointer.format.index import Index, parse_index
+from checkpointer.format.columns import pack
+from checkpointer.format.index import Index
 from checkpointer.format.manifest import Manifest, parse_manifest
+from checkpointer.format.table import parse_index
 from checkpointer.format.tensor_files import check_header
 from checkpointer.repository.doctor import Doctor
 from checkpointer.repository.lock import described, read_owner
@@ -37,7 +39,7 @@ from checkpointer.storage import open_storage
 from scripts import make_golden as golden
 from tests.campaign.exact_resume.runs import Run, snapshot
 from tests.support.compare import assert_identical
-from tests.support.forge import Forgery, overwrite, seal
+from tests.support.forge import Forgery, overwrite, read_table, seal
 from tests.support.mutations import any_json, change_bytes, change_json, text_of
 
 Verdict: TypeAlias = Literal["accepted", "refused"]
@@ -107,32 +109,50 @@ def take_manifest(data: bytes, _: Path) -> Verdict:
     return judged(read)
 
 
-def _index_of(checkpoint: Path) -> tuple[bytes, dict[str, int]]:
+def _index_of(checkpoint: Path) -> tuple[bytes, bytes]:
     manifest = parse_manifest((checkpoint / "manifest.json").read_bytes(), "golden")
-    data = (checkpoint / manifest.place("index.json")).read_bytes()
-    return data, {path: record.size for path, record in manifest.files.items()}
+    text, table = ((checkpoint / manifest.place(path)).read_bytes() for path in ("index.json", "index.safetensors"))
+    return text, table
 
 
-def make_index(random: Random) -> tuple[bytes, dict[str, int]]:
-    data, sizes = _index_of(random.choice(CHECKPOINTS))
-    return _either(data, random), sizes
+def make_index(random: Random) -> tuple[bytes, bytes]:
+    text, table = _index_of(random.choice(CHECKPOINTS))
+    kind = random.randint(0, 3)
+    if kind == 0:
+        return _either(text, random), table
+    if kind == 1:
+        return text, change_bytes(table, random)
+    columns, texts = read_table(table)
+    name = random.choice(sorted(columns))
+    if kind == 2 and columns[name].size:
+        columns[name] = columns[name].copy()
+        for _ in range(random.randint(1, 3)):
+            columns[name].flat[random.randrange(columns[name].size)] = random.choice(
+                [0, 1, 2, 255, random.randrange(256), np.iinfo(columns[name].dtype).max]
+            )
+    elif kind == 3 and random.randint(0, 1):
+        columns[name] = columns[name][: random.randint(0, len(columns[name]))]
+    else:
+        key = random.choice(sorted(texts))
+        texts[key] = change_bytes(texts[key].encode(), random).decode("utf-8", "replace")
+    return text, pack(columns, texts)
 
 
-def take_index(made: tuple[bytes, dict[str, int]], _: Path) -> Verdict:
-    data, sizes = made
+def take_index(made: tuple[bytes, bytes], _: Path) -> Verdict:
+    text, table = made
 
     def read() -> None:
-        index = parse_index(data, sizes, "index")
+        index = parse_index(text, table, "index")
         claimed = sum(spec.nbytes for part in index.components.values() for spec in part.tensors.values())
-        assert claimed <= sum(sizes.values()), "tensors that are larger than the files"
+        assert claimed <= sum(record.size for record in index.files.values()), "tensors larger than the files"
+        assert all(chunk.end <= index.files[chunk.file].size for found in index.chunks.values() for chunk in found)
 
     return judged(read)
 
 
 def make_header(random: Random) -> tuple[bytes, Index, str]:
     checkpoint = random.choice(CHECKPOINTS)
-    data, sizes = _index_of(checkpoint)
-    index = parse_index(data, sizes, "golden")
+    index = parse_index(*_index_of(checkpoint), "golden")
     path = random.choice(sorted(index.headers))
     length = index.headers[path][0]
     file = next(checkpoint.rglob(path)).read_bytes()[8:length]
@@ -187,8 +207,7 @@ class Tree:
 def _components() -> list[tuple[Any, dict[str, Any]]]:
     found = []
     for checkpoint in CHECKPOINTS:
-        data, sizes = _index_of(checkpoint)
-        index = parse_index(data, sizes, "golden")
+        index = parse_index(*_index_of(checkpoint), "golden")
         found += [(part.tree, dict(part.tensors)) for part in index.components.values()]
     return found
 
@@ -292,13 +311,15 @@ def _forge(forgery: Forgery, place: Path, random: Random) -> None:
     if path == "manifest.json":
         forgery.write_manifest(_reseal(change_json(forgery.manifest, random)))
     elif path == "index.json":
-        forgery.write_index(text_of(change_json(forgery.index, random), random))
+        forgery.write_index(text_of(change_json(json.loads(forgery.read(path)), random), random))
+    elif path == "index.safetensors":
+        forgery.write(path, change_bytes(forgery.read(path), random))
+        forgery.write_manifest()
     else:
         forgery.write(path, change_bytes(place.read_bytes(), random))
         if path in forgery.index["files"] and random.randint(0, 1):
             forgery.write_header(path, forgery.index["files"][path][0])
-            forgery.write_index()
-        forgery.write_manifest()
+        forgery.write_index()
 
 
 def live_components() -> dict[str, Any]:

@@ -26,14 +26,16 @@ from torch import nn
 from checkpointer import CheckpointManager
 from checkpointer.cli import render
 from checkpointer.cli.commands import cli
+from checkpointer.errors import CheckpointerWarning, ConfigError
 from checkpointer.format.index import Component, TensorSpec
 from checkpointer.format.tree_text import describe_component, leaves
 from checkpointer.version import __version__
 from tests.support.command import runner
-from tests.support.forge import flip, forge_manifest
+from tests.support.forge import Forgery, flip, forge_manifest
 
 ROOT = Path(__file__).resolve().parents[3]
-COLUMNS = ["STEP", "EPOCH", "SEQUENCE", "CREATED", "AGE", "SIZE", "METRICS", "TAGS", "PINNED", "FINITE", "STATUS"]
+COLUMNS = ["STEP", "EPOCH", "SEQUENCE", "CREATED", "AGE", "SIZE"]
+COLUMNS += ["METRICS", "BEST", "TAGS", "PINNED", "FINITE", "STATUS"]
 KEEP_LAST = "keep:\n  last: 1\n"
 
 
@@ -123,7 +125,7 @@ def test_ls_prints_one_aligned_line_for_each_checkpoint(run_root):
     assert result.exit_code == 0
     assert header.split() == COLUMNS
     assert [line.split()[:3] for line in lines] == [["100", "0", "1"], ["200", "1", "2"], ["300", "1", "3"]]
-    assert lines[1].split()[6:] == ["val_loss=0.005", "even", "-", "yes", "ok"]
+    assert lines[1].split()[6:] == ["val_loss=0.005", "-", "even", "-", "yes", "ok"]
     assert len({line.index("even") for line in lines} | {header.index("TAGS")}) == 1
 
 
@@ -143,7 +145,7 @@ def test_ls_lists_a_checkpoint_with_a_damaged_manifest_last_and_says_why(run_roo
     result = invoke("ls", run_root)
     assert result.exit_code == 0
     last = result.stdout.splitlines()[-1].split()
-    assert last == ["200", *["-"] * 9, "damaged"]
+    assert last == ["200", *["-"] * 10, "damaged"]
     assert result.stderr.startswith("warning: checkpoint-200 is damaged: ")
     assert "checksum" in result.stderr
 
@@ -189,7 +191,7 @@ def test_ls_calls_a_checkpoint_of_a_newer_format_unsupported(run_root):
 def test_ls_as_json_has_the_documented_fields(run_root):
     listed = document("ls", run_root)
 
-    assert set(listed) == {"root", "checkpoints"}
+    assert set(listed) == {"root", "rules", "best", "checkpoints"}
     assert listed["root"] == str(run_root)
     row = listed["checkpoints"][0]
     fields = "step epoch sequence id parent created size metrics tags pinned finite note path status reason"
@@ -220,11 +222,12 @@ finally:
     result = child("ls", run_root, code=code)
 
     assert result.returncode == 0
-    assert [os.path.basename(path) for path in result.stderr.split()] == ["manifest.json"] * 3
+    opened = [os.path.basename(path) for path in result.stderr.split()]
+    assert opened == ["manifest.json"] * 4  # the newest once more, for the rules
 
 
 def test_no_command_imports_torch_and_a_pipe_needs_neither_rich_nor_fsspec(run_root, config):
-    commands = [["ls"], ["show"], ["verify"], ["prune", "--config", str(config), "--dry-run"], ["pin", "100"]]
+    commands = [["ls"], ["prune", "--config", str(config), "--dry-run"], ["pin", "100"], ["show"], ["verify"]]
     code = f"""
 import sys
 from checkpointer.cli import main
@@ -234,7 +237,9 @@ for name, *rest in {commands!r}:
         main()
     except SystemExit as end:
         assert end.code == 0, (name, end.code)
-print([name for name in ("torch", "numpy", "rich", "fsspec") if name in sys.modules], file=sys.stderr)
+    if name == "pin":
+        assert "numpy" not in sys.modules  # only an index needs it
+print([name for name in ("torch", "rich", "fsspec") if name in sys.modules], file=sys.stderr)
 """
     result = child(code=code)
 
@@ -284,8 +289,9 @@ def test_show_as_json_adds_manifest_and_components_to_the_row(run_root):
 
 def test_show_says_which_checkpoints_lie_on_the_same_bytes(run_root):
     for step in (200, 300):
-        shared = {"model.safetensors": [document("show", run_root, 100)["id"], step // 100]}
-        forge_manifest(run_root / f"checkpoint-{step}", lambda fields: fields.update(shared=shared))  # noqa: B023  called at once
+        forgery = Forgery(run_root / f"checkpoint-{step}")
+        forgery.files["model.safetensors"]["shared"] = [document("show", run_root, 100)["id"], step // 100]
+        forgery.write_index()
         file = run_root / f"checkpoint-{step}" / "model.safetensors"
         file.unlink()
         file.hardlink_to(run_root / "checkpoint-100" / "model.safetensors")
@@ -477,8 +483,9 @@ def test_the_progress_bar_of_verify_leaves_stdout_alone(run_root):
 def test_a_dry_run_prints_the_plan_and_removes_nothing(run_root, config):
     result = invoke("prune", run_root, "--config", config, "--dry-run")
 
-    header, *lines, summary = result.stdout.splitlines()
+    header, *lines, rules, summary = result.stdout.splitlines()
     assert result.exit_code == 0
+    assert rules == f"by the rules of {config}: keep: {{last: 1}}"
     assert header.split() == ["ACTION", "STEP", "AGE", "SIZE", "REASONS"]
     assert [line.split()[:2] for line in lines] == [["remove", "100"], ["remove", "200"], ["keep", "300"]]
     assert lines[0].endswith("no rule keeps it")
@@ -517,7 +524,8 @@ def test_prune_says_which_metric_was_meant_and_removes_nothing_that_it_cannot_ju
 def test_prune_as_json_has_the_documented_fields(run_root, config):
     plan = document("prune", run_root, "--config", config)
 
-    assert set(plan) == {"root", "dry_run", "keep", "remove"}
+    assert set(plan) == {"root", "dry_run", "rules", "keep", "remove"}
+    assert plan["rules"] == {"source": str(config), "keep": {"last": 1}}
     assert plan["dry_run"] is False
     assert [entry["step"] for entry in plan["remove"]] == [100, 200]
     assert set(plan["keep"][0]) == {"step", "id", "path", "size", "reasons"}
@@ -575,7 +583,94 @@ def test_a_missing_configuration_exits_with_2(run_root, tmp_path):
 
     assert result.exit_code == 2
     assert "none.yaml" in error_of(result)
-    assert invoke("prune", run_root).exit_code == 2
+
+
+# ---------------------------------------------------------------------------------------------- rules of the run
+
+RULES = {"save": {"every_n_steps": 100}, "keep": {"last": 2, "best": {"monitor": "quality", "mode": "max"}}}
+
+
+@pytest.fixture
+def ruled(tmp_path):
+    """A run that was saved by ``RULES``: all three are kept, until the newest is."""
+    with CheckpointManager(tmp_path / "ruled", config=RULES, model=nn.Linear(3, 2)) as manager:
+        for step, quality in ((100, 0.9), (200, 0.5), (300, 0.1)):
+            manager.save(step, metrics={"quality": quality})
+    return tmp_path / "ruled"
+
+
+def test_without_a_configuration_prune_goes_by_the_rules_of_the_newest_checkpoint_and_says_so(ruled, config):
+    keep = {"last": 2, "best": [{"monitor": "quality", "k": 1, "mode": "max"}]}
+    with CheckpointManager(ruled, model=nn.Linear(3, 2), config={**RULES, "keep": None}) as manager:
+        manager.restore_latest()
+        manager.save(400, metrics={"quality": 0.2})
+    assert document("prune", ruled)["rules"] == {"source": "checkpoint-400", "keep": {}}  # so everything stays
+
+    forge_manifest(ruled / "checkpoint-400", lambda fields: fields.update(rules={"keep": keep}))
+    dry = invoke("prune", ruled, "--dry-run").stdout.splitlines()
+    assert dry[-2] == "by the rules of checkpoint-400: keep: {last: 2, best: [{monitor: quality, k: 1, mode: max}]}"
+    assert [line.split()[:2] for line in dry[1:-2]] == [
+        ["keep", "100"],
+        ["remove", "200"],
+        ["keep", "300"],
+        ["keep", "400"],
+    ]
+    with CheckpointManager(ruled, read_only=True) as reader:
+        assert [info.step for info, _ in reader.prune(dry_run=True).remove] == [200]
+    with CheckpointManager(ruled, config={"keep": {"last": 1}}, read_only=True) as reader:  # what is written goes first
+        assert [info.step for info, _ in reader.prune(dry_run=True).remove] == [100, 200, 300]
+    assert [entry["step"] for entry in document("prune", ruled)["remove"]] == [200]
+    assert [entry["step"] for entry in document("prune", ruled, "--config", config)["remove"]] == [100, 300]
+
+
+def test_ls_names_the_best_checkpoint_by_the_rules_of_the_newest_one(ruled):
+    listed = document("ls", ruled)
+
+    assert listed["rules"] == document("prune", ruled, "--dry-run")["rules"]
+    assert listed["best"] == {"quality": listed["checkpoints"][0]["id"]}
+    assert [line.split()[-5] for line in invoke("ls", ruled).stdout.splitlines()] == ["BEST", "quality", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    "rules, complaint",
+    [
+        ({"keep": {"last": 1, "steps": [1000]}}, "keep.steps"),  # the others alone would keep less
+        ({"keep": {"last": -1}}, "keep.last"),
+        ({"keep": {"best": {"monitor": "\x1b[2J", "mode": "min"}}}, "keep.best.monitor"),
+        ({"keep": {"within": "9" * 999 + "d"}}, "keep.within"),
+        ({"keep": ["last", 1]}, "keep: must be a mapping"),
+        ({"save": {}}, "does not say"),
+        ({}, "does not say"),
+    ],
+)
+def test_rules_that_cannot_be_used_are_ignored_with_a_sentence(ruled, rules, complaint):
+    forge_manifest(ruled / "checkpoint-300", lambda fields: fields.update(rules=rules))
+
+    refused = invoke("prune", ruled)
+    assert refused.exit_code == 2
+    assert complaint in error_of(refused)
+    assert "--config FILE" in refused.stderr
+    assert "\x1b" not in refused.stderr
+    listed = invoke("ls", ruled)
+    assert listed.exit_code == 0
+    assert (complaint in listed.stderr) == ("does not say" not in complaint)
+    with CheckpointManager(ruled, read_only=True) as reader:
+        expected = pytest.warns(CheckpointerWarning, match="ignored") if listed.stderr else contextlib.nullcontext()
+        with expected, pytest.raises(ConfigError, match="lower or higher"):
+            reader.best("quality")
+    assert len(list(ruled.glob("checkpoint-*"))) == 3
+
+
+def test_show_says_which_run_it_is_and_by_which_rules_it_was_saved(ruled):
+    shown = document("show", ruled)
+
+    assert re.search(rf"^run +{shown['run']}$", invoke("show", ruled).stdout, re.MULTILINE)
+    assert shown["rules"]["save"] == {"every_n_steps": 100}
+    assert not {"foreign", "replaces", "slimmed"} & set(shown)
+    there = {"foreign": 2, "replaces": "a" * 32, "slimmed": ["optimizer"]}
+    forge_manifest(ruled / "checkpoint-300", lambda fields: fields.update(there))
+    shown = document("show", ruled)
+    assert {name: shown[name] for name in there} == there
 
 
 # ---------------------------------------------------------------------------------------------------------- notes

@@ -121,6 +121,7 @@ def test_whole_tensors_in_several_files_are_a_hugging_face_model(tmp_path):
     run(2, save, str(path), "plain")
     assert sorted(item.name for item in path.iterdir()) == [
         "index.json",
+        "index.safetensors",
         "manifest.json",
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
@@ -136,7 +137,8 @@ def test_whole_tensors_in_several_files_are_a_hugging_face_model(tmp_path):
 def test_slices_never_look_like_whole_tensors_to_other_tools(tmp_path):
     run(2, save, str(tmp_path / "checkpoint-3"), "rows")
     names = {item.name for item in (tmp_path / "checkpoint-3").iterdir()}
-    assert names == {"index.json", "manifest.json", "model-rank-00000.safetensors", "model-rank-00001.safetensors"}
+    files = {"model-rank-00000.safetensors", "model-rank-00001.safetensors"}
+    assert names == {"index.json", "index.safetensors", "manifest.json", *files}
 
 
 # ------------------------------------------------------------------------------------ nested state and other values

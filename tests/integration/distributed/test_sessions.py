@@ -63,15 +63,20 @@ def dies_after_its_files() -> None:
     if name == "rename":
         LocalStorage.rename = die  # type: ignore[method-assign,assignment]
         return
-    gather = StoreExchange.gather
+    gather, say = StoreExchange.gather, StoreExchange._say
+    reports: list[StoreExchange] = []
 
-    def last_words(self: StoreExchange, value: Any, kind: type[Any]) -> Any:
-        said = gather(self, value, kind)
-        if kind is RankReport:
+    def gathering(self: StoreExchange, value: Any, kind: type[Any]) -> Any:
+        reports.extend([self] if kind is RankReport else [])
+        return gather(self, value, kind)
+
+    def last_words(self: StoreExchange) -> Any:
+        client = say(self)
+        if self in reports:
             die()
-        return said
+        return client
 
-    StoreExchange.gather = last_words  # type: ignore[method-assign]
+    StoreExchange.gather, StoreExchange._say = gathering, last_words  # type: ignore[method-assign]
 
 
 def started_again(server: Any) -> Any:

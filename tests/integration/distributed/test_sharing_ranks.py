@@ -22,6 +22,7 @@ from checkpointer.repository.repository import Repository
 from checkpointer.state.dtensor import local_part
 from checkpointer.storage import open_storage
 from tests.support.ranks import alone, run
+from tests.support.successor import files_in
 
 WIDTH = 256
 """Of the frozen layers: 256 KiB each, beside which adapters are small."""
@@ -114,9 +115,8 @@ def manifests(root: Path) -> list[Manifest]:
 
 def turns(root: Path) -> list[dict[str, int]]:
     """Of each checkpoint, the turn of each file that others' saves have written."""
-    return [
-        {path: record.turn for path, record in manifest.files.items() if record.origin} for manifest in manifests(root)
-    ]
+    found = [files_in(repository(root), info) for info in infos(root)]
+    return [{path: record.turn for path, record in files.items() if record.origin} for files in found]
 
 
 def written(root: Path) -> list[int]:

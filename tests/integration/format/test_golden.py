@@ -153,10 +153,10 @@ def test_a_writer_continues_a_run_of_this_version(run):
     assert {name: after.get(name) for name in before} == before
 
 
-def test_attachments_lie_where_the_manifest_says():
+def test_attachments_lie_where_the_index_says():
     folder = golden.FOLDER / "local" / "checkpoint-2"
-    manifest = json.loads((folder / "manifest.json").read_text("ascii"))
-    attached = [name for name in manifest["files"] if name.startswith("files/")]
+    index = json.loads((folder / "index.json").read_text("ascii"))
+    attached = [file["path"] for file in index["files"] if file["path"].startswith("files/")]
     assert attached == ["files/config.json", "files/src/train.py"]
     assert [(folder / name).read_bytes() for name in attached] == [b'{"hidden": 4}\n', b"pass\n"]
 

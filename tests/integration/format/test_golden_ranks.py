@@ -19,6 +19,7 @@ from scripts import golden_ranks as ranks
 from scripts import make_golden as golden
 from tests.integration.format.test_golden import registered_codecs_and_own_generators  # noqa: F401  a fixture
 from tests.integration.format.test_independent_reader import read_tensors
+from tests.support import forge
 from tests.support.ranks import run
 
 EXPECTED: dict[str, Any] = json.loads((ranks.FOLDER / "expected.json").read_text("ascii"))
@@ -85,20 +86,33 @@ def test_its_slices_are_put_together_by_hand_and_by_consolidate(copy, tmp_path):
 def members(raw: dict[str, Any]) -> set[str]:
     """The members that the format gives a name, and not the user."""
     found = set(raw) | set(raw.get("environment", {})) | set(raw.get("statistics", {}))
-    for component in raw.get("components", {}).values():
+    for component in raw["components"] if isinstance(raw.get("components"), list) else []:
         found |= set(component) | set(component["meta"])
-        for tensor in component["tensors"].values():
-            found |= set(tensor) | {name for chunk in tensor["chunks"] for name in chunk}
+    for file in raw["files"] if isinstance(raw.get("files"), list) else []:
+        found |= set(file)
     return found
 
 
 def test_the_specification_names_every_member_and_every_file_of_it():
     text = (golden.ROOT / "FORMAT.md").read_text("utf-8")
-    for name in ("manifest.json", "index.json", "index-1.json"):
-        raw = json.loads((CHECKPOINT / name).read_text("ascii"))
-        assert {member for member in members(raw) if not re.search(rf"[`\"]{member}[`\"]", text)} == set(), name
+    tables = {name: forge.read_table((CHECKPOINT / name).read_bytes()) for name in TABLES}
+    described = {
+        f"{name}: {text}": {"components": value, "files": []} if text == "components" else {"files": value}
+        for name, (_, texts) in tables.items()
+        for text, value in ((text, json.loads(texts[text])) for text in ("components", "files") if text in texts)
+    }
+    for name, (columns, texts) in tables.items():
+        described[name] = {column.removeprefix("own_"): 0 for column in (*columns, *texts)}
+    for name in ("manifest.json", "index.json"):
+        described[name] = json.loads((CHECKPOINT / name).read_text("ascii"))
+    for name, raw in described.items():
+        named = {member for member in members(raw) if not member.startswith("param_")}
+        assert {member for member in named if not re.search(rf"[`\"]{member}[`\"]", text)} == set(), name
     files = {path.name.replace("optimizer", "model") for path in CHECKPOINT.iterdir() if path.is_file()}
     assert {name for name in files if without_numbers(name) not in without_numbers(text)} == set()
+
+
+TABLES = ("index.safetensors", "index-00001.safetensors")
 
 
 def without_numbers(text: str) -> str:

@@ -37,27 +37,54 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_checked(path: Path, size: int, xxh3: str) -> bytes:
+    data = path.read_bytes()
+    assert (len(data), xxhash.xxh3_128_hexdigest(data)) == (size, xxh3)
+    return data
+
+
+def read_table(data: bytes) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Columns as lists of numbers, and the texts: a safetensors file with nothing but struct and json."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    texts = {name: json.loads(text) for name, text in header.pop("__metadata__").items() if text[:1] in "[{"}
+    columns = {}
+    for name, column in header.items():
+        begin, end = column["data_offsets"]
+        code = {"U8": "B", "U16": "H", "U32": "I", "I64": "q"}[column["dtype"]]
+        columns[name] = [number for (number,) in struct.iter_unpack("<" + code, data[8 + length :][begin:end])]
+    return columns, texts
+
+
 def read_tensors(checkpoint: Path, component: str) -> dict[str, torch.Tensor]:
     manifest = read_manifest(checkpoint)
     base = checkpoint / (manifest["data"] or "")
-    for name, (size, xxh3) in manifest["files"].items():
-        data = (base / name).read_bytes()
-        assert (len(data), xxhash.xxh3_128_hexdigest(data)) == (size, xxh3)
-    index = json.loads((base / "index.json").read_bytes())
-    return {key: read_tensor(base, entry) for key, entry in index["components"][component]["tensors"].items()}
-
-
-def read_tensor(base: Path, entry: dict[str, Any]) -> torch.Tensor:
-    tensor = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-    for chunk in entry["chunks"]:
-        with (base / chunk["file"]).open("rb") as file:
-            file.seek(chunk["range"][0])
-            data = bytearray(file.read(chunk["range"][1] - chunk["range"][0]))
-        assert xxhash.xxh3_128_hexdigest(data) == chunk["xxh3"]
-        box = tuple(slice(begin, begin + size) for begin, size in zip(chunk["offsets"], chunk["lengths"], strict=True))
-        part = torch.frombuffer(data, dtype=tensor.dtype) if data else tensor.new_empty(0)
-        tensor[box] = part.reshape(chunk["lengths"])
-    return tensor
+    index = json.loads(read_checked(base / "index.json", *manifest["index"]["index.json"]))
+    table, texts = read_table(read_checked(base / "index.safetensors", *manifest["index"]["index.safetensors"]))
+    for entry in [*index["files"], *texts["files"]]:
+        read_checked(base / entry["path"], entry["size"], entry["xxh3"])
+    tensors, dimension, text, boxed = [], 0, bytes(table["keys"]), 0
+    for length, dtype, ndim in zip(table["key_lengths"], table["dtype"], table["ndim"], strict=True):
+        shape, dimension = table["shape"][dimension : dimension + ndim], dimension + ndim
+        key, text = text[:length].decode(), text[length:]
+        tensors.append((key, torch.empty(shape, dtype=getattr(torch, texts["dtypes"][dtype]))))
+    chunks = zip(table["chunk_tensor"], table["chunk_file"], table["chunk_begin"], strict=True)
+    for row, (number, file, begin) in enumerate(chunks):
+        tensor = tensors[number][1]
+        offsets, lengths = [0] * tensor.ndim, list(tensor.shape)
+        if row in table.get("boxed", []):
+            offsets, lengths = (table[f"box_{name}"][boxed : boxed + tensor.ndim] for name in ("offsets", "lengths"))
+            boxed += tensor.ndim
+        box = tensor[tuple(slice(start, start + size) for start, size in zip(offsets, lengths, strict=True))]
+        data = (base / texts["files"][file]["path"]).read_bytes()[begin : begin + box.numel() * box.element_size()]
+        assert xxhash.xxh3_128_digest(data) == bytes(table["chunk_hash"][16 * row : 16 * row + 16])
+        box[...] = torch.frombuffer(bytearray(data), dtype=box.dtype).reshape(lengths) if data else box
+    first = 0
+    for entry in index["components"]:
+        if entry["name"] == component:
+            return dict(tensors[first : first + entry["tensors"]])
+        first += entry["tensors"]
+    raise KeyError(component)
 
 
 # The tests ---------------------------------------------------------------------------------------------------------
@@ -177,7 +204,7 @@ def test_small_components_share_one_file_under_component_and_key(tmp_path):
 def test_the_data_of_every_tensor_file_starts_on_a_cache_line_and_fills_it(tmp_path):
     net = Net(frozen=True)
     checkpoint = save(tmp_path, model=net, optimizer=trained(net), small={"x": torch.ones(1)})
-    files = sorted(checkpoint.glob("*.safetensors"))
+    files = sorted(path for path in checkpoint.glob("*.safetensors") if path.name != "index.safetensors")
     assert len(files) == 4
     for path in files:
         data = path.read_bytes()
@@ -202,7 +229,7 @@ def test_the_command_line_tool_gives_the_hashes_of_the_manifest(tmp_path, comman
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
     checkpoint = save(tmp_path, model=Net(frozen=True))
-    for name, (_, xxh3) in read_manifest(checkpoint)["files"].items():
+    for name, (_, xxh3) in read_manifest(checkpoint)["index"].items():
         done = subprocess.run([*command, name], cwd=checkpoint, capture_output=True, text=True, check=True)
         assert done.stdout.split()[0] == xxh3
 

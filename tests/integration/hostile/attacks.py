@@ -13,8 +13,9 @@ import stat
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import pytest
 
 from tests.support.forge import Forgery, overwrite, seal, seal_text
@@ -47,8 +48,8 @@ class RunsWhenUnpickled:
 @attack
 def a_file_of_exabytes(directory: Path, victim: Path) -> None:
     forgery = Forgery(directory)
-    forgery.manifest["files"][MODEL][0] = 2**62
-    forgery.write_manifest()
+    forgery.files[MODEL]["size"] = 2**62
+    forgery.write_index()
 
 
 @attack
@@ -72,7 +73,132 @@ def a_manifest_of_a_terabyte_of_nothing(directory: Path, victim: Path) -> None:
 def an_index_of_a_terabyte_of_nothing(directory: Path, victim: Path) -> None:
     forgery = Forgery(directory)
     os.truncate(directory / "index.json", 2**40)
-    forgery.manifest["files"]["index.json"][0] = 2**40
+    forgery.manifest["index"]["index.json"][0] = 2**40
+    forgery.write_manifest()
+
+
+@attack
+def a_table_of_a_terabyte_of_nothing(directory: Path, victim: Path) -> None:
+    forgery = Forgery(directory)
+    os.truncate(directory / "index.safetensors", 2**40)
+    forgery.manifest["index"]["index.safetensors"][0] = 2**40
+    forgery.write_manifest()
+
+
+def _table(directory: Path, change: Callable[[dict[str, Any], dict[str, str]], object]) -> None:
+    Forgery(directory).write_table(change)
+
+
+@attack
+def a_column_of_another_dtype(directory: Path, victim: Path) -> None:
+    _table(directory, lambda columns, _: columns.update(chunk_begin=columns["chunk_begin"].astype("u1")))
+
+
+@attack
+def a_column_that_is_too_short(directory: Path, victim: Path) -> None:
+    _table(directory, lambda columns, _: columns.update(dtype=columns["dtype"][:-1]))
+
+
+@attack
+def chunks_out_of_order(directory: Path, victim: Path) -> None:
+    _table(directory, lambda columns, _: columns.update(chunk_tensor=columns["chunk_tensor"][::-1]))
+
+
+@attack
+def a_chunk_of_a_tensor_that_is_not_there(directory: Path, victim: Path) -> None:
+    _table(directory, lambda columns, _: columns["chunk_tensor"].__setitem__(-1, 2**32 - 1))
+
+
+@attack
+def a_chunk_that_begins_before_its_file(directory: Path, victim: Path) -> None:
+    _table(directory, lambda columns, _: columns["chunk_begin"].__setitem__(0, -(2**63)))
+
+
+@attack
+def a_chunk_in_the_table_itself(directory: Path, victim: Path) -> None:
+    _table(directory, lambda columns, _: columns["chunk_file"].__setitem__(0, 2**32 - 1))
+
+
+@attack
+def keys_that_are_longer_than_their_text(directory: Path, victim: Path) -> None:
+    _table(directory, lambda columns, _: columns["key_lengths"].__setitem__(0, 2**32 - 1))
+
+
+@attack
+def keys_that_are_no_text(directory: Path, victim: Path) -> None:
+    _table(directory, lambda columns, _: columns.update(keys=columns["keys"] | 0x80))
+
+
+@attack
+def a_dtype_that_is_not_listed(directory: Path, victim: Path) -> None:
+    _table(directory, lambda columns, _: columns["dtype"].__setitem__(0, 255))
+
+
+@attack
+def a_shape_of_negative_sizes(directory: Path, victim: Path) -> None:
+    _table(directory, lambda columns, _: columns.update(shape=-columns["shape"]))
+
+
+@attack
+def a_shape_that_overflows(directory: Path, victim: Path) -> None:
+    _table(directory, lambda columns, _: columns.update(shape=columns["shape"] * 0 + 2**62))
+
+
+@attack
+def boxes_of_chunks_that_are_not_there(directory: Path, victim: Path) -> None:
+    _table(directory, lambda columns, _: columns.update(boxed=np.array([2**32 - 1], np.uint32)))
+
+
+@attack
+def two_parts_of_one_rank(directory: Path, victim: Path) -> None:
+    parts = {"part": np.array([1, 1], np.uint32), "part_size": np.array([9, 9]), "part_hash": np.zeros((2, 16), "u1")}
+    _table(directory, lambda columns, _: columns.update(parts))
+
+
+@attack
+def a_part_that_is_not_there(directory: Path, victim: Path) -> None:
+    parts = {"part": np.array([1], np.uint32), "part_size": np.array([9]), "part_hash": np.zeros((1, 16), "u1")}
+    _table(directory, lambda columns, _: columns.update(parts))
+
+
+@attack
+def layouts_over_ranks_that_have_no_part(directory: Path, victim: Path) -> None:
+    def change(columns: dict[str, Any], texts: dict[str, str]) -> None:
+        count = len(columns["dtype"])
+        columns.update({name: columns[name][:0] for name in list(columns) if name.startswith(("chunk_", "box"))})
+        columns.update(layout=np.zeros(count, np.uint16), owner=np.zeros(count, np.uint32))
+        columns["layout_ranks"] = np.array([0], np.uint32)
+        texts["layouts"] = json.dumps([{"mesh": [1], "cuts": [], "ranks": 1}])
+
+    _table(directory, change)
+
+
+@attack
+def a_table_with_bytes_behind_its_columns(directory: Path, victim: Path) -> None:
+    forgery = Forgery(directory)
+    forgery.write("index.safetensors", forgery.read("index.safetensors") + b"more")
+    forgery.write_manifest()
+
+
+@attack
+def a_million_numbers_again_and_again(directory: Path, victim: Path) -> None:
+    forgery = Forgery(directory)
+    forgery.index["components"]["progress"]["tree"] = [{"$count": [0, 1_000_000]}] * 1000
+    forgery.write_index()
+
+
+@attack
+def all_tensors_again_and_again(directory: Path, victim: Path) -> None:
+    forgery = Forgery(directory)
+    forgery.index["components"]["rng"]["tree"] = [{"$tensors": ""} for _ in range(1000)]
+    forgery.write_index()
+
+
+@attack
+def totals_that_are_not_those_of_the_index(directory: Path, victim: Path) -> None:
+    forgery = Forgery(directory)
+    forgery.manifest["size"] = 1
+    forgery.counts = False
     forgery.write_manifest()
 
 
@@ -108,8 +234,9 @@ def a_hundred_thousand_levels(directory: Path, victim: Path) -> None:
 def eight_hundred_levels_of_a_tree(directory: Path, victim: Path) -> None:
     forgery = Forgery(directory)
     forgery.index["components"]["progress"]["tree"] = "here"
+    forgery.write_index()
     deep = '{"a": [' * 400 + "1" + "]}" * 400
-    forgery.write_index(json.dumps(forgery.index).replace('"here"', deep).encode())
+    forgery.write_index(forgery.read("index.json").replace(b'"here"', deep.encode()))
 
 
 # ----------------------------------------------------------------------------------------------- numbers and keys
@@ -125,19 +252,19 @@ def _in_manifest(directory: Path, old: str, new: str) -> None:
 
 @attack
 def a_size_that_is_not_a_number(directory: Path, victim: Path) -> None:
-    size = Forgery(directory).manifest["files"][MODEL][0]
+    size = Forgery(directory).manifest["index"]["index.json"][0]
     _in_manifest(directory, f"[{size},", "[NaN,")
 
 
 @attack
 def a_size_that_is_infinite(directory: Path, victim: Path) -> None:
-    size = Forgery(directory).manifest["files"][MODEL][0]
+    size = Forgery(directory).manifest["index"]["index.json"][0]
     _in_manifest(directory, f"[{size},", "[1e999,")
 
 
 @attack
 def a_size_that_is_a_float(directory: Path, victim: Path) -> None:
-    size = Forgery(directory).manifest["files"][MODEL][0]
+    size = Forgery(directory).manifest["index"]["index.json"][0]
     _in_manifest(directory, f"[{size},", f"[{size}.0,")
 
 
@@ -149,8 +276,7 @@ def a_key_given_twice_in_the_manifest(directory: Path, victim: Path) -> None:
 @attack
 def a_key_given_twice_in_the_index(directory: Path, victim: Path) -> None:
     forgery = Forgery(directory)
-    text = json.dumps(forgery.index).replace('"components": {', '"components": {"model": {}, ', 1)
-    forgery.write_index(text.encode())
+    forgery.write_index(forgery.read("index.json").replace(b'"components":', b'"components":[],"components":', 1))
 
 
 @attack
@@ -197,8 +323,8 @@ def a_header_that_tells_another_story(directory: Path, victim: Path) -> None:
 
 def _file_named(directory: Path, name: str) -> None:
     forgery = Forgery(directory)
-    forgery.manifest["files"][name] = [6, "0" * 32]
-    forgery.write_manifest()
+    forgery.files[name] = {"path": name, "size": 6, "xxh3": "0" * 32}
+    forgery.write_index()
 
 
 @attack
@@ -262,7 +388,7 @@ def _replaced(path: Path) -> Path:
 def a_link_to_a_file_outside(directory: Path, victim: Path) -> None:
     forgery = Forgery(directory)
     forgery.write(MODEL, victim.read_bytes())
-    forgery.write_manifest()
+    forgery.write_index()
     _replaced(directory / MODEL).symlink_to(victim)
 
 
@@ -304,7 +430,7 @@ def tensors_that_come_from_a_device(directory: Path, victim: Path) -> None:
 def a_pickle_that_is_called_safetensors(directory: Path, victim: Path) -> None:
     forgery = Forgery(directory)
     forgery.write(MODEL, pickle.dumps(RunsWhenUnpickled(str(victim.parent / "ran"))))
-    forgery.write_manifest()
+    forgery.write_index()
 
 
 @attack
@@ -314,7 +440,7 @@ def a_file_of_torch_that_is_called_safetensors(directory: Path, victim: Path) ->
         archive.writestr("archive/data.pkl", pickle.dumps(RunsWhenUnpickled(str(victim.parent / "ran"))))
     forgery = Forgery(directory)
     forgery.write(MODEL, buffer.getvalue())
-    forgery.write_manifest()
+    forgery.write_index()
 
 
 @attack

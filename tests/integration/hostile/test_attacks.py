@@ -29,6 +29,8 @@ IN_TREES = (
     "an integer of a million hexadecimal digits",
     "eight hundred levels of a tree",
     "a default factory that is a function",
+    "a million numbers again and again",
+    "all tensors again and again",
 )
 """Every hash fits, and ``verify`` makes no Python objects: what a restore finds."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import sys
 import textwrap
 from collections.abc import Callable
@@ -73,7 +72,9 @@ PATHS = [
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_file_name_never_leaves_the_checkpoint(checkpoint: Path, path: str) -> None:
-    forge_manifest(checkpoint, lambda fields: fields["files"].update({path: [1, "0" * 32]}))
+    forgery = Forgery(checkpoint)
+    forgery.files[path] = {"path": path, "size": 1, "xxh3": "0" * 32}
+    forgery.write_index()
     assert "not a file name inside a checkpoint" in refused(checkpoint)
 
 
@@ -129,20 +130,28 @@ MANIFEST_FORGERIES: dict[str, Change] = {
     "tags are a string": lambda f: f.update(tags="abc"),
     "finite is a number": lambda f: f.update(finite=1),
     "world size is zero": lambda f: f.update(world_size=0),
+    "index is a list": lambda f: f.update(index=[]),
+    "a file has no hash": lambda f: f["index"].update({"index.json": [1]}),
+    "a hash is short": lambda f: f["index"].update({"index.json": [1, "ab"]}),
+    "a size is negative": lambda f: f["index"].update({"index.json": [-1, "0" * 32]}),
+    "there is no index": lambda f: f["index"].pop("index.json"),
+    "there is no table": lambda f: f["index"].pop("index.safetensors"),
+    "the index has another file": lambda f: f["index"].update({"../index": [1, "0" * 32]}),
+    "the index is huge": lambda f: f["index"]["index.json"].__setitem__(0, 2**40),
     "files are a list": lambda f: f.update(files=[]),
-    "a file has no hash": lambda f: f["files"].update({"index.json": [1]}),
-    "a hash is short": lambda f: f["files"].update({"index.json": [1, "ab"]}),
-    "a size is negative": lambda f: f["files"].update({"index.json": [-1, "0" * 32]}),
-    "there is no index": lambda f: f["files"].pop("index.json"),
-    "the index is huge": lambda f: f["files"]["index.json"].__setitem__(0, 2**40),
+    "files are fewer than those of the index": lambda f: f.update(files=1),
+    "the size is smaller than that of the index": lambda f: f.update(size=1),
+    "the size is huge": lambda f: f.update(size=2**64),
     "shared is a list": lambda f: f.update(shared=[]),
-    "shared names a file that is not there": lambda f: f.update(shared={"model.bin": ["0" * 32, 2]}),
-    "a shared file is nobody's": lambda f: f.update(shared={"index.json": [None, 2]}),
-    "a shared file is somebody's elsewhere": lambda f: f.update(shared={"index.json": ["../other", 2]}),
-    "a shared file has no turn": lambda f: f.update(shared={"index.json": ["0" * 32]}),
-    "a shared file has more than a turn": lambda f: f.update(shared={"index.json": ["0" * 32, 2, 2]}),
-    "a shared file has the first turn": lambda f: f.update(shared={"index.json": ["0" * 32, 1]}),
-    "a shared file has an endless turn": lambda f: f.update(shared={"index.json": ["0" * 32, 2**64]}),
+    "shared is somebody's elsewhere": lambda f: f.update(shared={"../other": 2}),
+    "shared is its own": lambda f: f.update(shared={f["id"]: 2}),
+    "more is shared than there is": lambda f: f.update(shared={"0" * 32: f["size"] + 1}),
+    "a negative number is shared": lambda f: f.update(shared={"0" * 32: -1}),
+    "foreign is negative": lambda f: f.update(foreign=-1),
+    "run is no id": lambda f: f.update(run="../x"),
+    "rules are a list": lambda f: f.update(rules=[1]),
+    "replaces is no id": lambda f: f.update(replaces=7),
+    "slimmed is a string": lambda f: f.update(slimmed="model"),
     "environment is a list": lambda f: f.update(environment=[]),
     "another format": lambda f: f.update(format="zip"),
     "version is zero": lambda f: f.update(version=0),
@@ -174,10 +183,8 @@ def swap_ranges(raw: dict[str, Any]) -> None:
 INDEX_FORGERIES: dict[str, Change] = {
     "a shape larger than the file": lambda r: tensor(r).update(shape=[10**6, 10**6]),
     "a shape beyond integers": lambda r: tensor(r).update(shape=[2**62, 2**62, 0]),
-    "a shape of floats": lambda r: tensor(r).update(shape=[2.0, 4]),
-    "a shape of bools": lambda r: tensor(r).update(shape=[True, 4]),
     "a negative shape": lambda r: tensor(r).update(shape=[-2, -4]),
-    "a thousand dimensions": lambda r: tensor(r).update(shape=[1] * 1000),
+    "two hundred dimensions": lambda r: tensor(r).update(shape=[1] * 200),
     "strides of another length": lambda r: tensor(r).update(strides=[1]),
     "strides that overlap": lambda r: tensor(r).update(strides=[0, 0]),
     "strides beyond memory": lambda r: tensor(r).update(strides=[2**40, 1]),
@@ -196,8 +203,8 @@ INDEX_FORGERIES: dict[str, Change] = {
     "a forgotten tensor": lambda r: r["components"]["model"]["tensors"].pop("2.weight"),
     "ranges of other sizes swapped": swap_ranges,
     "a header longer than the file": lambda r: r["files"].update({"optimizer.safetensors": [2**40, "0" * 32]}),
-    "a header of a file that is not listed": lambda r: r["files"].update({"x": [8, "0" * 32]}),
-    "no components": lambda r: r.pop("components"),
+    "a header that is shorter than its length": lambda r: r["files"].update({"optimizer.safetensors": [7, "0" * 32]}),
+    "no components": lambda r: r["components"].clear(),
     "a component that is a list": lambda r: r["components"].update(model=[]),
     "a component without a tree": lambda r: r["components"]["progress"].pop("tree"),
     "a kind of another component": lambda r: r["components"]["model"].update(kind="rng"),
@@ -242,7 +249,7 @@ def test_an_index_that_is_no_index_is_a_typed_error(checkpoint: Path, data: byte
 
 
 def test_a_tree_in_a_restore_changed_anywhere_is_a_typed_error_or_harmless(checkpoint: Path) -> None:
-    original = json.loads((checkpoint / "index.json").read_bytes())
+    original = Forgery(checkpoint).index
     trees = {name: part["tree"] for name, part in original["components"].items() if name != "rng"}
 
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
@@ -250,7 +257,7 @@ def test_a_tree_in_a_restore_changed_anywhere_is_a_typed_error_or_harmless(check
     def check(name: str, luck: Random) -> None:
         forged = copy.deepcopy(original)
         forged["components"][name]["tree"] = change_json({"tree": trees[name]}, luck).get("tree")
-        forge_index(checkpoint, lambda _: forged)
+        forge_index(checkpoint, lambda raw: raw.update(forged))
         live = at(1, frozen=True)
         mgr = CheckpointManager(checkpoint.parent, read_only=True, **live.components)
         with contextlib.suppress(CheckpointerError):

@@ -254,7 +254,7 @@ def test_a_thousand_files_that_are_listed_exhaust_no_descriptors(local):
     forgery = Forgery(Path(local.url, "checkpoint-1"))
     for number in range(1000):
         forgery.write(f"files/{number}", b"")
-    forgery.write_manifest()
+    forgery.write_index()
     script = """
         import resource, sys
         from checkpointer import CheckpointManager
@@ -286,7 +286,7 @@ def test_a_sparse_file_of_a_forged_size_is_refused_before_memory_is_asked_for(lo
         os.truncate(place, size)
     except OSError:
         pytest.skip("this file system holds no file of that size")
-    forgery.manifest["files"][path] = [size, "0" * 32]
+    forgery.files[path]["size"] = size
     header = forgery.index["files"][path][0]
     forgery.index["components"]["state"]["tensors"] = {
         next(iter(forgery.index["components"]["state"]["tensors"])): {

@@ -33,7 +33,7 @@ from checkpointer.state import RngState, adapter_for
 from checkpointer.storage import open_storage
 from tests.conftest import Root
 from tests.support.forge import flip
-from tests.support.successor import source_of, succeed
+from tests.support.successor import files_in, source_of, succeed
 
 FROZEN = "model-00002-of-00002.safetensors"
 CONFIG = {"write": {"mode": "sync", "durable": False, "share": False}, "require_resume": False}
@@ -144,7 +144,7 @@ def test_what_was_shared_restores(repository, root):
 
 def test_the_manifest_counts_the_turns_from_the_checkpoint_that_wrote_the_bytes(repository):
     infos = chain(repository)
-    records = [repository.manifest(info).files[FROZEN] for info in infos]
+    records = [files_in(repository, info)[FROZEN] for info in infos]
     assert [record.turn for record in records] == [1, 2, 3, 4]
     assert [record.origin for record in records] == [None, *[infos[0].id] * 3]
     assert len({record.xxh3 for record in records}) == 1
@@ -159,9 +159,8 @@ def test_a_replaced_checkpoint_whose_file_its_successor_shares_goes_in_peace(rep
 
 def test_a_file_that_is_gone_or_has_another_size_is_not_shared(repository):
     info = newest(repository)
-    manifest = repository.manifest(info)
     attempt = repository.begin(2, 0)
-    record = manifest.files[FROZEN]
+    record = files_in(repository, info)[FROZEN]
     earlier = source_of(repository, info)
     assert not repository.reuse(attempt, "missing.safetensors", earlier, record)
     assert not repository.reuse(attempt, FROZEN, earlier, replace(record, size=record.size + 1))
@@ -173,7 +172,7 @@ def test_a_file_that_is_gone_or_has_another_size_is_not_shared(repository):
 def test_an_attempt_that_is_given_up_takes_nothing_from_the_checkpoint_that_it_shared_with(repository):
     info = newest(repository)
     attempt = repository.begin(2, 0)
-    record = repository.manifest(info).files[FROZEN]
+    record = files_in(repository, info)[FROZEN]
     assert repository.reuse(attempt, FROZEN, source_of(repository, info), replace(record, origin=info.id, turn=2))
     assert attempt.bytes_shared == record.size
     repository.abandon(attempt)
@@ -200,7 +199,8 @@ def test_damage_that_another_process_found_is_seen_before_sharing(repository):
 def test_only_files_that_were_verified_are_shared(repository):
     info = newest(repository)
     with repository.open(info) as reader:
-        part = ReuseSource.of(info, reader.manifest, reader.index, verified=["index.json"])
+        chunks = reader.chunks_by_tensor
+        part = ReuseSource.of(info, reader.manifest.data, reader.files, chunks, verified=["index.json"])
     (file,) = (file for file in planned(repository, info) if file.path == FROZEN)
     assert candidate(file, part, 8).record is None
 
@@ -307,7 +307,8 @@ def test_of_a_run_of_which_only_some_links_are_broken_each_physical_copy_counts(
     os.link(third, fourth)  # two that share one copy, and two that share another
     assert first.stat().st_ino == second.stat().st_ino != third.stat().st_ino
     listed = local_repository.list_checkpoints().checkpoints
-    assert physical_size(on_disk(local_repository.storage, listed)) == on_its_disk(local_repository)
+    corrected = on_disk(local_repository.storage, listed, local_repository.shared_files)
+    assert physical_size(corrected) == on_its_disk(local_repository)
     assert physical_size(listed) < on_its_disk(local_repository)
 
 
@@ -338,7 +339,7 @@ def test_a_damaged_block_is_found_in_every_checkpoint_that_lies_on_it(local_repo
 
 def test_a_link_in_the_place_of_the_file_is_not_shared(local_repository, tmp_path):
     info = newest(local_repository)
-    earlier, record = source_of(local_repository, info), local_repository.manifest(info).files[FROZEN]
+    earlier, record = source_of(local_repository, info), files_in(local_repository, info)[FROZEN]
     (file,) = files(local_repository)
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")

@@ -428,7 +428,7 @@ def restored(root: Path, step: int) -> Any:
     fresh = adam()
     with CheckpointManager(root, read_only=True) as reader:
         saved = reader._repository.find(step)
-    if "exp_avg" not in (Path(saved.path) / "index.json").read_text():
+    if b"exp_avg" not in (Path(saved.path) / "index.safetensors").read_bytes():
         fresh = compiled()
     with CheckpointManager(root, read_only=True, **fresh.components) as reader:
         reader.restore(step)

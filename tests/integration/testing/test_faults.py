@@ -16,6 +16,7 @@ import torch
 
 from checkpointer import CheckpointManager, PendingSave, testing
 from checkpointer.errors import CheckpointerError, CheckpointerWarning, ConfigError, SaveError
+from checkpointer.format import paths
 from checkpointer.storage import Storage, open_storage
 from checkpointer.testing import OPERATIONS, Fault, Kind, faulty, faulty_storage
 from tests.campaign.crash.test_storage_faults import expected_files, files_of
@@ -244,8 +245,8 @@ def test_each_error_reaches_the_loop_as_a_save_error_and_saving_goes_on_when_its
 
 
 def probes(place: Root) -> set[str]:
-    """What asks an object store for its abilities."""
-    return {path for path in files_of(place) if "/tmp/probe-" in path}
+    """What asks an object store for its abilities, and the run's history."""
+    return {path for path in files_of(place) if "/tmp/probe-" in path or path.startswith(f"{paths.JOURNAL}/")}
 
 
 @pytest.mark.timeout(600)  # with --thorough

@@ -6,7 +6,7 @@ Ranks are simulated: what each would describe, classes of them, and the plan tha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod

@@ -6,7 +6,6 @@ Random changes to both are tried by ``tests/campaign/fuzz``, whole checkpoints b
 from __future__ import annotations
 
 import contextlib
-import json
 import tracemalloc
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from hypothesis import strategies as st
 
 from checkpointer.errors import CorruptCheckpointError
 from checkpointer.format import strict_json
-from checkpointer.format.index import parse_index
+from checkpointer.format.index import Chunk, Component, FileRecord, Index, TensorSpec
 from checkpointer.format.manifest import parse_manifest
+from checkpointer.format.table import index_files, parse_index
 from tests.support.forge import seal_text
 
 MANIFEST = (Path(__file__).parents[2] / "data/format-v1/local/checkpoint-2/manifest.json").read_bytes()
@@ -77,31 +77,27 @@ def test_a_sealed_file_with_any_content_is_read_or_refused_with_a_typed_error(he
 def test_checking_how_a_tensor_is_cut_takes_memory_in_proportion_to_the_index(dimensions):
     count = 4000
     primes = [7, 5, 3, 11, 13, 2, 9]
-    chunks = [
-        {
-            "offsets": [number, *(number % primes[d % 7] for d in range(dimensions - 1))],
-            "lengths": [1] * dimensions,
-            "file": "m.safetensors",
-            "range": [72 + number, 73 + number],
-            "xxh3": "0" * 32,
-        }
+    chunks = tuple(
+        Chunk(
+            (number, *(number % primes[d % 7] for d in range(dimensions - 1))),
+            (1,) * dimensions,
+            "m.safetensors",
+            72 + number,
+            73 + number,
+            "0" * 32,
+        )
         for number in range(count)
-    ]
-    shape = [count, *[14] * (dimensions - 1)]
-    tensor = {"dtype": "uint8", "shape": shape, "chunks": chunks}
-    component = {"kind": "module", "tree": {}, "meta": {}, "tensors": {"a": tensor}}
-    index = {
-        "format": "checkpointer-index",
-        "version": 1,
-        "files": {"m.safetensors": [72, "0" * 32]},
-        "components": {"m": component},
-    }
-    data = json.dumps(index).encode()
+    )
+    spec = TensorSpec("uint8", (count, *[14] * (dimensions - 1)))
+    files = {"m.safetensors": FileRecord(72 + count, "0" * 32, header=(72, "0" * 32))}
+    index = Index({"m": Component("module", {}, {"a": spec})}, {("m", "a"): chunks}, files)
+    written = index_files(index)
+    size = sum(map(len, written.values()))
     tracemalloc.start()
     try:
         with pytest.raises(CorruptCheckpointError):
-            parse_index(data, {"m.safetensors": 72 + count}, "index.json")
+            parse_index(written["index.json"], written["index.safetensors"], "the index")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 60 * len(data)
+    assert peak < 60 * size

@@ -22,42 +22,50 @@ PLAIN = Manifest(
     step=20,
     epoch=None,
     created=datetime(2026, 3, 1, tzinfo=timezone.utc),
-    files={"index.json": FileRecord(5, "0" * 32), "model.safetensors": FileRecord(100, "1" * 32)},
+    index={"index.json": FileRecord(5, "0" * 32), "index.safetensors": FileRecord(7, "1" * 32)},
+    files=4,
+    size=112,
 )
-SHARED = replace(PLAIN, files={**PLAIN.files, "model.safetensors": FileRecord(100, "1" * 32, origin=A, turn=3)})
+SHARED = replace(PLAIN, shared={A: 100})
 
 
 def fields_of(manifest):
     return strict_json.unseal(manifest.to_bytes(), "manifest")
 
 
-records = st.builds(FileRecord, st.integers(0, 2**63 - 1), st.just("0" * 32)) | st.builds(
-    FileRecord, st.integers(0, 2**63 - 1), st.just("0" * 32), st.just(A), st.integers(2, 2**31)
+ids = st.integers(1, 2**128 - 1).map("{:032x}".format)
+
+
+@given(
+    shared=st.dictionaries(ids.filter(lambda id: id != B), st.integers(0, 2**40), max_size=20),
+    more=st.integers(0, 2**50),
+    run=st.none() | ids,
+    replaces=st.none() | ids,
+    slimmed=st.lists(st.text("abc", min_size=1), max_size=3).map(tuple),
+    foreign=st.integers(0, 9),
 )
-
-
-@given(st.dictionaries(st.sampled_from(["index.json", "a/b", "model-00001-of-00002.safetensors"]), records))
-def test_whatever_files_are_shared_the_manifest_reads_back_as_it_was_written(files):
-    manifest = replace(PLAIN, files=files)
+def test_every_member_reads_back_as_it_was_written(shared, more, run, replaces, slimmed, foreign):
+    rules = {"keep": {"last": 3}} if foreign else {}
+    size = 12 + sum(shared.values()) + more
+    members = {"shared": shared, "size": size, "run": run, "replaces": replaces, "slimmed": slimmed, "rules": rules}
+    manifest = replace(PLAIN, **members, foreign=foreign)
     assert parse_manifest(manifest.to_bytes(), "manifest") == manifest
 
 
 def test_a_checkpoint_that_shares_nothing_says_nothing_about_sharing():
-    assert "shared" not in fields_of(PLAIN)
-    assert fields_of(SHARED)["shared"] == {"model.safetensors": [A, 3]}
-    assert fields_of(SHARED)["files"] == fields_of(PLAIN)["files"]
+    assert not {"shared", "foreign", "run", "rules", "replaces", "slimmed"} & fields_of(PLAIN).keys()
+    assert fields_of(SHARED)["shared"] == {A: 100}
 
 
-def test_a_file_that_is_shared_lies_on_the_copy_of_the_checkpoint_that_wrote_it():
-    writer = replace(PLAIN, id=A)
-    assert SHARED.copies == {f"{B}/index.json": 5, f"{A}/model.safetensors": 100}
-    assert writer.copies == {f"{A}/index.json": 5, f"{A}/model.safetensors": 100}
+def test_bytes_that_are_shared_are_those_of_the_checkpoint_that_wrote_them():
+    assert SHARED.copies == {B: 12, A: 100}
+    assert PLAIN.copies == {B: 112}
     assert SHARED.info("").copies == SHARED.copies
-    assert SHARED.info("").size == 105
+    assert SHARED.info("").size == 112
 
 
 def test_what_the_server_copied_takes_room_of_its_own():
-    assert replace(SHARED, data=B).copies == {f"{B}/index.json": 5, f"{B}/model.safetensors": 100}
+    assert replace(SHARED, data=B).copies == {B: 112}
 
 
 def created_as(text):

@@ -19,6 +19,10 @@ SPEC = TensorSpec("float32", (4,))
 INFO = CheckpointInfo(step=7, id="a" * 32, sequence=3)
 
 
+def header_of(file: TensorFile) -> tuple[int, str]:
+    return len(file.header), xxhash.xxh3_128_hexdigest(file.header)
+
+
 def source(file: TensorFile = FILE, *, origin=None, turn=1, info=INFO, **changes) -> ReuseSource:
     start = len(file.header)
     chunks = {
@@ -30,8 +34,7 @@ def source(file: TensorFile = FILE, *, origin=None, turn=1, info=INFO, **changes
     made = ReuseSource(
         info=info,
         data=None,
-        files={file.path: FileRecord(file.size, "f" * 32, origin, turn)},
-        headers={file.path: (start, xxhash.xxh3_128_hexdigest(file.header))},
+        files={file.path: FileRecord(file.size, "f" * 32, origin, turn, header_of(file))},
         chunks=chunks,
     )
     return replace(made, **changes)
@@ -42,7 +45,7 @@ HASHES = tuple(f"{number:032x}" for number in range(2))
 
 def test_a_frozen_file_with_the_same_tensors_is_a_candidate():
     found = candidate(FILE, source(), 8)
-    assert found.record == FileRecord(FILE.size, "f" * 32, origin="a" * 32, turn=2)
+    assert found.record == FileRecord(FILE.size, "f" * 32, origin="a" * 32, turn=2, header=header_of(FILE))
     assert found.hashes == HASHES
     assert found.reason == "the same as in checkpoint-7 (sequence 3)"
 
@@ -57,7 +60,7 @@ def test_a_candidate_is_shared_only_if_every_hash_is_the_same():
 
 def test_sharing_goes_on_from_the_checkpoint_that_wrote_the_bytes():
     found = candidate(FILE, source(origin="b" * 32, turn=4), 8)
-    assert found.record == FileRecord(FILE.size, "f" * 32, origin="b" * 32, turn=5)
+    assert found.record == FileRecord(FILE.size, "f" * 32, origin="b" * 32, turn=5, header=header_of(FILE))
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 8])
@@ -84,7 +87,7 @@ def test_one_copy_serves_at_most_so_many_checkpoints_in_a_row(limit):
         ("other tensors", replace(FILE, metadata={"format": "tf"}), source(), 8),
         ("other tensors", FILE, source(files={FILE.path: FileRecord(FILE.size + 1, "f" * 32)}), 8),
         ("other tensors", FILE, source(chunks={}), 8),
-        ("other tensors", FILE, source(headers={}), 8),
+        ("other tensors", FILE, source(files={FILE.path: FileRecord(FILE.size, "f" * 32, header=(8, "0" * 32))}), 8),
     ],
 )
 def test_what_cannot_be_shared_is_written_and_the_reason_is_told(reason, file, earlier, limit):

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpointer.errors import RunNotEmptyError, StepOrderError
-from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.index import FileRecord
+from checkpointer.format.info import CheckpointInfo
 from checkpointer.format.manifest import Manifest
 from checkpointer.policy.schedule import RECENT
 from checkpointer.repository.repository import Repository
@@ -41,7 +41,9 @@ def commit(repository: Repository, tmp_path: Path) -> Commit:
             step=step,
             epoch=None,
             created=START + timedelta(minutes=sequence),
-            files={"index.json": FileRecord(1, "0" * 32)},
+            index={name: FileRecord(1, "0" * 32) for name in ("index.json", "index.safetensors")},
+            files=2,
+            size=2,
         )
         place = tmp_path / f"checkpoint-{step}"
         place.mkdir()

@@ -17,6 +17,7 @@ from checkpointer.format import paths
 from checkpointer.format.manifest import Manifest
 from checkpointer.repository.commit.base import Attempt, existing_at
 from checkpointer.repository.commit.by_rename import RenameCommit
+from checkpointer.repository.contents import Removable, removable
 from tests.campaign.crash.power.engine import Failure, look, states
 from tests.campaign.crash.power.persistence import Effort
 from tests.campaign.crash.power.record import FSYNC, Record
@@ -36,7 +37,7 @@ REDUNDANT: Mapping[str, str] = {
     "which of two names (trash or quarantine, second or plain) a checkpoint has",
     "repository.commit.by_rename._replace": "a removal fsyncs the same directory before anything hangs on it",
     "repository.commit.by_rename.commit": "an inner directory's name, which was fsynced when it was made",
-    "repository.commit.by_rename._delete_listed": "the files of a damaged run, some of which stay anyway",
+    "repository.contents.remove_listed": "the files of a damaged run, some of which stay anyway",
 }
 """Why it may go unnoticed that a function leaves out one fsync, though not that it never asks for any."""
 
@@ -127,15 +128,21 @@ def _replace_in_two_steps(self: RenameCommit, attempt: Attempt, name: str, old: 
 
 def _remove_in_place(self: RenameCommit, name: str, manifest: Manifest) -> bool:
     """File by file, where everybody looks."""
-    for path in [*map(manifest.place, manifest.files), paths.MANIFEST]:
+    listed = removable(self._storage, name, manifest)
+    for path in [*listed.data, *listed.index, paths.MANIFEST]:
         self._storage.remove(f"{name}/{path}")
     return self._storage.remove_directory(name)
 
 
-def _manifest_removed_first(self: RenameCommit, directory: str, manifest: Manifest) -> None:
-    """What says which files are ours goes before them."""
+def _manifest_removed_first(self: RenameCommit, directory: str, listed: Removable) -> None:
+    """What says that the files are those of a checkpoint goes before them."""
     self._storage.remove(f"{directory}/{paths.MANIFEST}")
-    _DELETE_LISTED(self, directory, manifest)
+    _DELETE_LISTED(self, directory, listed)
+
+
+def _index_removed_first(self: RenameCommit, directory: str, listed: Removable) -> None:
+    """What says which files are ours goes before them."""
+    _DELETE_LISTED(self, directory, Removable(data=listed.index, index=listed.data))
 
 
 _COMMIT, _DELETE_LISTED = RenameCommit.commit, RenameCommit._delete_listed
@@ -146,6 +153,7 @@ ORDERS: Mapping[str, tuple[str, str, Callable[..., object]]] = {
     "replace in two steps": ("overwrite", "_replace", _replace_in_two_steps),
     "remove in place": ("prune", "remove", _remove_in_place),
     "manifest removed first": ("prune", "_delete_listed", _manifest_removed_first),
+    "index removed first": ("prune", "_delete_listed", _index_removed_first),
 }
 """Name of the mutation: the scenario that shows it, the method that it replaces, and by what."""
 

@@ -19,7 +19,7 @@ pytestmark = [
 ENOUGH: dict[str, tuple[str, ...] | None] = {
     "first save": None,
     "overwrite": ("repository.commit.by_rename._replace",),
-    "prune": ("repository.commit.by_rename._delete_listed",),
+    "prune": ("repository.contents.remove_listed",),
     "pin and annotate": ("storage.local.create",),
     "share with a copy": ("storage.local.link",),
 }
@@ -42,7 +42,7 @@ def test_no_function_can_leave_out_its_fsyncs():
         "storage.local.write", "storage.local.link", "storage.local.make_directory", "storage.local.create",
         "storage.local._settle", "repository.commit.by_rename.commit", "repository.commit.by_rename._move",
         "repository.commit.by_rename._replace", "repository.commit.by_rename._settle",
-        "repository.commit.by_rename._delete_listed",
+        "repository.contents.remove_listed",
     }  # fmt: skip
     assert [site for site, failure in verdicts.sites.items() if failure is None] == []
 
@@ -50,7 +50,7 @@ def test_no_function_can_leave_out_its_fsyncs():
 def test_no_single_fsync_of_a_first_save_can_be_left_out_unless_another_one_does_the_same():
     verdicts = judge(record_scenario(SCENARIOS["first save"]), damaged=False)
     assert verdicts.odd == []
-    assert verdicts.noticed["storage.local.write"] == 4  # tensors, attachment, index, manifest
+    assert verdicts.noticed["storage.local.write"] == 5  # tensors, attachment, the two files of the index, manifest
     assert verdicts.noticed["repository.commit.by_rename._move"] == 2  # the new name's directory, and the old one's
     assert verdicts.noticed["storage.local.make_directory"] >= 2  # the run root, and the directory above it
 
