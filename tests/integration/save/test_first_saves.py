@@ -323,7 +323,7 @@ def test_a_save_in_the_middle_of_touching_holds_the_state_of_its_call_in_that_me
         mgr.save(1)
         run.step()
         mgr.wait()
-        assert not touching()
+        until_touched()  # at once: it has been stopped
         assert len(regions) == 1, "one copy of the state at most"
     assert_identical(restored(tmp_path, 1), expected)
 
