@@ -43,8 +43,7 @@ class WritePolicy:
     mode: Mode = "async"
     """``"sync"``: ``save`` returns when the checkpoint is durable. ``"async"``: it returns once the state is staged.
     ``"lazy"``: it returns at once; parameters and optimizer state are written from live memory, and what is not written
-    by the next ``Optimizer.step`` is copied before it. So are the first saves of a large state in ``"async"`` mode, as
-    long as the memory for copies is not ready."""
+    by the next ``Optimizer.step`` is copied before it."""
     durable: bool = True
     """Whether files and directories are fsynced before the commit. ``False`` only for throw-away runs."""
     share: int | Literal[False] = 8

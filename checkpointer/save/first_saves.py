@@ -1,8 +1,7 @@
-"""The first saves in ``async`` mode, whose memory nobody has touched yet: a copy into it takes many times as long.
+"""The first save in ``async`` mode, whose memory nobody has touched yet: a copy into it takes many times as long.
 
-As soon as it is known how large the state is, its memory is touched beside training. A save that comes sooner pays for
-what has not been touched by then: it is a copy all the same, for only who has chosen ``lazy`` mode has agreed to change
-no parameter by hand while a save is written.
+As soon as it is known how large the state is, its memory is touched beside training. A save that comes sooner touches
+what is left itself, while training waits.
 """
 
 from __future__ import annotations
@@ -29,20 +28,15 @@ logger = logging.getLogger("checkpointer")
 class FirstSaves:
     """Belongs to one manager, until its first copy. Its hooks know it only as long as somebody else does."""
 
-    def __init__(
-        self,
-        stager: Stager,
-        watch: StepWatch,
-        components: Iterable[object],
-    ) -> None:
-        """``watch`` tells of each step of an optimizer."""
+    def __init__(self, stager: Stager, watch: StepWatch, components: Iterable[object]) -> None:
+        """``stager`` has the memory; ``watch`` tells of the steps that make state."""
         self._stager = stager
         self._watch = watch
         self._components = tuple(components)
         found = [part for part in self._components if isinstance(part, torch.optim.Optimizer)]
         self._without_step = weakref.WeakSet(found)
         self.reusable = NOTHING
-        """What the next save need not copy."""
+        """What the first save need not copy."""
         self._turn = threading.Lock()
         """Optimizers of other threads may step while a save begins."""
         self._pid = os.getpid()
@@ -84,11 +78,6 @@ class FirstSaves:
         size = state_size(self._components, frozen=not shares)
         if size >= WORTH:
             self._stager.expect(size, on_gpu=holds_gpu_tensors(self._components))
-
-    def begins(self) -> None:
-        """A save is about to copy: what is still to be touched it touches itself."""
-        with self._turn:
-            self._known = True
 
     def close(self) -> None:
         """Take the hooks away. The memory belongs to the stager."""

@@ -192,7 +192,6 @@ class Saver:
             if changes:
                 return self._stager.lazily(captured, changes, reusable, seed=step)
         if self._first is not None:
-            self._first.begins()
             self._first.close()
             self._first = None
         return self._stager.copies(captured, reusable)

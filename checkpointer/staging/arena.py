@@ -32,7 +32,7 @@ MOST_THREADS = 8
 """Memory is busy with fewer."""
 
 SPARE = 64 << 20
-"""Bytes that a copy may touch itself: they take some hundredths of a second."""
+"""Bytes that are mapped beyond half as much again as is known to be needed."""
 
 
 class Copy(NamedTuple):
@@ -60,8 +60,6 @@ class Arena:
         self._prefault: Prefault | None = None
         self._stopped: list[Prefault] = []
         """Those whose thread may still be in its last piece."""
-        self._touched = 0
-        """Bytes, from the first on, whose pages have their memory."""
 
     @property
     def size(self) -> int:
@@ -80,31 +78,27 @@ class Arena:
         ``pinned``: registered with CUDA, so that copies from the GPU run at the bus's speed.
         """
         self._wait()
-        self.stop_touching()
+        self._stop_touching()
         region = self._make(size, huge=pinned)
         if pinned and not self._pinned:
             self._pinned = pin(region)
         return region.view
 
     def touch(self, size: int, *, pinned: bool = False) -> None:
-        """Have the first ``size`` bytes touched beside training, for the ``reserve`` to come. Where there are none yet,
-        more are mapped, since what is known by now may not be all. They take memory only once they are used.
-        """
-        self.stop_touching()
-        unused = self.size < size
-        region = self._make(size + size // 2 + SPARE if unused else size, huge=pinned)
-        self._prefault = Prefault(region, self._touched, size, unused=unused)
+        """Have ``size`` bytes touched beside training, for the ``reserve`` to come; whatever was there before is lost.
 
-    def stop_touching(self) -> None:
+        More are mapped, since what is known by now may not be all. They take memory only once they are used.
+        """
+        self._wait()
+        self._stop_touching()
+        self._prefault = Prefault(self._make(size + size // 2 + SPARE, huge=pinned), size)
+
+    def _stop_touching(self) -> None:
         """Leave what is not touched yet to whoever fills it."""
         prefault, self._prefault = self._prefault, None
         if prefault is not None:
-            self._touched = max(self._touched, prefault.stop())
+            prefault.stop()
             self._stopped.append(prefault)
-
-    def note_touched(self, size: int) -> None:
-        """The first ``size`` bytes have been filled."""
-        self._touched = max(self._touched, size)
 
     def fill(self, copies: Iterable[Copy]) -> None:
         """Carry out all ``copies``; when this returns the tensors may change."""
@@ -193,10 +187,9 @@ class Arena:
 
     def _drop(self) -> None:
         self._wait()
-        self.stop_touching()
+        self._stop_touching()
         while self._stopped:
             self._stopped.pop().join()
-        self._touched = 0
         if self._pinned and self._region is not None:
             unpin(self._region)
         self._pinned = False

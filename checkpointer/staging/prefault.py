@@ -11,7 +11,7 @@ import weakref
 
 from checkpointer.system import messages
 from checkpointer.system.free_memory import free_memory
-from checkpointer.system.memory import PAGE, Region, page_aligned
+from checkpointer.system.memory import Region, page_aligned
 from checkpointer.system.threads import room_for_a_thread
 
 PIECE = 256 << 10
@@ -37,16 +37,12 @@ logger = logging.getLogger("checkpointer")
 class Prefault:
     """One thread that touches the pages of a region, in order, until it is stopped or done."""
 
-    def __init__(self, region: Region, begin: int, end: int, *, unused: bool) -> None:
-        """Begin with the bytes from ``begin`` to ``end``.
-
-        ``unused``: they are nobody's yet, and may be overwritten until ``stop``. Else they are kept, and where the
-        system cannot touch memory and keep it, nothing is done.
-        """
-        self._progress = _Progress(begin - begin % PAGE, min(page_aligned(end), region.size), unused=unused)
+    def __init__(self, region: Region, size: int) -> None:
+        """Begin with the first ``size`` bytes, which are nobody's yet: until ``stop`` they may be overwritten."""
+        self._progress = _Progress(min(page_aligned(size), region.size))
         self._thread: threading.Thread | None = None
         weakref.finalize(self, self._progress.stop.set)
-        if self._progress.position >= self._progress.end or not room_for_a_thread():
+        if not room_for_a_thread():
             return
         thread = threading.Thread(
             target=_touch, args=(region, self._progress), name="checkpointer-prefault", daemon=True
@@ -62,12 +58,13 @@ class Prefault:
         """Everything before this byte is touched."""
         return self._progress.position
 
-    def stop(self) -> int:
-        """Touch no more from now on; how far it has come. What is in the memory afterwards stays."""
+    def stop(self) -> None:
+        """Touch no more from now on. What is in the memory afterwards stays."""
         self._progress.stop.set()
         if self._progress.clears:
             self.join()
-        return self.position
+        text = "%d of %d bytes for copies of the state were touched before they were needed"
+        messages.log(logger.debug, text, self.position, self._progress.end)
 
     def join(self) -> None:
         """Wait for the thread, once stopped. The machine may let it run seldom."""
@@ -79,10 +76,10 @@ class Prefault:
 class _Progress:
     """What the thread shares with its owner, who may be dropped meanwhile."""
 
-    def __init__(self, position: int, end: int, *, unused: bool) -> None:
-        self.position = position
+    def __init__(self, end: int) -> None:
+        self.position = 0
         self.end = end
-        self.clears = unused
+        self.clears = True
         """Whether memory may be overwritten, and has to be, for all that is known yet."""
         self.stop = threading.Event()
 

@@ -153,7 +153,6 @@ class Stager:
             if file.path in starts
             for slot in file.slots
         )
-        self._arena.note_touched(size)
         images = {
             file.path: _Image(memory[starts[file.path] : starts[file.path] + file.data_size])
             for file in self._files

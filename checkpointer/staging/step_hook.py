@@ -37,7 +37,7 @@ class WatchedSave(NamedTuple):
 
 
 class StepWatch:
-    """Belongs to the training thread, as the steps do. One for each manager in ``lazy`` mode."""
+    """Belongs to the training thread, as the steps do. One for each manager."""
 
     def __init__(self) -> None:
         self._stepped: Callable[[Any], None] | None = None

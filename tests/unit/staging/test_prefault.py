@@ -54,7 +54,7 @@ def faults_of(fill: memoryview, value: int) -> int:
 @linux
 def test_memory_that_was_touched_ahead_takes_no_page_faults_and_other_memory_does(quick):
     region = Region(32 * MIB, huge=False)
-    made = Prefault(region, 0, 16 * MIB, unused=True)
+    made = Prefault(region, 16 * MIB)
     finished(made)
     assert made.position == 16 * MIB
     assert faults_of(region.view[: 16 * MIB], 1) < 100
@@ -65,33 +65,24 @@ def test_memory_that_was_touched_ahead_takes_no_page_faults_and_other_memory_doe
 def test_what_is_in_memory_that_is_touched_stays(quick):
     region = Region(4 * MIB, huge=False)
     region.view[: 2 * MIB] = b"\x5a" * (2 * MIB)
-    finished(Prefault(region, 0, 4 * MIB, unused=True))
+    finished(Prefault(region, 4 * MIB))
     assert bytes(region.view[: 2 * MIB]) == b"\x5a" * (2 * MIB)
 
 
-def test_where_the_system_cannot_touch_memory_that_is_unused_is_written_to(quick, monkeypatch):
+def test_where_the_system_cannot_touch_memory_it_is_written_to(quick, monkeypatch):
     monkeypatch.setattr(memory, "_madvise", lambda: None)
     region = Region(4 * MIB, huge=False)
-    made = Prefault(region, 0, 4 * MIB, unused=True)
+    made = Prefault(region, 4 * MIB)
     finished(made)
-    assert made.stop() == 4 * MIB
+    made.stop()
+    assert made.position == 4 * MIB
     if sys.platform == "linux":
         assert faults_of(region.view, 1) < 100
 
 
-def test_where_the_system_cannot_touch_memory_that_is_in_use_is_left_alone(quick, monkeypatch):
-    monkeypatch.setattr(memory, "_madvise", lambda: None)
-    region = Region(4 * MIB, huge=False)
-    region.view[:] = b"\x5a" * (4 * MIB)
-    made = Prefault(region, 0, 4 * MIB, unused=False)
-    finished(made)
-    assert made.position == 0
-    assert bytes(region.view) == b"\x5a" * (4 * MIB)
-
-
 def test_stopping_ends_the_thread_soon_though_much_is_left(monkeypatch):
     monkeypatch.setattr(prefault, "PAUSE", 1e6)
-    made = Prefault(Region(64 * MIB, huge=False), 0, 64 * MIB, unused=True)
+    made = Prefault(Region(64 * MIB, huge=False), 64 * MIB)
     made.stop()
     made.join()
     assert made.position <= prefault.BURST
@@ -99,7 +90,7 @@ def test_stopping_ends_the_thread_soon_though_much_is_left(monkeypatch):
 
 def test_an_owner_that_is_dropped_leaves_no_thread_behind(monkeypatch):
     monkeypatch.setattr(prefault, "PAUSE", 1e6)
-    made = Prefault(Region(64 * MIB, huge=False), 0, 64 * MIB, unused=True)
+    made = Prefault(Region(64 * MIB, huge=False), 64 * MIB)
     thread = made._thread
     del made
     assert thread is not None
@@ -116,7 +107,7 @@ def test_a_first_touch_that_the_system_refuses_ends_quietly_and_says_so_in_the_l
     region = Region(4 * MIB, huge=False)
     monkeypatch.setattr(memory, "_madvise", lambda: refuse)
     with caplog.at_level("INFO", "checkpointer"):
-        made = Prefault(region, 0, 4 * MIB, unused=True)
+        made = Prefault(region, 4 * MIB)
         finished(made)
     assert made.position == 0
     assert "not prepared" in caplog.text
@@ -125,7 +116,7 @@ def test_a_first_touch_that_the_system_refuses_ends_quietly_and_says_so_in_the_l
 def test_where_little_memory_is_free_none_is_touched(quick, monkeypatch, caplog):
     monkeypatch.setattr(prefault, "free_memory", lambda: 4 * MIB + prefault.SPARED - 1)
     with caplog.at_level("INFO", "checkpointer"):
-        made = Prefault(Region(4 * MIB, huge=False), 0, 4 * MIB, unused=True)
+        made = Prefault(Region(4 * MIB, huge=False), 4 * MIB)
         finished(made)
     assert made.position == 0
     assert "not prepared" in caplog.text
@@ -135,7 +126,7 @@ def test_where_little_memory_is_free_none_is_touched(quick, monkeypatch, caplog)
 def test_the_thread_has_the_lowest_priority_and_training_keeps_its_own(monkeypatch):
     monkeypatch.setattr(prefault, "PAUSE", 1e6)
     own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    made = Prefault(Region(4 * MIB, huge=False), 0, 4 * MIB, unused=True)
+    made = Prefault(Region(4 * MIB, huge=False), 4 * MIB)
     thread = made._thread
     assert thread is not None
     while not made.position:
@@ -150,7 +141,7 @@ def test_the_thread_has_the_lowest_priority_and_training_keeps_its_own(monkeypat
 @linux
 def test_a_child_that_is_forked_meanwhile_sees_none_of_it_and_touching_goes_on(quick, monkeypatch):
     region = Region(64 * MIB, huge=False)
-    made = Prefault(region, 0, 64 * MIB, unused=True)
+    made = Prefault(region, 64 * MIB)
     child = os.fork()
     if not child:
         os._exit(0)
