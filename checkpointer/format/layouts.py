@@ -212,7 +212,8 @@ def _checked(ranks: NDArray[Any], cells: int, world_size: int, where: str) -> Ra
     flat = ranks.ravel()
     if not 0 < len(flat) <= world_size or len(flat) % cells:
         raise CorruptCheckpointError(f"{where} has {len(flat)} ranks for meshes of {cells} in a job of {world_size}")
-    if int(flat.min()) < 0 or int(flat.max()) >= world_size or len(np.unique(flat)) != len(flat):
+    in_order = np.sort(flat)
+    if in_order[0] < 0 or in_order[-1] >= world_size or (in_order[1:] == in_order[:-1]).any():
         raise CorruptCheckpointError(f"{where} names a rank twice, or one that a job of {world_size} does not have")
     return flat.astype(np.int32).reshape(-1, cells)
 
